@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` need Python 3.11 to 3.13 and nothing else: they create .venv and install into it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: help quickstart test check check-all format clean
+
+help:             ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | sort
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"lit-peft needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(READY)  ## train the bundled demo: about a minute on two cores, no network
+	HF_HUB_OFFLINE=1 $(BIN)/lit-peft fit --config quickstart
+
+test: $(READY)    ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(READY)   ## what CI runs: format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+check-all: $(READY)  ## check, and the slow tests too
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(READY)  ## write what `check` asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:            ## remove the environment and what the tools cached
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,3 @@
+"""Parameter-efficient fine-tuning, native to PyTorch Lightning."""
+
+__version__ = "0.1.0"

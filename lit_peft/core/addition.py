@@ -1,0 +1,131 @@
+"""What a method adds to a module: `Addition`, and `Delta` for a change of one weight matrix."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.layers import LayerOps, layer_ops
+
+if TYPE_CHECKING:
+    from lit_peft.core.targets import Site
+
+
+class Addition(nn.Module):
+    """Anything put around a frozen module, which goes on living where it was.
+
+    Its parameters are trained, saved and moved with the model; a parameter made with `requires_grad=False`
+    stays frozen and is saved. Subclasses override `forward`, and `init` when zeros are not what they start from.
+    """
+
+    def forward(self, layer: nn.Module, call: "Call", *args: Any, **kwargs: Any) -> Any:
+        """Runs in the place of `layer`'s own forward.
+
+        Args:
+            layer: The module this addition is attached to.
+            call: Runs what was there before: the module itself and the additions below this one. May be skipped.
+            *args: What the module was called with.
+            **kwargs: The same, by name.
+
+        Returns:
+            What the module shall return.
+        """
+        return call(*args, **kwargs)
+
+    def init(self, site: "Site", generator: torch.Generator) -> None:
+        """Sets the starting values; `Method.build` has only allocated them.
+
+        Args:
+            site: The place in the model; `site.matrix()` is its dense weight.
+            generator: A CPU generator, seeded from the site's name, so that every rank draws the same values.
+        """
+
+
+class Delta(Addition):
+    """A change of one layer's weight matrix, given by one equation, `weight`.
+
+    Everything else follows for every layer type: the forward pass, merging, and composition with other deltas.
+    Several deltas at one site add their changes of the *base* weight, whatever their order,
+    `V = W + sum_i (weight_i(W) - W)`; one scaling delta (`scales = True`) may then act on the sum, `weight(V)`.
+    """
+
+    scales: ClassVar[bool] = False
+    """Whether the equation rescales what it is given, (IA)^3 and DoRA, instead of adding to it."""
+
+    def weight(self, W: Tensor) -> Tensor:
+        """The equation. `W`: [out, in], the dense weight. Returns the changed weight, [out, in]."""
+        raise NotImplementedError(f"{type(self).__name__} must define weight(W), its equation.")
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """The equation for the bias, [out] or None; by default it stays as it is."""
+        return b
+
+    def forward(self, layer: nn.Module, call: "Call", x: Tensor) -> Tensor:
+        """Applies the equation. Override it where the same values can be had faster.
+
+        An override must add to (or, when `scales`, rescale) what `call(x)` returns, unless `call.is_base`.
+        """
+        ops = layer_ops(layer)
+        if self.scales or call.is_base:
+            return ops.apply(layer, x, self.weight(call.matrix()), self.bias(call.bias()))
+        W, b = ops.matrix(layer), ops.bias(layer)
+        return call(x) + ops.apply(layer, x, self.weight(W) - W, difference(self.bias(b), b))
+
+
+def difference(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """`new - old`, where an absent bias is zero."""
+    return new if old is None or new is None else new - old
+
+
+class Call:
+    """What stands below an addition: the layer, and the additions that come before this one.
+
+    Calling it runs them. For a layer with a weight it also tells that weight, deltas included.
+    """
+
+    __slots__ = ("below", "layer", "run")
+
+    def __init__(self, layer: nn.Module, below: Sequence[Addition], run: Callable[..., Any] | None = None):
+        self.layer, self.below, self.run = layer, below, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.run is not None
+        if not self.below:
+            return self.run(*args, **kwargs)
+        return self.below[-1](self.layer, Call(self.layer, self.below[:-1], self.run), *args, **kwargs)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing but the layer itself stands below."""
+        return not self.below
+
+    @property
+    def ops(self) -> LayerOps:
+        """How the layer is read and applied."""
+        return layer_ops(self.layer)
+
+    def matrix(self) -> Tensor:
+        """The layer's weight with the deltas below, [out, in]; inside a forward pass this is a plain tensor."""
+        V = W = self.ops.matrix(self.layer)
+        for delta in self._deltas():
+            if delta.scales:
+                V = delta.weight(V)
+            elif V is W:
+                V = delta.weight(W)
+            else:
+                V = V + (delta.weight(W) - W)
+        return V
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias with the deltas below, [out] or None."""
+        c = b = self.ops.bias(self.layer)
+        for delta in self._deltas():
+            if delta.scales:
+                c = delta.bias(c)
+            elif (change := difference(delta.bias(b), b)) is not None and change is not b:
+                c = change if c is None else c + change
+        return c
+
+    def _deltas(self) -> list[Delta]:
+        return [addition for addition in self.below if isinstance(addition, Delta)]

@@ -1,0 +1,189 @@
+"""What a checkpoint of an adapted module holds, and whether one fits: adapters and trained parameters only."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.attach import Registry, registry
+from lit_peft.core.fingerprint import compare_fingerprints
+
+FORMAT_VERSION = 1
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint or adapter folder does not belong to the module it is loaded into."""
+
+
+def adapter_keys(module: nn.Module) -> set[str]:
+    """State-dict keys that a checkpoint must hold: additions, base parameters that train, and their statistics.
+
+    Buffers (a BatchNorm's running statistics) are kept where a parameter of the same layer trains, since they
+    move only there.
+    """
+    state = _require(module)
+    base = {name for adapter in state.adapters.values() for name in adapter.base}
+    owners = {name.rpartition(".")[0] for name in base}
+    keys = set()
+    for key in module.state_dict():
+        owner = key.rpartition(".")[0]
+        is_buffer = owner in owners and key not in base and _is_buffer(module, key)
+        if ".peft." in f".{key}" or key in base or is_buffer:
+            keys.add(key)
+    return keys
+
+
+def _is_buffer(module: nn.Module, key: str) -> bool:
+    owner, _, name = key.rpartition(".")
+    return name in module.get_submodule(owner)._buffers
+
+
+def record(module: nn.Module) -> dict[str, Any]:
+    """The entry that goes with an adapter's tensors: format, methods and arguments, fingerprint of the frozen base."""
+    state = _require(module)
+    trained = {name for adapter in state.adapters.values() for name in adapter.base}
+    return {
+        "format_version": FORMAT_VERSION,
+        "methods": {name: adapter.spec for name, adapter in state.adapters.items()},
+        "fingerprint": {name: digest for name, digest in state.fingerprint.items() if name not in trained},
+    }
+
+
+def check_record(
+    module: nn.Module, saved: Mapping[str, Any] | None, keys: Iterable[str], may_change: Mapping[str, frozenset[str]]
+) -> None:
+    """Compares a checkpoint with the module it is about to be loaded into, before anything is changed.
+
+    Args:
+        module: The adapted module.
+        saved: The checkpoint's own record, None where it has none.
+        keys: Keys of the tensors in it.
+        may_change: Adapter name -> arguments that may differ.
+
+    Raises:
+        CheckpointMismatch: Naming the first thing that does not fit.
+    """
+    state = _require(module)
+    if saved is None:
+        raise CheckpointMismatch(
+            "This checkpoint was not written by a lit-peft method (it has no 'lit_peft' entry). To start from the "
+            "weights of a full checkpoint, load them into the module before attaching."
+        )
+    if saved["format_version"] > FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"This checkpoint has format version {saved['format_version']}; this release reads up to {FORMAT_VERSION}."
+        )
+    _compare_methods(saved["methods"], state, may_change)
+    difference = compare_fingerprints(saved["fingerprint"], record(module)["fingerprint"])
+    if difference is not None:
+        raise CheckpointMismatch(f"This checkpoint belongs to another base model: {difference}.")
+    expected, found = adapter_keys(module), set(keys)
+    if expected != found:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        parts = [
+            f"{len(names)} {what} ({names[0]}{', …' if names[1:] else ''})"
+            for names, what in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        raise CheckpointMismatch(f"The checkpoint's tensors do not fit this module: {' and '.join(parts)}.")
+
+
+def _compare_methods(saved: Mapping[str, Any], state: Registry, may_change: Mapping[str, frozenset[str]]) -> None:
+    if set(saved) != set(state.adapters):
+        raise CheckpointMismatch(
+            f"The checkpoint holds the adapters {sorted(saved)}, the module {sorted(state.adapters)}."
+        )
+    for name, old in saved.items():
+        new = state.adapters[name].spec
+        if old["class_path"] != new["class_path"]:
+            raise CheckpointMismatch(f"The checkpoint was made with {old['class_path']}, not {new['class_path']}.")
+        for argument in sorted({*old["init_args"], *new["init_args"]} - may_change.get(name, frozenset())):
+            was, now = old["init_args"].get(argument), new["init_args"].get(argument)
+            if was != now:
+                method = new["class_path"].rpartition(".")[2]
+                raise CheckpointMismatch(f"The checkpoint was made with {method}({argument}={was!r}), not {now!r}.")
+
+
+def _require(module: nn.Module) -> Registry:
+    state = registry(module)
+    if state is None:
+        raise ValueError(f"{type(module).__name__} has no adapter attached.")
+    return state
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path` which takes its place at the end: readers see the old or the new file.
+
+    The bytes are on the disk before the name changes. On an error nothing is left and an old file stays.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Writes an adapter folder in HF PEFT's layout: adapter_model.safetensors first, adapter_config.json last.
+
+    Args:
+        folder: The folder; made where it is missing. Each file is replaced atomically.
+        config: What goes into adapter_config.json.
+        tensors: Name -> tensor; moved to the host, made contiguous.
+
+    Returns:
+        The folder.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    with atomic_path(folder / "adapter_model.safetensors") as part:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part, {"format": "pt"})
+    with atomic_path(folder / "adapter_config.json") as part:
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads an adapter folder: (config, tensors on the host). Only safetensors are read, never a pickle.
+
+    Raises:
+        FileNotFoundError: When a file is missing.
+        CheckpointMismatch: When a file is truncated or is not what its name says.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}.")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointMismatch(f"{folder} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointMismatch(f"{folder}/adapter_config.json holds {type(config).__name__}, not an object.")
+    return config, tensors

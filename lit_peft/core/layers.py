@@ -1,0 +1,188 @@
+"""How each layer type is read and applied: one small `LayerOps` per type, known by its qualified class name."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_REGISTRY: dict[str, "LayerOps"] = {}
+
+
+def register_layer_ops(*qualified_names: str) -> Any:
+    """Class decorator that makes a `LayerOps` serve layers of these classes and their subclasses.
+
+    Names, not classes, so that nothing need be imported: third parties register theirs the same way.
+
+        @register_layer_ops("my_package.layers.TernaryLinear")
+        class TernaryOps(LinearOps): ...
+    """
+
+    def register(cls: type[LayerOps]) -> type[LayerOps]:
+        for name in qualified_names:
+            _REGISTRY[name] = cls()
+        return cls
+
+    return register
+
+
+def find_layer_ops(layer: nn.Module) -> "LayerOps | None":
+    """The `LayerOps` of the layer's class or of its nearest base class, or None for a module that has none."""
+    for cls in type(layer).__mro__:
+        ops = _REGISTRY.get(f"{cls.__module__}.{cls.__qualname__}")
+        if ops is not None:
+            return ops
+    return None
+
+
+def layer_ops(layer: nn.Module) -> "LayerOps":
+    """The `LayerOps` of the layer.
+
+    Raises:
+        TypeError: For a layer of a type that none is registered for.
+    """
+    ops: LayerOps | None = getattr(layer, "layer_ops", None) or find_layer_ops(layer)
+    if ops is None:
+        known = ", ".join(sorted(name.rsplit(".", 1)[-1] for name in _REGISTRY))
+        raise TypeError(
+            f"{type(layer).__module__}.{type(layer).__qualname__} has no weight matrix that lit-peft knows how to "
+            f"read (known: {known}); lit_peft.core.layers.register_layer_ops adds a type."
+        )
+    return ops
+
+
+class LayerOps:
+    """Reads and applies one layer type as a matrix [out, in]. The base class serves dense linear layers.
+
+    Dense weights that come in are cast to the dtype of the activations, so that float32 adapters compute in
+    the model's own precision; under autocast the products are cast again by autocast itself.
+    """
+
+    is_linear = True
+    """Whether the layer multiplies a vector by its matrix, y = Wx + b, as "all-linear" means it."""
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        """(out, in), the logical shape, without reading the weight."""
+        return layer.weight.shape[0], layer.weight.shape[1]
+
+    def matrix(self, layer: Any) -> Tensor:
+        """The dense weight, [out, in], dequantised where needed."""
+        return layer.weight
+
+    def bias(self, layer: Any) -> Tensor | None:
+        """The bias, [out], or None."""
+        return getattr(layer, "bias", None)
+
+    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+        """Writes a weight [out, in] and a bias [out] into the layer, in its own dtype and layout."""
+        self.matrix(layer).data.copy_(W)
+        if b is not None:
+            layer.bias.data.copy_(b)
+
+    def apply(self, layer: Any, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        """What the layer would return with weight `W`, [n, in], and bias `b`, [n]: n output features."""
+        return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def separable(self, layer: Any) -> bool:
+        """Whether `apply(x, B @ A)` equals `combine(y, apply(x, A), B)`, so that a low rank is worth using."""
+        return True
+
+    def combine(self, y: Tensor, h: Tensor, B: Tensor, alpha: float) -> Tensor:
+        """`y + alpha * B h` over the feature dimension; `h`: [..., r], `B`: [out, r]. One kernel, a new tensor."""
+        rows = h.reshape(-1, h.shape[-1])
+        return torch.addmm(y.reshape(-1, y.shape[-1]), rows, B.to(h.dtype).t(), alpha=alpha).view_as(y)
+
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        """The base layer itself, outside autograd: `x`: [..., in] -> [..., out]."""
+        b = self.bias(layer)
+        return F.linear(x, self.matrix(layer).to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def linear_t(self, layer: Any, dy: Tensor) -> Tensor:
+        """The gradient of `linear` with respect to its input: `dy`: [..., out] -> [..., in]."""
+        return dy @ self.matrix(layer).to(dy.dtype)
+
+
+@register_layer_ops("torch.nn.modules.linear.Linear")
+class LinearOps(LayerOps):
+    """`nn.Linear`: weight [out, in]."""
+
+
+@register_layer_ops("transformers.pytorch_utils.Conv1D")
+class Conv1DOps(LayerOps):
+    """GPT-2's Conv1D: a linear layer whose weight is stored as [in, out]."""
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def matrix(self, layer: Any) -> Tensor:
+        return layer.weight.t()
+
+
+@register_layer_ops("bitsandbytes.nn.modules.Linear4bit")
+class Linear4bitOps(LayerOps):
+    """bitsandbytes' 4-bit linear layer; the matrix is dequantised at each use, never kept."""
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        # Read from the quantisation state: the packed weight has another shape, and loses the state when sharded.
+        state = self._state(layer)
+        return tuple(state.shape) if state is not None else super().size(layer)
+
+    def matrix(self, layer: Any) -> Tensor:
+        state = self._state(layer)
+        if state is None:  # not moved to its device yet: bitsandbytes quantises then
+            return layer.weight
+        import bitsandbytes.functional as bnb
+
+        return bnb.dequantize_4bit(layer.weight.data, state)
+
+    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+        raise TypeError("A 4-bit layer cannot take a merged weight in place.")
+
+    @staticmethod
+    def _state(layer: Any) -> Any:
+        return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+@register_layer_ops("torch.nn.modules.sparse.Embedding")
+class EmbeddingOps(LayerOps):
+    """`nn.Embedding` as a matrix on one-hot vectors: [out, in] = [dim, vocabulary], the stored weight's transpose."""
+
+    is_linear = False
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def matrix(self, layer: Any) -> Tensor:
+        if layer.max_norm is not None:
+            raise TypeError("An embedding with max_norm rewrites its own weight as it runs and cannot be adapted.")
+        return layer.weight.t()
+
+    def bias(self, layer: Any) -> None:
+        return None
+
+    def apply(self, layer: Any, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        rows = F.embedding(x, W.t(), layer.padding_idx, None, 2.0, layer.scale_grad_by_freq)
+        return rows.to(layer.weight.dtype)
+
+
+@register_layer_ops("torch.nn.modules.conv.Conv2d")
+class Conv2dOps(LayerOps):
+    """`nn.Conv2d` as a matrix on patches: [out, in] = [channels out, channels in / groups x height x width]."""
+
+    is_linear = False
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[0], layer.weight[0].numel()
+
+    def matrix(self, layer: Any) -> Tensor:
+        return layer.weight.flatten(1)
+
+    def apply(self, layer: Any, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        kernel = W.view(W.shape[0], *layer.weight.shape[1:]).to(x.dtype)
+        return layer._conv_forward(x, kernel, None if b is None else b.to(x.dtype))
+
+    def separable(self, layer: Any) -> bool:
+        return layer.groups == 1  # r channels need not divide into the groups
+
+    def combine(self, y: Tensor, h: Tensor, B: Tensor, alpha: float) -> Tensor:
+        return y + alpha * F.conv2d(h, B.to(h.dtype)[:, :, None, None])

@@ -1,0 +1,216 @@
+"""`Method`: a way of fine-tuning, as a Lightning callback. Subclass it to write a new one."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.addition import Addition
+from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach
+from lit_peft.core.targets import Site, find_parameters, find_sites
+from lit_peft.methods import seam
+
+AdapterDtype = Literal["auto", "float32", "bfloat16"]
+
+
+class Method(pl.Callback):
+    """Base of every method: says what is added to the model and which base parameters train.
+
+    As a callback it attaches itself when the trainer configures the model, after the model is built and before
+    it is sharded and the optimizer is made; without a trainer, `attach(module)` does the same. Every constructor
+    argument is kept under its own name (as in scikit-learn), so that checkpoints can record it.
+
+    Args:
+        train_also: Patterns of base parameters or modules that train beside the adapters and are saved with them,
+            a new head for example; never targeted, never quantised. A LightningModule's own `train_also`
+            (our tasks': whatever `from_pretrained` reported as newly initialised) is added.
+        adapter_dtype: Dtype of everything that trains. "auto": float32, whatever the base is stored in, except
+            under `precision: bf16-true`, which asks for bfloat16 throughout. The forward pass computes in the
+            activations' dtype either way.
+        name: Name of the adapter on the module; two methods on one module need two names.
+    """
+
+    learning_rate: ClassVar[float] = 1e-3
+    """The rate that a task uses when none is given."""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that may differ between a checkpoint and the method it is loaded into."""
+    keep_originals: ClassVar[bool] = True
+    """Whether base parameters that train are copied first, so that `detach` can give them back."""
+
+    def __init__(
+        self, train_also: Sequence[str] = (), adapter_dtype: AdapterDtype = "auto", name: str = "default"
+    ) -> None:
+        if adapter_dtype != "auto" and adapter_dtype not in ADAPTER_DTYPES:
+            raise ValueError(f"adapter_dtype must be auto, {' or '.join(ADAPTER_DTYPES)}, not {adapter_dtype!r}.")
+        self.train_also = [train_also] if isinstance(train_also, str) else list(train_also)
+        self.adapter_dtype = adapter_dtype
+        self.name = name
+
+    # ------------------------------------------------------------------------------------------ the contract
+
+    def sites(self, module: nn.Module, avoid: Iterable[str]) -> list[Site]:
+        """Places where something is added; none by default.
+
+        Args:
+            module: The module to adapt.
+            avoid: Paths that `train_also` covers and that must not be targeted.
+        """
+        return []
+
+    def plan(self, sites: list[Site]) -> None:
+        """Sees all sites once, before the first `build`: shared tensors, budgets, ranks by name."""
+
+    def build(self, site: Site) -> Addition | None:
+        """Allocates the addition of one site, or None to leave it out. Values come later, in `Addition.init`."""
+        return None
+
+    def trains(self, name: str) -> bool:
+        """Whether the base parameter of this name stays trainable."""
+        return False
+
+    def prepare(self, module: nn.Module, batches: Iterable[Any]) -> None:
+        """Initialises from data, once at the start of a fit that does not resume; values only, never shapes."""
+
+    def before_optimizer_step(self, module: nn.Module) -> None:
+        """Runs once an optimizer step, not a micro-batch, with unscaled gradients in place."""
+
+    def after_optimizer_step(self, module: nn.Module) -> None:
+        """Runs once an optimizer step, after the parameters moved."""
+
+    def penalty(self, module: nn.Module) -> Tensor | None:
+        """A scalar that is added to the training loss, or None."""
+        return None
+
+    def param_groups(self, named: Sequence[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+        """Splits trainable parameters into optimizer groups: dicts with `params`, a list of names, and `lr`."""
+        return [{"params": [name for name, _ in named], "lr": lr}]
+
+    def lacks_gradient(self, name: str) -> bool:
+        """Whether a trainable parameter may go without a (non-zero) gradient in the first two steps."""
+        return False
+
+    # -------------------------------------------------------------------------------------------- attaching
+
+    def attach(self, module: nn.Module, dtype: torch.dtype | None = None) -> Adapter:
+        """Attaches this method to any module, in place; no trainer needed.
+
+        Args:
+            module: The module; a bare `nn.Module` or a LightningModule whose layers exist.
+            dtype: Dtype of what trains; by default what `adapter_dtype` says, float32 for "auto".
+
+        Returns:
+            The registry's record: sites, base parameters that train.
+
+        Raises:
+            ValueError: When targets match nothing, the name is taken, or nothing would train.
+        """
+        check_attachable(module, self.name)
+        patterns = [*self.train_also, *getattr(module, "train_also", ())]
+        also = find_parameters(module, patterns)
+        sites = self.sites(module, also.roots)
+        self.plan(sites)
+        with torch.device("cpu"), seam.default_dtype(torch.float32):  # whatever context Lightning is in
+            additions = [(site, addition) for site in sites if (addition := self.build(site)) is not None]
+        base = {name for name, _ in module.named_parameters() if ".peft." not in f".{name}" and self.trains(name)}
+        return attach(
+            module,
+            self.name,
+            additions,
+            base | also.names,
+            spec={"class_path": _class_path(type(self)), "init_args": self.arguments()},
+            dtype=dtype or ADAPTER_DTYPES.get(self.adapter_dtype, torch.float32),
+            keep_originals=self.keep_originals,
+        )
+
+    def detach(self, module: nn.Module) -> None:
+        """Takes this method off again, see `lit_peft.core.attach.detach`."""
+        detach(module, self.name)
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor arguments, read back from the attributes of the same names."""
+        names: dict[str, None] = {}
+        for cls in reversed(type(self).__mro__):
+            if issubclass(cls, Method):
+                parameters = inspect.signature(cls.__init__).parameters.values()
+                names.update({p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)})
+        names.pop("self")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments().items())})"
+
+    # ------------------------------------------------------------------------- Lightning's hooks, see seam.py
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint; by name, since a module may carry a method twice."""
+        return f"{type(self).__qualname__}.{self.name}"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        seam.install(trainer, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seam.check_optimizers(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is None and _overrides(self, "prepare") and trainer.train_dataloader is not None:
+            self.prepare(pl_module, trainer.train_dataloader)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        seam.check_gradients(trainer, pl_module, self)
+        self.before_optimizer_step(pl_module)
+
+
+class TargetedMethod(Method):
+    """A method that adds something at chosen layers.
+
+    Args:
+        target_modules: Where: roles (query key value output ffn_up ffn_gate ffn_down), groups (attention, ffn,
+            all-linear), layer names, globs, `re:` expressions; null for the method's own default.
+        exclude_modules: What to leave out of it, in the same language.
+        layers: Transformer blocks to keep, as indices or a range "2-5"; null for all.
+        **common: See `Method`.
+    """
+
+    default_targets: ClassVar[tuple[str, ...]] = ("attention",)
+    layers_only: ClassVar[bool] = True
+    """Whether sites are layers with a weight matrix; False for additions around any module."""
+
+    def __init__(
+        self,
+        target_modules: str | Sequence[str] | None = None,
+        exclude_modules: str | Sequence[str] = (),
+        layers: str | Sequence[int] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.target_modules = target_modules if target_modules is None else _words(target_modules)
+        self.exclude_modules = _words(exclude_modules)
+        self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
+
+    def sites(self, module: nn.Module, avoid: Iterable[str]) -> list[Site]:
+        return find_sites(
+            module,
+            self.target_modules or self.default_targets,
+            exclude=self.exclude_modules,
+            blocks=self.layers,
+            avoid=avoid,
+            layers_only=self.layers_only,
+        )
+
+
+def _words(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _class_path(cls: type) -> str:
+    """Import path of a method; the built-in ones under the public name of their package."""
+    module = "lit_peft.methods" if cls.__module__.startswith("lit_peft.methods.") else cls.__module__
+    return f"{module}.{cls.__qualname__}"
+
+
+def _overrides(method: Method, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(Method, hook)

@@ -1,0 +1,186 @@
+"""Where methods meet Lightning: attach when the model is configured, save little, load strictly, guard the start.
+
+Order of a fit: callback.setup -> module.setup -> configure_model (build, attach, shard: here) -> a checkpoint's
+weights -> precision's convert_module -> configure_optimizers -> on_fit_start -> a checkpoint's optimizer state.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from torch import nn
+
+from lit_peft.core.attach import Swapped, registry, swap_class
+from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_record, record
+
+if TYPE_CHECKING:
+    from lit_peft.methods.base import Method
+
+
+class AdaptedLightningModule(Swapped):
+    """What a LightningModule becomes when a trainer brings it a method; its own hooks run inside these."""
+
+    trainer: pl.Trainer
+
+    def configure_model(self) -> None:
+        """Builds (the module's own), attaches, shards. Runs again for every trainer call and does nothing then."""
+        super().configure_model()  # type: ignore[misc]
+        module: Any = self
+        for method in methods(self.trainer):
+            state = registry(module)
+            if state is None or method.name not in state.adapters:
+                method.attach(module, _dtype(method, self.trainer))
+        mesh = getattr(module, "device_mesh", None)
+        if mesh is not None and hasattr(module, "shard") and not module.__dict__.get("_lit_peft_sharded"):
+            module.shard(mesh)
+            module.__dict__["_lit_peft_sharded"] = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds the methods' penalties to the loss."""
+        output = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        for method in methods(self.trainer):
+            penalty = method.penalty(self)  # type: ignore[arg-type]
+            if penalty is not None:
+                if isinstance(output, dict):
+                    output = {**output, "loss": output["loss"] + penalty}
+                else:
+                    output = output + penalty
+        return output
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lets the methods act once the parameters have moved."""
+        super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
+        for method in methods(self.trainer):
+            method.after_optimizer_step(self)  # type: ignore[arg-type]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the frozen base out; this hook also runs for `save_weights_only`, a callback's does not."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        module: Any = self
+        keep = adapter_keys(module)
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in keep}
+        checkpoint["lit_peft"] = record(module)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        may_change = {method.name: method.may_change for method in methods(self.trainer)}
+        check_record(self, checkpoint.get("lit_peft"), checkpoint["state_dict"], may_change)  # type: ignore[arg-type]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written beside their place and renamed: a killed run leaves no half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_path(path) as part:
+            torch.save(checkpoint, part)
+
+
+def methods(trainer: pl.Trainer) -> list["Method"]:
+    """The methods among a trainer's callbacks."""
+    from lit_peft.methods.base import Method
+
+    return [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+
+
+def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Prepares a module for the methods; runs in each method's `setup`, before the model is configured.
+
+    Raises:
+        ValueError: For a plugin that would quantise the adapters, or a precision that cannot train them.
+    """
+    plugin = trainer.strategy.precision_plugin
+    if isinstance(plugin, BitsandbytesPrecision):
+        raise ValueError(
+            "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head included, so "
+            "that nothing trains. Remove the plugin and load the base itself in 4 bit."
+        )
+    if plugin.precision == "16-true":
+        raise ValueError("precision 16-true has no loss scaling, and float16 adapters underflow; use 16-mixed.")
+    if plugin.precision == "bf16-true" and any(m.adapter_dtype == "float32" for m in methods(trainer)):
+        raise ValueError(
+            "precision bf16-true casts everything to bfloat16, adapter_dtype float32 included; use bf16-mixed with "
+            "a base loaded in bfloat16, or adapter_dtype auto."
+        )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    swap_class(module, AdaptedLightningModule)
+    module.strict_loading = False  # the base is not in the file; `on_load_checkpoint` is strict about the rest
+
+
+def _dtype(method: "Method", trainer: pl.Trainer) -> torch.dtype | None:
+    """bf16-true casts all parameters after `configure_model`; attaching in bfloat16 keeps one dtype throughout."""
+    return torch.bfloat16 if trainer.strategy.precision_plugin.precision == "bf16-true" else None
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Sets torch's default dtype for a while: Lightning's is bfloat16 under bf16-true."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Drops frozen parameters from the optimizers and makes sure that each trainable one is in one of them.
+
+    Users write `Adam(self.parameters())`; what is frozen would cost state and, on resume, break the restore.
+
+    Raises:
+        RuntimeError: When a parameter would never be optimised, as with an optimizer built before attaching.
+    """
+    held: set[int] = set()
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+            held.update(map(id, group["params"]))
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} trainable parameters are in no optimizer, {lost[0]} among them: the optimizer was built "
+            "before the method was attached. Build it in configure_optimizers from self.parameters() (with "
+            "LightningCLI: take an OptimizerCallable, auto_configure_optimizers=False)."
+        )
+
+
+def check_gradients(trainer: pl.Trainer, module: nn.Module, method: "Method") -> None:
+    """In the first two optimizer steps: every tensor of an adapter has a gradient, by the second a non-zero one.
+
+    Base parameters that train are only warned about: a model may hold some that its loss does not use.
+
+    Raises:
+        RuntimeError: When a tensor of the adapter would never move.
+    """
+    state = registry(module)
+    first = module.__dict__.setdefault("_lit_peft_first_step", trainer.global_step)
+    step = trainer.global_step - first
+    if state is None or step > 1:
+        return
+    adapter = state.adapters[method.name]
+    additions = {f"{p}.peft.{adapter.name}.{t}".lstrip(".") for p, names in adapter.sites.items() for t in names}
+    dead = []
+    for name in sorted(additions | set(adapter.base)):
+        gradient = module.get_parameter(name).grad
+        if gradient is None or (step == 1 and not gradient.any()):
+            dead += [] if method.lacks_gradient(name) else [name]
+    lost = [name for name in dead if name in additions]
+    if lost or (dead and len(dead) == len(additions) + len(adapter.base)):
+        raise RuntimeError(
+            f"{len(lost or dead)} of {method.name!r}'s tensors got no gradient, {(lost or dead)[0]} among them: they "
+            "would never be trained. Is the layer used in the forward pass? With gradient checkpointing, use "
+            "use_reentrant=False."
+        )
+    if dead and step == 1:
+        shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+        warnings.warn(f"Trained, but without any gradient in the first two steps: {shown}.", stacklevel=2)
