@@ -1,0 +1,39 @@
+"""Predictions on disk."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from lit_peft.core.checkpoint import atomic_path
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict_step` returned, lists of dicts, as one JSON object a line, in the data's order.
+
+    Args:
+        path: The file; null: predictions.jsonl in the run's folder. Each further rank writes its own share to
+            predictions.1.jsonl and so on.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+        self.written: Path | None = None
+
+    def write_on_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Any
+    ) -> None:
+        if self.path is not None:
+            target = Path(self.path)
+        else:
+            target = Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
+        if trainer.global_rank:
+            target = target.with_suffix(f".{trainer.global_rank}{target.suffix}")
+        with atomic_path(target) as part, part.open("w", encoding="utf-8") as file:
+            for batch in predictions:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
+        self.written = target

@@ -1,0 +1,128 @@
+"""The report of a run: what trains, before; metrics.json, the adapter folder and a summary, after."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from lit_peft.callbacks.speed import SpeedMonitor, peak_bytes
+from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
+from lit_peft.core.attach import registry
+from lit_peft.core.checkpoint import atomic_path
+from lit_peft.methods.folder import save
+from lit_peft.methods.seam import methods
+
+
+class RunReport(pl.Callback):
+    """Prints the table of sites when a fit starts; `finish` writes what a run leaves.
+
+    Args:
+        quiet: Print nothing, write all the same.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.base: dict[str, float] = {}
+        """Test metrics before training, `base/test/...`; a checkpoint carries them through a resume."""
+        self.console = Console(soft_wrap=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": self.base}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base = dict(state_dict["base"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and not self.quiet and registry(pl_module) is not None:
+            self.console.print(sites_table(pl_module))
+
+    def measure_base(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
+        """Scores the test set before training, without a trace in the loggers."""
+        loggers, trainer.loggers = trainer.loggers, []
+        try:
+            results = trainer.test(module, datamodule=data, verbose=False)
+        finally:
+            trainer.loggers = loggers
+        self.base = {f"base/{key}": value for result in results for key, value in result.items()}
+
+    def finish(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        scores: Mapping[str, float],
+        checkpoint: Path | None,
+        next_steps: list[str],
+    ) -> dict[str, float | None]:
+        """Writes adapter/ and metrics.json for the weights that the module holds now, and prints the summary.
+
+        Args:
+            trainer: The trainer that fitted.
+            module: The module, with the best checkpoint's weights.
+            scores: Its val and test metrics.
+            checkpoint: The best checkpoint, None where none was written.
+            next_steps: Commands for the summary.
+
+        Returns:
+            What metrics.json holds; figures that cannot be had are null.
+        """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        notes: dict[str, str] = {}
+        metrics: dict[str, float | None] = {**scores, **self.base, **count_parameters(module).metrics()}
+        speed = next((c for c in trainer.callbacks if isinstance(c, SpeedMonitor)), None)  # type: ignore[attr-defined]
+        if speed is not None:
+            metrics["time/train_s"] = speed.train_s
+            metrics["throughput/examples_per_s"] = speed.examples_per_s
+        metrics["memory/peak_bytes"] = peak_bytes(module)
+        metrics["checkpoint/bytes"] = checkpoint.stat().st_size if checkpoint is not None else None
+        notes["checkpoint"] = str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
+        metrics["adapter/bytes"] = None
+        for method in methods(trainer):
+            target = folder / "adapter" if method.name == "default" else folder / "adapter" / method.name
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                try:
+                    save(module, target, method.name)
+                except ValueError as error:
+                    notes["adapter"] = f"not written: {error}"
+                else:
+                    size = sum(file.stat().st_size for file in target.iterdir())
+                    metrics["adapter/bytes"] = (metrics["adapter/bytes"] or 0) + size
+                    notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
+        metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
+        if trainer.is_global_zero:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                with atomic_path(folder / "metrics.json") as part:
+                    part.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+                notes["metrics"] = str(folder / "metrics.json")
+            self._log_hyperparameters(trainer, module, metrics)
+            if not self.quiet:
+                title = " + ".join(type(method).__name__ for method in methods(trainer)) or type(module).__name__
+                self.console.print(summary_panel(title, metrics, notes))
+                for step in next_steps:  # never wrapped, so that it can be copied
+                    self.console.print(f"  {step}", soft_wrap=True, highlight=False)
+        return metrics
+
+    def _log_hyperparameters(
+        self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Mapping[str, float | None]
+    ) -> None:
+        """Fills TensorBoard's HPARAMS page: arguments and final metrics must come in one call to show together."""
+        arguments: dict[str, Any] = {}
+        for method in methods(trainer):
+            arguments["method"] = type(method).__name__
+            arguments |= {f"method.{key}": _plain(value) for key, value in method.arguments().items()}
+        for part in (module, trainer.datamodule):  # type: ignore[attr-defined]
+            for key, value in getattr(part, "hparams", {}).items():
+                if not key.startswith("_"):
+                    arguments[f"{'model' if part is module else 'data'}.{key}"] = _plain(value)
+        finite = {f"final/{key}": value for key, value in metrics.items() if value is not None}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(arguments, finite)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else str(value)

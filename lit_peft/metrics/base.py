@@ -1,0 +1,82 @@
+"""What every metric of this package shares: the check of its inputs, and sums that keep their precision."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def checked_logits(preds: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
+    """Refuse what would give a wrong number in silence, and return the logits ready for a softmax.
+
+    Args:
+        preds: Logits [N, C], any float dtype, C >= 2. A logit of -inf is a class that is ruled out.
+        target: Class indices [N], any integer dtype, in [0, C).
+        num_classes: C, where the caller knows it; by default it is read from `preds`.
+
+    Returns:
+        The logits [N, C] in float32, cut from the autograd graph.
+
+    Raises:
+        ValueError: On a wrong shape or dtype, a target outside [0, C), or a row of logits that has no
+            softmax (it holds NaN or +inf, or is -inf throughout). The text names the first such row.
+    """
+    classes = preds.shape[1] if preds.ndim == 2 else 0
+    if not preds.is_floating_point() or classes < 2 or classes != (num_classes or classes):
+        expected = f"[N, {num_classes}]" if num_classes else "[N, C] with C >= 2"
+        raise ValueError(f"preds must be float logits {expected}, not {preds.dtype} {list(preds.shape)}")
+    if target.is_floating_point() or target.dtype == torch.bool or target.shape != preds.shape[:1]:
+        raise ValueError(
+            f"target must be integer class indices [{len(preds)}], one for each row of preds, "
+            f"not {target.dtype} {list(target.shape)}"
+        )
+    logits = preds.detach().float()
+    no_softmax = ~logits.logsumexp(dim=1).isfinite()
+    outside = (target < 0) | (target >= classes)
+    if (no_softmax | outside).any():  # the one wait for the device
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"target {int(target[row])} in row {row} is outside [0, {classes}), the classes of preds; "
+                "drop unlabelled examples before they reach a metric"
+            )
+        row = int(no_softmax.nonzero()[0])
+        raise ValueError(
+            f"preds have no softmax in {int(no_softmax.sum())} of {len(preds)} rows; "
+            f"row {row} starts with {logits[row, :4].tolist()}. Has the training diverged?"
+        )
+    return logits
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class SumMetric(Metric):
+    """A metric whose whole state is float64 sums over the samples.
+
+    Their size is fixed, and any split of the data into batches and ranks gives the same result.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int) -> None:
+        """Register the state `name`: zeros of `shape`, added up over batches and ranks."""
+        self.add_state(name, torch.zeros(shape, dtype=sum_dtype(self.device)), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "SumMetric":
+        """Follow the module to a device, but not to a dtype.
+
+        `module.to(torch.bfloat16)`, which Lightning's "bf16-true" calls, would cast the sums as well, and
+        a bfloat16 count stops growing at 256.
+        """
+        super()._apply(fn, exclude_state=tuple(self._defaults))
+        for name in self._defaults:
+            value = getattr(self, name).to(self.device, sum_dtype(self.device))
+            setattr(self, name, value)
+            self._defaults[name] = torch.zeros_like(value)
+        return self

@@ -1,0 +1,77 @@
+"""Optimizer groups and learning-rate schedules of the tasks."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_peft.methods.base import Method
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+def build_optimizer(
+    module: nn.Module,
+    methods: Iterable[Method],
+    optimizer: OptimizerCallable,
+    lr: float,
+    weight_decay: float,
+    adapter_weight_decay: float,
+) -> Optimizer:
+    """Makes the optimizer from the parameters that train and from nothing else.
+
+    Each method groups the tensors of its own adapter (`Method.param_groups`); what belongs to none trains at `lr`.
+    Weights decay by `weight_decay`, tensors of adapters by `adapter_weight_decay`; vectors (biases, norms) never.
+
+    Args:
+        module: Holds the parameters; frozen ones are passed over.
+        methods: The attached methods.
+        optimizer: Called with the list of groups.
+        lr: Learning rate.
+        weight_decay: Decay of base weights that train, a head or the whole model.
+        adapter_weight_decay: Decay of adapter tensors.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    left = dict(parameters)
+    groups: list[dict[str, Any]] = []
+    for method in methods:
+        own = [(name, p) for name, p in left.items() if f".peft.{method.name}." in name]
+        groups += method.param_groups(own, lr) if own else []
+        left = {name: p for name, p in left.items() if f".peft.{method.name}." not in name}
+    groups.append({"params": list(left), "lr": lr})
+    decayed: list[dict[str, Any]] = []
+    for group in groups:
+        by_decay: dict[float, list[nn.Parameter]] = {}
+        for name in group["params"]:
+            decay = adapter_weight_decay if ".peft." in name else weight_decay
+            by_decay.setdefault(decay if parameters[name].ndim > 1 else 0.0, []).append(parameters[name])
+        decayed += [{**group, "params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+    return optimizer(decayed)
+
+
+def warmup_schedule(optimizer: Optimizer, kind: Schedule, steps: float, warmup: float) -> LambdaLR:
+    """The rate as a share of its peak: up linearly over `warmup` of all steps, then down to zero, or constant.
+
+    Args:
+        optimizer: Its groups' rates are the peaks.
+        kind: linear, cosine (half a wave) or constant after the warm-up.
+        steps: Optimizer steps of the whole run; infinite only with constant.
+        warmup: Share of the steps, 0 to 1.
+    """
+    if not math.isfinite(steps) and kind != "constant":
+        raise ValueError(f"schedule {kind!r} needs an end: set trainer.max_epochs or max_steps, or use constant.")
+    rising = math.ceil(warmup * steps) if math.isfinite(steps) else 0
+
+    def share(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        if kind == "constant":
+            return 1.0
+        done = (step - rising) / max(1, steps - rising)
+        return max(0.0, 1.0 - done) if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, share)

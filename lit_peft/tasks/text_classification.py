@@ -1,0 +1,193 @@
+"""Sequence classification with any transformers model that has a head for it."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW
+
+from lit_peft import hub
+from lit_peft.methods.base import check_range
+from lit_peft.methods.seam import methods
+from lit_peft.metrics import classification_metrics
+from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
+
+Batch = dict[str, Tensor]
+
+
+class TextClassification(pl.LightningModule):
+    """Classifies texts, or pairs of texts, with a transformers sequence-classification model.
+
+    The model is built in `configure_model`, in training mode. Whatever `from_pretrained` reports as newly
+    initialised (the head, a missing pooler) is named by `train_also`, so that every method trains and saves it.
+    Logs `train/loss`; in evaluation acc, f1, mcc, nll, brier and ece under `val/` or `test/`.
+
+    Args:
+        backbone: Model to start from: a hub id, a local folder, or demo for the bundled encoder.
+        label_names: Names of the classes in the order of their codes; null: the data module's.
+        learning_rate: Peak learning rate; null: the method's own (1e-3; full fine-tuning 5e-5).
+        optimizer: Optimizer, called with the parameter groups; its rate and decay are set by the arguments here.
+        weight_decay: Decay of base weights that train (the head, or the whole model); never of biases and norms.
+        adapter_weight_decay: Decay of adapter tensors, which are small by construction.
+        schedule: How the rate falls after the warm-up: linear, cosine, or constant.
+        warmup: Share of the steps over which the rate rises.
+        class_weights: Weights of the classes in the loss: one number each, or balanced for the inverse of their
+            frequencies; null: equal.
+        dtype: Dtype in which the frozen base is loaded. bfloat16 halves its memory; what trains stays float32.
+        compile: Compile the model in place for training; pays off when batches are large or epochs many.
+    """
+
+    def __init__(
+        self,
+        backbone: str = hub.DEMO,
+        label_names: Sequence[str] | None = None,
+        learning_rate: float | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        weight_decay: float = 0.01,
+        adapter_weight_decay: float = 0.0,
+        schedule: Schedule = "linear",
+        warmup: float = 0.06,
+        class_weights: Literal["balanced"] | Sequence[float] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        check_range("model.warmup", warmup, 0, 1)
+        check_range("model.weight_decay", weight_decay, 0)
+        check_range("model.adapter_weight_decay", adapter_weight_decay, 0)
+        if learning_rate is not None:
+            check_range("model.learning_rate", learning_rate, 0)
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.backbone = backbone
+        self.label_names = None if label_names is None else list(label_names)
+        self.learning_rate = learning_rate
+        self.optimizer = optimizer
+        self.weight_decay, self.adapter_weight_decay = weight_decay, adapter_weight_decay
+        self.schedule: Schedule = schedule
+        self.warmup = warmup
+        self.class_weights = class_weights
+        self.base_dtype = getattr(torch, dtype)
+        self.compiles = compile
+        self.model: Any = None
+        self.train_also: list[str] = []
+
+    # ------------------------------------------------------------------------------------------- the model
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        if self.label_names is None:
+            names = getattr(data, "label_names", None)
+            if not names:
+                raise ValueError("The classes are unknown: give label_names, or a data module that has them.")
+            self.label_names = list(names)
+            self.hparams["label_names"] = self.label_names
+        classes = len(self.label_names)
+        self.model, fresh = load_classifier(self.backbone, self.label_names, self.base_dtype)
+        self.train_also = [f"model.{name}" for name in fresh]
+        weights = self._class_weights(getattr(data, "class_counts", None))
+        self.register_buffer("loss_weights", weights, persistent=False)
+        self.val_metrics = classification_metrics(classes, "val/")
+        self.test_metrics = classification_metrics(classes, "test/")
+
+    def _class_weights(self, counts: Sequence[int] | None) -> Tensor | None:
+        assert self.label_names is not None
+        if self.class_weights is None:
+            return None
+        if self.class_weights == "balanced":
+            if counts is None:
+                raise ValueError("class_weights: balanced needs a data module with class_counts.")
+            frequency = torch.tensor(counts, dtype=torch.float32)
+            return frequency.sum() / (len(frequency) * frequency)
+        weights = torch.tensor([float(w) for w in self.class_weights])
+        if len(weights) != len(self.label_names):
+            raise ValueError(
+                f"class_weights has {len(weights)} numbers; there are {len(self.label_names)} classes: "
+                f"{', '.join(self.label_names)}."
+            )
+        return weights
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits in float32, [batch, classes], of one batch of the data module; its labels are not looked at."""
+        return self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+
+    # --------------------------------------------------------------------------------------------- the loop
+
+    def on_fit_start(self) -> None:
+        if self.compiles:
+            self.model.compile()  # in place, after attaching: torch.compile(model) would rename every parameter
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch), batch["labels"], weight=self.loss_weights)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metrics.update(self(batch), batch["labels"])
+        self.log_dict(self.val_metrics, prog_bar=False, batch_size=len(batch["labels"]))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.test_metrics.update(self(batch), batch["labels"])
+        self.log_dict(self.test_metrics, batch_size=len(batch["labels"]))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One dict a text: `label`, its name; `probability` of it; `probabilities` of all classes by name."""
+        assert self.label_names is not None
+        rows = self(batch).softmax(-1).tolist()
+        return [
+            {
+                "label": self.label_names[max(range(len(row)), key=row.__getitem__)],
+                "probability": max(row),
+                "probabilities": dict(zip(self.label_names, row, strict=True)),
+            }
+            for row in rows
+        ]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        attached = methods(self.trainer)
+        lr = self.learning_rate
+        if lr is None:
+            lr = attached[0].learning_rate if attached else 5e-5
+        optimizer = build_optimizer(
+            self, attached, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay
+        )
+        schedule = warmup_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def load_classifier(backbone: str, label_names: Sequence[str], dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Loads a sequence-classification model in training mode.
+
+    Args:
+        backbone: Hub id, local folder, or demo.
+        label_names: Names of the classes; they go into the model's configuration.
+        dtype: Dtype of the loaded weights.
+
+    Returns:
+        The model, and the names of the parameters that the checkpoint did not hold.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with torch.device("cpu"):  # Lightning's context would place, and rename the hooks of, what is loaded
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            hub.locate(backbone, what="model"),
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={name: i for i, name in enumerate(label_names)},
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    if model.config.pad_token_id is None:  # decoders pool the last token before the padding
+        model.config.pad_token_id = model.config.eos_token_id
+    fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    # `from_pretrained` returns evaluation mode, which Lightning keeps: dropout would stay off.
+    return model.train(), sorted(fresh & {name for name, _ in model.named_parameters()})
