@@ -1,0 +1,25 @@
+"""LightningDataModules. Imported on first use, because `datasets` and Lightning take seconds to import."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_peft.data.sst2 import SST2DataModule
+    from lit_peft.data.text_classification import TextClassificationDataModule
+
+__all__ = ["SST2DataModule", "TextClassificationDataModule"]
+
+_HOMES = {
+    "SST2DataModule": "lit_peft.data.sst2",
+    "TextClassificationDataModule": "lit_peft.data.text_classification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,201 @@
+"""Data loaders that are exact: resumable in mid-epoch, equal over ranks, nothing evaluated twice."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+if TYPE_CHECKING:
+    import datasets
+
+POOL = 50  # batches sorted by length together: enough to waste little padding, few enough to keep the mix
+
+
+class BucketBatchSampler(DistributedSampler[list[int]]):
+    """Batches of rows of about equal length, in an order that follows from (seed, epoch) alone.
+
+    An epoch is a random permutation, cut into pools of 50 batches; each pool is sorted by length and cut into
+    batches, and the batches are shuffled. Under data parallelism the batches are global ones of
+    `batch_size * num_replicas` rows, dealt out to the ranks one row at a time: so every rank takes the same
+    number of steps with the same number of rows of about the same lengths, and the global batches do not
+    depend on how many ranks share them. The at most `num_replicas - 1` rows that do not divide are left out,
+    others each epoch.
+
+    It is a `DistributedSampler` that yields lists, for a loader with `batch_size=None`: Lightning leaves such
+    a loader as it is, whatever `use_distributed_sampler` says, and tells it the epoch through `set_epoch`.
+
+    Args:
+        lengths: Length of each row, in tokens.
+        batch_size: Rows a batch on each rank. The last global batch cut may be smaller.
+        num_replicas: Number of ranks.
+        rank: This process's rank.
+        seed: Seed of the order, not negative.
+
+    Attributes:
+        start: Number of batches to skip, set by the loader before each pass.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 0
+    ) -> None:
+        if len(lengths) < num_replicas:
+            raise ValueError(f"{len(lengths)} training examples cannot be shared by {num_replicas} ranks.")
+        self.lengths = np.asarray(lengths)
+        super().__init__(self.lengths, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.start = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on each rank, whatever `start` is."""
+        return -(-(len(self.lengths) // self.num_replicas) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths))
+        order = order[: len(order) - len(order) % self.num_replicas]
+        step = self.batch_size * self.num_replicas
+        for begin in range(0, len(order), POOL * step):
+            pool = order[begin : begin + POOL * step]  # a view
+            pool[:] = pool[np.argsort(self.lengths[pool], kind="stable")]
+        batches = [order[begin : begin + step] for begin in range(0, len(order), step)]
+        for index in rng.permutation(len(batches))[self.start :]:
+            yield batches[index][self.rank :: self.num_replicas].tolist()
+
+
+class ResumableLoader(DataLoader):
+    """A training loader that goes on, after a resume, with exactly the batches that were not trained.
+
+    Where training stands is asked of `progress` when the first batch of a pass is wanted, not counted here: a
+    checkpoint written inside a step (an exception, a preemption signal) then repeats that step's batch, and
+    batches that workers have fetched ahead do not count. Nothing starts before that first batch, because
+    Lightning calls `iter()` before it knows the epoch that it resumes in, and workers would already have
+    fetched the order of epoch 0.
+
+    Args:
+        dataset: Indexed with lists of rows.
+        sampler: A `BucketBatchSampler`.
+        progress: Gives (epoch, batches of it that are done); `None`: whole passes, the epoch set on the
+            sampler.
+        kwargs: More arguments of `DataLoader`.
+    """
+
+    sampler: BucketBatchSampler
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        sampler: BucketBatchSampler,
+        progress: Callable[[], tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, batch_size=None, sampler=sampler, **kwargs)
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch, self.sampler.start = self.progress() if self.progress else (self.sampler.epoch, 0)
+        self.sampler.set_epoch(epoch)
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        """What the order within an epoch depends on; the position itself is in the trainer's progress."""
+        sampler = self.sampler
+        return {
+            "rows": len(sampler.lengths),
+            "global_batch": sampler.batch_size * sampler.num_replicas,
+            "seed": sampler.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Called on a resume in mid-epoch: warns where this epoch cannot go on as it would have."""
+        changed = [
+            f"{key} was {state.get(key)}, is {now}" for key, now in self.state_dict().items() if state.get(key) != now
+        ]
+        if changed:
+            rank_zero_warn(
+                f"Resuming in mid-epoch with other data settings ({'; '.join(changed)}): "
+                "until the next epoch some examples will be seen twice or not at all."
+            )
+
+
+def evaluation_loader(
+    dataset: Any, batch_size: int, num_replicas: int = 1, rank: int = 0, **kwargs: Any
+) -> DataLoader[Any]:
+    """A loader that shows each example once, on exactly one rank, in the order of the data.
+
+    Rank r takes rows r, r + num_replicas, ...: nothing is padded or repeated, so that counts and calibration
+    are exact. Every rank takes the same number of steps, as sharded strategies, which communicate in every
+    forward pass, demand. Where the ranks' shares would not allow that, the batch size is the next smaller one
+    at which they do, or, for want of one, the next larger. The loader is built of parts that
+    `Trainer.predict` knows how to rebuild.
+
+    Args:
+        dataset: Rows, with a length.
+        batch_size: Rows a batch on each rank; but see above.
+        num_replicas: Number of ranks.
+        rank: This process's rank.
+        kwargs: More arguments of `DataLoader`.
+
+    Raises:
+        ValueError: Fewer examples than ranks.
+    """
+    share, rest = divmod(len(dataset), num_replicas)
+    if not share:
+        raise ValueError(f"{len(dataset)} examples cannot be shared by {num_replicas} ranks: use fewer devices.")
+    if rest:
+        # `share` and `share + 1` rows take equally many steps unless the batch size divides `share`.
+        sizes = itertools.chain(range(batch_size, 1, -1), itertools.count(max(batch_size + 1, 2)))
+        batch_size = next(size for size in sizes if share % size)
+    sampler = UnrepeatedDistributedSampler(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
+
+
+class ArrowRows(Dataset[pa.Table]):
+    """Rows of a `datasets.Dataset`, fetched a batch at a time and left in Arrow's format.
+
+    Args:
+        dataset: The data set.
+    """
+
+    def __init__(self, dataset: "datasets.Dataset") -> None:
+        self.dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | list[int]) -> pa.Table:
+        return self.dataset[index]
+
+    __getitems__ = __getitem__  # what a loader with a batch size calls
+
+
+def pad_batch(rows: pa.Table, *, padding: Mapping[str, int], max_length: int) -> dict[str, torch.Tensor]:
+    """Stack tokenised rows, padded on the right to the longest of them, rounded up to a multiple of 8.
+
+    Args:
+        rows: A table with "length", and the columns of `padding`, lists of that length; maybe "labels".
+        padding: Padding value of each list column.
+        max_length: The width is not rounded beyond this.
+
+    Returns:
+        int64 tensors: each column of `padding`, (batch, width), and "labels", (batch,), where the rows have
+        them.
+    """
+    lengths = rows["length"].to_numpy()
+    longest = int(lengths.max())
+    width = max(longest, min(-(-longest // 8) * 8, max_length))
+    inside = np.arange(width) < lengths[:, None]
+    batch = {}
+    for name, value in padding.items():
+        padded = np.full(inside.shape, value, dtype=np.int64)
+        padded[inside] = rows[name].combine_chunks().flatten().to_numpy()
+        batch[name] = torch.from_numpy(padded)
+    if "labels" in rows.column_names:
+        batch["labels"] = torch.from_numpy(rows["labels"].to_numpy().astype(np.int64))
+    return batch

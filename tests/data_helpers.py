@@ -1,0 +1,33 @@
+"""A tokenizer of a few words and texts whose tokens tell which example they are."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertTokenizer
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def save_tokenizer(folder: Path, words: int = 200, **options: Any) -> str:
+    """A WordPiece tokenizer of the words w0, w1, ...: word n has the id n + 5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join([*SPECIAL, *(f"w{n}" for n in range(words))]))
+    BertTokenizer(str(vocabulary), **options).save_pretrained(folder)
+    return str(folder)
+
+
+def text(number: int) -> str:
+    """1 to 12 words, the first of which tells the number."""
+    return " ".join([f"w{number}"] * (1 + number * 7 % 12))
+
+
+def rows(*numbers: int) -> dict[str, list[Any]]:
+    """Columns of a data set; the label is `good` every third time."""
+    return {"text": [text(n) for n in numbers], "label": ["good" if n % 3 == 0 else "bad" for n in numbers]}
+
+
+def numbers_of(*batches: dict[str, torch.Tensor]) -> list[int]:
+    """Which examples some batches hold."""
+    return [number for batch in batches for number in (batch["input_ids"][:, 1] - len(SPECIAL)).tolist()]
