@@ -31,7 +31,9 @@ HEAD = ["pre_classifier", "classifier"]
 def base(layers: int) -> nn.Module:
     """A DistilBERT classifier with random weights, in training mode."""
     torch.manual_seed(0)
-    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(n_layers=layers)).train()
+    return transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(n_layers=layers)
+    ).train()
 
 
 def ours(layers: int, r: int, dropout: float) -> nn.Module:
@@ -90,7 +92,9 @@ def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
@@ -106,7 +110,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     times = args.steps or (20 if args.device == "cuda" else 1)
 
-    models = {"ours": ours(args.layers, args.r, args.dropout), "theirs": theirs(args.layers, args.r, args.dropout)}
+    models = {
+        "ours": ours(args.layers, args.r, args.dropout),
+        "theirs": theirs(args.layers, args.r, args.dropout),
+    }
     counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
     assert counts["ours"] == counts["theirs"], counts
     if args.compile:
@@ -122,7 +129,11 @@ def main() -> None:
             measured[name].append(clock(steps[name], times))
     ratios = [a / b for a, b in zip(measured["ours"], measured["theirs"], strict=True)]
     low, high = interval(ratios)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()} x{args.threads}"
+    device = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.processor() or platform.machine()} x{args.threads}"
+    )
     result = {
         "device": device,
         "shape": f"{args.batch} x {args.length}",
@@ -132,7 +143,11 @@ def main() -> None:
         "interval": [round(low, 4), round(high, 4)],
         "rounds": args.rounds,
         "compiled": [args.compile, args.compile_theirs],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
     }
     print(f"{'':8}{'ms a step':>12}{'spread (min to max)':>26}")
     for name, values in measured.items():

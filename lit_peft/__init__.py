@@ -1,3 +1,56 @@
-"""Parameter-efficient fine-tuning, native to PyTorch Lightning."""
+"""Parameter-efficient fine-tuning, native to PyTorch Lightning.
+
+    trainer = L.Trainer(callbacks=[LoRA(r=16, target_modules=["q_lin", "v_lin"])])
+    trainer.fit(any_lightning_module, datamodule)
+
+Importing this package imports nothing else: each public name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_peft.core.addition import Addition, Delta
+    from lit_peft.core.attach import detach, set_active
+    from lit_peft.methods.base import Method, TargetedMethod
+    from lit_peft.methods.bitfit import BitFit
+    from lit_peft.methods.folder import load, save
+    from lit_peft.methods.full import FullFineTuning
+    from lit_peft.methods.linear_probe import LinearProbe
+    from lit_peft.methods.lora import LoRA
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Addition": "core.addition",
+    "Delta": "core.addition",
+    "detach": "core.attach",
+    "set_active": "core.attach",
+    "load": "methods.folder",
+    "save": "methods.folder",
+}
+
+__all__ = [
+    "Addition",
+    "BitFit",
+    "Delta",
+    "FullFineTuning",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "TargetedMethod",
+    "detach",
+    "load",
+    "save",
+    "set_active",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f"lit_peft.{_HOME.get(name, 'methods')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

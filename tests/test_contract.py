@@ -11,7 +11,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from models import inputs, logits, tiny
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -282,7 +284,10 @@ def test_compiles_without_a_break(method, kind):
 @pytest.mark.parametrize("kind", ["linear", "nf4"])
 def test_two_methods_on_one_site_compose(first, second, kind):
     scaling = [name for name in (first, second) if name.startswith("ia3")]
-    make = [DELTAS[first](target_modules="layer", name="one"), DELTAS[second](target_modules="layer", name="two")]
+    make = [
+        DELTAS[first](target_modules="layer", name="one"),
+        DELTAS[second](target_modules="layer", name="two"),
+    ]
     if len(scaling) == 2:
         with pytest.raises(ValueError, match="both rescale"):
             holder(kind, *make)
@@ -383,7 +388,9 @@ class Prefix(TargetedMethod):
         return adapter
 
     def build(self, site):
-        return PrefixTensors(3, 8 if "self_attn" in site.path else 16)  # Llama here has one key-value head of 8
+        return PrefixTensors(
+            3, 8 if "self_attn" in site.path else 16
+        )  # Llama here has one key-value head of 8
 
 
 ATTENTION = {
@@ -398,6 +405,8 @@ ATTENTION = {
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_prefix_reaches_every_attention(name):
+    if name == "t5" and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("T5 reads AttentionInterface from transformers 5.20 on, the lower bound of this package")
     model = tiny(name)
     base = logits(model, name)
     Prefix(target_modules=ATTENTION[name]).attach(model)
@@ -416,7 +425,9 @@ def test_prefix_equals_hf_peft():
 
     name = "gpt2"
     model = tiny(name)
-    theirs = get_peft_model(copy.deepcopy(model), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    theirs = get_peft_model(
+        copy.deepcopy(model), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
     theirs.eval()
     Prefix(target_modules=ATTENTION[name]).attach(model)
     table = theirs.prompt_encoder.default.embedding.weight.detach()  # [3, layers * 2 * width]
@@ -469,7 +480,11 @@ def sharded_step(rank: int, name: str) -> tuple[float, dict[str, float], float]:
         assert (mine.grad is None) == (reference.grad is None), key
         if mine.grad is not None:
             gradients[key] = (mine.grad.full_tensor() - reference.grad).abs().max().item()
-    return (half - expected[2 * rank : 2 * rank + 2]).abs().max().item(), gradients, expected.abs().max().item()
+    return (
+        (half - expected[2 * rank : 2 * rank + 2]).abs().max().item(),
+        gradients,
+        expected.abs().max().item(),
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from lit_peft.callbacks.speed import SpeedMonitor, peak_bytes
 from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import atomic_path
+from lit_peft.methods.base import Method
 from lit_peft.methods.folder import save
 from lit_peft.methods.seam import methods
 
@@ -42,12 +44,14 @@ class RunReport(pl.Callback):
             self.console.print(sites_table(pl_module))
 
     def measure_base(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
-        """Scores the test set before training, without a trace in the loggers."""
-        loggers, trainer.loggers = trainer.loggers, []
+        """Scores the test set before training, without a trace: no logger, nor a callback but methods and progress."""
+        loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+        trainer.loggers = []
+        trainer.callbacks = [c for c in callbacks if isinstance(c, Method | ProgressBar)]  # type: ignore[attr-defined]
         try:
             results = trainer.test(module, datamodule=data, verbose=False)
         finally:
-            trainer.loggers = loggers
+            trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
         self.base = {f"base/{key}": value for result in results for key, value in result.items()}
 
     def finish(
@@ -79,7 +83,9 @@ class RunReport(pl.Callback):
             metrics["throughput/examples_per_s"] = speed.examples_per_s
         metrics["memory/peak_bytes"] = peak_bytes(module)
         metrics["checkpoint/bytes"] = checkpoint.stat().st_size if checkpoint is not None else None
-        notes["checkpoint"] = str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
+        notes["checkpoint"] = (
+            str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
+        )
         metrics["adapter/bytes"] = None
         for method in methods(trainer):
             target = folder / "adapter" if method.name == "default" else folder / "adapter" / method.name
@@ -92,7 +98,10 @@ class RunReport(pl.Callback):
                     size = sum(file.stat().st_size for file in target.iterdir())
                     metrics["adapter/bytes"] = (metrics["adapter/bytes"] or 0) + size
                     notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
-        metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
+        metrics = {
+            key: None if value is None or not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
         if trainer.is_global_zero:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 with atomic_path(folder / "metrics.json") as part:
@@ -100,7 +109,9 @@ class RunReport(pl.Callback):
                 notes["metrics"] = str(folder / "metrics.json")
             self._log_hyperparameters(trainer, module, metrics)
             if not self.quiet:
-                title = " + ".join(type(method).__name__ for method in methods(trainer)) or type(module).__name__
+                title = (
+                    " + ".join(type(method).__name__ for method in methods(trainer)) or type(module).__name__
+                )
                 self.console.print(summary_panel(title, metrics, notes))
                 for step in next_steps:  # never wrapped, so that it can be copied
                     self.console.print(f"  {step}", soft_wrap=True, highlight=False)

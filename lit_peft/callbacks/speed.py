@@ -59,9 +59,12 @@ class SpeedMonitor(pl.Callback):
         self.batches_s += now - self._mark
         self._mark = now
         self.examples += batch_size(batch) * trainer.world_size
-        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0:
+        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(
-                {"throughput/examples_per_s": self.examples_per_s, "memory/peak_bytes": float(peak_bytes(pl_module))},
+                {
+                    "throughput/examples_per_s": self.examples_per_s,
+                    "memory/peak_bytes": float(peak_bytes(pl_module)),
+                },
                 batch_size=1,
             )
 

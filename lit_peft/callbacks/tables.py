@@ -143,14 +143,28 @@ def _figures(metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
     rows = []
     if (acc := of("test/acc")) is not None:
         base = of("base/test/acc")
-        rows.append(("test accuracy", f"{acc:.4f}" + (f"   (before training {base:.4f})" if base is not None else "")))
-    for key, label in (("test/ece", "test ECE"), ("test/brier", "test Brier"), ("test/nll", "test NLL"), ("val/acc", "val accuracy")):
+        rows.append(
+            ("test accuracy", f"{acc:.4f}" + (f"   (before training {base:.4f})" if base is not None else ""))
+        )
+    for key, label in (
+        ("test/ece", "test ECE"),
+        ("test/brier", "test Brier"),
+        ("test/nll", "test NLL"),
+        ("val/acc", "val accuracy"),
+    ):
         if (value := of(key)) is not None:
             rows.append((label, f"{value:.4f}"))
     if not rows:
-        rows = [(k, f"{v:.4f}") for k, v in metrics.items() if k.startswith(("val", "test")) and v is not None]
+        rows = [
+            (k, f"{v:.4f}") for k, v in metrics.items() if k.startswith(("val", "test")) and v is not None
+        ]
     if (share := of("params/trainable_share")) is not None:
-        rows.append(("trainable", f"{of('params/trainable') or 0:,.0f} of {of('params/total') or 0:,.0f} parameters, {share:.2%}"))
+        rows.append(
+            (
+                "trainable",
+                f"{of('params/trainable') or 0:,.0f} of {of('params/total') or 0:,.0f} parameters, {share:.2%}",
+            )
+        )
     if (seconds := of("time/train_s")) is not None:
         speed = of("throughput/examples_per_s") or 0
         peak = (of("memory/peak_bytes") or 0) / 2**30

@@ -41,6 +41,10 @@ class Addition(nn.Module):
             generator: A CPU generator, seeded from the site's name, so that every rank draws the same values.
         """
 
+    def describe(self) -> dict[str, Any]:
+        """What the table of sites shows of it beside its size, `{"r": 8, "alpha": 16}`."""
+        return {}
+
 
 class Delta(Addition):
     """A change of one layer's weight matrix, given by one equation, `weight`.

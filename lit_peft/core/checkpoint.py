@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lit_peft.core.attach import Registry, registry
 from lit_peft.core.fingerprint import compare_fingerprints
+from lit_peft.core.swap import buffers_beside
 
 FORMAT_VERSION = 1
 
@@ -29,19 +29,8 @@ def adapter_keys(module: nn.Module) -> set[str]:
     """
     state = _require(module)
     base = {name for adapter in state.adapters.values() for name in adapter.base}
-    owners = {name.rpartition(".")[0] for name in base}
-    keys = set()
-    for key in module.state_dict():
-        owner = key.rpartition(".")[0]
-        is_buffer = owner in owners and key not in base and _is_buffer(module, key)
-        if ".peft." in f".{key}" or key in base or is_buffer:
-            keys.add(key)
-    return keys
-
-
-def _is_buffer(module: nn.Module, key: str) -> bool:
-    owner, _, name = key.rpartition(".")
-    return name in module.get_submodule(owner)._buffers
+    kept = base | buffers_beside(module, base)
+    return {key for key in module.state_dict() if ".peft." in f".{key}" or key in kept}
 
 
 def record(module: nn.Module) -> dict[str, Any]:
@@ -56,7 +45,10 @@ def record(module: nn.Module) -> dict[str, Any]:
 
 
 def check_record(
-    module: nn.Module, saved: Mapping[str, Any] | None, keys: Iterable[str], may_change: Mapping[str, frozenset[str]]
+    module: nn.Module,
+    saved: Mapping[str, Any] | None,
+    keys: Iterable[str],
+    may_change: Mapping[str, frozenset[str]],
 ) -> None:
     """Compares a checkpoint with the module it is about to be loaded into, before anything is changed.
 
@@ -144,13 +136,19 @@ def _umask() -> int:
     return mask
 
 
-def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def write_folder(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Writes an adapter folder in HF PEFT's layout: adapter_model.safetensors first, adapter_config.json last.
 
     Args:
         folder: The folder; made where it is missing. Each file is replaced atomically.
         config: What goes into adapter_config.json.
-        tensors: Name -> tensor; moved to the host, made contiguous.
+        tensors: Name -> tensor; gathered where it is sharded (a collective: every rank calls), moved to the host.
+        metadata: Text that goes into the header of the tensor file, where HF PEFT does not look.
 
     Returns:
         The folder.
@@ -158,32 +156,41 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    host = {key: _whole(value).detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_path(folder / "adapter_model.safetensors") as part:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part, {"format": "pt"})
+        save_file(host, part, {"format": "pt", **(metadata or {})})
     with atomic_path(folder / "adapter_config.json") as part:
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 
-def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads an adapter folder: (config, tensors on the host). Only safetensors are read, never a pickle.
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Reads an adapter folder: (config, tensors on the host, metadata of the tensor file).
+
+    Only safetensors are read, never a pickle.
 
     Raises:
         FileNotFoundError: When a file is missing.
         CheckpointMismatch: When a file is truncated or is not what its name says.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}.")
+            pickled = " adapter_model.bin is a pickle, which could run anything: save it as safetensors."
+            hint = pickled if (folder / "adapter_model.bin").is_file() else ""
+            raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}.{hint}")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise CheckpointMismatch(f"{folder} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointMismatch(f"{folder}/adapter_config.json holds {type(config).__name__}, not an object.")
-    return config, tensors
+    return config, tensors, metadata

@@ -21,7 +21,11 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
 def _digest(parameter: Tensor) -> str:
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     # Evenly spread, by integer arithmetic alone: the same elements on every device.
-    index = torch.arange(min(_SAMPLES, flat.numel()), device=flat.device) * flat.numel() // max(1, min(_SAMPLES, flat.numel()))
+    index = (
+        torch.arange(min(_SAMPLES, flat.numel()), device=flat.device)
+        * flat.numel()
+        // max(1, min(_SAMPLES, flat.numel()))
+    )
     values = flat[index]
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)

@@ -28,7 +28,12 @@ def register_layer_ops(*qualified_names: str) -> Any:
 
 def find_layer_ops(layer: nn.Module) -> "LayerOps | None":
     """The `LayerOps` of the layer's class or of its nearest base class, or None for a module that has none."""
-    for cls in type(layer).__mro__:
+    return class_layer_ops(type(layer))
+
+
+def class_layer_ops(layer_class: type) -> "LayerOps | None":
+    """The same for a class."""
+    for cls in layer_class.__mro__:
         ops = _REGISTRY.get(f"{cls.__module__}.{cls.__qualname__}")
         if ops is not None:
             return ops
@@ -41,7 +46,8 @@ def layer_ops(layer: nn.Module) -> "LayerOps":
     Raises:
         TypeError: For a layer of a type that none is registered for.
     """
-    ops: LayerOps | None = getattr(layer, "layer_ops", None) or find_layer_ops(layer)
+    # An adapted class has it at hand: looking names up at every forward would cost as much as a small layer.
+    ops: LayerOps | None = getattr(type(layer), "layer_ops", None) or find_layer_ops(layer)
     if ops is None:
         known = ", ".join(sorted(name.rsplit(".", 1)[-1] for name in _REGISTRY))
         raise TypeError(
@@ -64,6 +70,10 @@ class LayerOps:
     def size(self, layer: Any) -> tuple[int, int]:
         """(out, in), the logical shape, without reading the weight."""
         return layer.weight.shape[0], layer.weight.shape[1]
+
+    def fan_in(self, layer: Any) -> int:
+        """How many inputs an output sums over, for initialising a factor [r, in]."""
+        return self.size(layer)[1]
 
     def matrix(self, layer: Any) -> Tensor:
         """The dense weight, [out, in], dequantised where needed."""
@@ -156,6 +166,9 @@ class EmbeddingOps(LayerOps):
         if layer.max_norm is not None:
             raise TypeError("An embedding with max_norm rewrites its own weight as it runs and cannot be adapted.")
         return layer.weight.t()
+
+    def fan_in(self, layer: Any) -> int:
+        return 1  # a look-up reads one column
 
     def bias(self, layer: Any) -> None:
         return None

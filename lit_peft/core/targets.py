@@ -1,4 +1,4 @@
-"""From what the user writes, roles, names, globs, regular expressions, to the places in a model that it means."""
+"""From what the user writes, roles, names, globs, regular expressions, to the places in a model it means."""
 
 import difflib
 import fnmatch
@@ -13,26 +13,51 @@ from torch import Tensor, nn
 
 from lit_peft.core.layers import find_layer_ops, layer_ops
 
-# Role -> path endings that play it, over the naming schemes of transformers. "a.b" must end the path at a dot.
+# Role -> path endings that play it, over the naming schemes of transformers; matched after a dot.
 ROLES: dict[str, tuple[str, ...]] = {
     "query": ("q_lin", "q_proj", "query", "query_proj", "wq", "SelfAttention.q", "EncDecAttention.q"),
     "key": ("k_lin", "k_proj", "key", "key_proj", "wk", "SelfAttention.k", "EncDecAttention.k"),
     "value": ("v_lin", "v_proj", "value", "value_proj", "wv", "SelfAttention.v", "EncDecAttention.v"),
     "output": (
-        *("out_lin", "o_proj", "attention.output.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj"),
+        *(
+            "out_lin",
+            "o_proj",
+            "attention.output.dense",
+            "self_attn.out_proj",
+            "attn.c_proj",
+            "attn.out_proj",
+        ),
         *("SelfAttention.o", "EncDecAttention.o", "attention.dense", "self_attention.dense", "attn.Wo"),
     ),
     "ffn_up": (
-        *("lin1", "intermediate.dense", "mlp.c_fc", "up_proj", "mlp.fc1", "fc1", "linear1", "mlp.dense_h_to_4h"),
+        *(
+            "lin1",
+            "intermediate.dense",
+            "mlp.c_fc",
+            "up_proj",
+            "mlp.fc1",
+            "fc1",
+            "linear1",
+            "mlp.dense_h_to_4h",
+        ),
         *("DenseReluDense.wi", "DenseReluDense.wi_1", "mlp.fc_in", "mlp.Wi"),
     ),
     "ffn_gate": ("gate_proj", "DenseReluDense.wi_0"),
     "ffn_down": (
-        *("lin2", "output.dense", "mlp.c_proj", "down_proj", "mlp.fc2", "fc2", "linear2", "mlp.dense_4h_to_h"),
+        *(
+            "lin2",
+            "output.dense",
+            "mlp.c_proj",
+            "down_proj",
+            "mlp.fc2",
+            "fc2",
+            "linear2",
+            "mlp.dense_4h_to_h",
+        ),
         *("DenseReluDense.wo", "mlp.fc_out", "mlp.Wo"),
     ),
 }
-# One weight that holds several roles side by side; it answers to each of them, and the table of sites says so.
+# One weight that holds several roles side by side; it answers to each, and the table of sites says so.
 FUSED: dict[str, tuple[str, ...]] = {
     "attn.c_attn": ("query", "key", "value"),
     "qkv_proj": ("query", "key", "value"),
@@ -78,6 +103,15 @@ class Site:
         """Columns of the weight matrix."""
         return self.size[1]
 
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one output sums over: `in_features`, and 1 for an embedding."""
+        return layer_ops(self.layer).fan_in(self.layer)
+
+    def answers_to(self, pattern: str) -> bool:
+        """Whether a role, group, name, glob or `re:` expression means this site."""
+        return _matches(pattern, self, set())
+
     def matrix(self) -> Tensor:
         """The dense weight, [out, in], detached."""
         with torch.no_grad():
@@ -117,14 +151,14 @@ def find_sites(
 
     Args:
         module: The module to search.
-        targets: One or more of: a role (`query key value output ffn_up ffn_gate ffn_down`), a group (`attention`,
-            `ffn`, `all-linear`: every linear layer but output layers), the last part or parts of a path (`q_lin`,
-            `attention.q_lin`), a glob over whole paths (`*.layer.[01].*.lin?`), `re:` with a regular expression
-            that must match a whole path. A word that is both a role and a name is the role.
+        targets: One or more of: a role (`query key value output ffn_up ffn_gate ffn_down`), a group
+            (`attention`, `ffn`, `all-linear`: every linear layer but output layers), the last part or parts of
+            a path (`q_lin`, `attention.q_lin`), a glob over whole paths (`*.layer.[01].*.lin?`), `re:` with a
+            regular expression that must match a whole path. A word that is both a role and a name is the role.
         exclude: Sites to leave out, in the same language.
         blocks: Indices of transformer blocks to keep, negative ones from the end, or a range as text, "2-5".
         avoid: Paths whose subtrees are never targeted (a head that is trained itself).
-        layers_only: Whether sites must have a weight matrix; False also finds other modules by name or pattern.
+        layers_only: Whether sites must have a weight matrix; False finds other modules too, by name or pattern.
 
     Raises:
         ValueError: When a target matches nothing, naming the nearest names and the role; when it matches what
@@ -134,34 +168,39 @@ def find_sites(
     if not patterns:
         raise ValueError("target_modules is empty: name at least one role, group, name or pattern.")
     avoided = tuple(avoid)
-    all_sites = [make_site(path, layer) for path, layer in module.named_modules() if ".peft" not in f".{path}"]
+    all_sites = [make_site(p, layer) for p, layer in module.named_modules() if ".peft." not in f".{p}."]
     candidates = [s for s in all_sites if not any(s.path == a or s.path.startswith(a + ".") for a in avoided)]
-    if layers_only:
-        layers = [s for s in candidates if find_layer_ops(s.layer) is not None]
-    else:
-        layers = candidates
+    layers = [s for s in candidates if not layers_only or find_layer_ops(s.layer) is not None]
     outputs = _output_layers(module)
-    bypassed = {s.path for s in layers if _is_bypassed(module, s.path)} if layers_only else set()
+    bypassed = {s.path for s in layers if _is_bypassed(module, s.path)}
+    experts = _expert_weights(candidates) if layers_only else []
     chosen: dict[str, Site] = {}
     for pattern in patterns:
         hits = [s for s in layers if _matches(pattern, s, outputs)]
-        broad = pattern == ALL_LINEAR or pattern in GROUPS
-        if broad and layers_only:
-            _report_left_out(pattern, [s.path for s in hits if s.path in bypassed], candidates)
-            hits = [s for s in hits if s.path not in bypassed]
+        wide = pattern in (ALL_LINEAR, "ffn")
+        stacked = [path for path in experts if wide or _matches(pattern, make_site(path, module), outputs)]
         if not hits:
-            raise ValueError(_nothing_matches(module, pattern, candidates, layers))
-        if wrong := [s.path for s in hits if s.path in bypassed]:
+            raise ValueError(_nothing_matches(module, pattern, all_sites, layers, avoided, stacked))
+        wrong = [s.path for s in hits if s.path in bypassed]
+        if (pattern == ALL_LINEAR or pattern in GROUPS) and len(wrong) < len(hits):
+            hits = [s for s in hits if s.path not in bypassed]
+            _report_left_out(pattern, wrong, _BYPASSED)
+        elif wrong:
             raise ValueError(
-                f"target_modules: {pattern!r} matches {wrong[0]}, whose weight nn.MultiheadAttention reads itself, so "
-                "that an adapter there would have no effect. Name layers outside it (linear1, linear2)."
+                f"target_modules: {pattern!r} matches {wrong[0]}, but {_BYPASSED}. Name layers outside it "
+                "(linear1, linear2)."
             )
+        _report_left_out(pattern, stacked, _STACKED)
         chosen.update({s.path: s for s in hits})
     excluded = [exclude] if isinstance(exclude, str) else list(exclude)
     for pattern in excluded:
         dropped = [path for path, s in chosen.items() if _matches(pattern, s, outputs)]
         if not dropped and pattern not in GROUPS and pattern not in ROLES:
-            raise ValueError(f"exclude_modules: {pattern!r} leaves nothing out: no chosen layer answers to it.")
+            names = sorted({path.rsplit(".", 1)[-1] for path in chosen})
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or names[:12]
+            raise ValueError(
+                f"exclude_modules: {pattern!r} leaves nothing out. Nearest of the chosen: {', '.join(close)}."
+            )
         for path in dropped:
             del chosen[path]
     if blocks is not None:
@@ -179,7 +218,8 @@ class ParameterMatch:
 
     Attributes:
         names: Canonical names of the parameters (tied ones once).
-        roots: Paths, of modules or parameters, that the patterns matched.
+        roots: What must not be adapted besides: paths, of modules or parameters, that the patterns matched,
+            and layers whose weight is among the parameters, under whatever name.
     """
 
     names: frozenset[str]
@@ -187,7 +227,7 @@ class ParameterMatch:
 
 
 def find_parameters(module: nn.Module, patterns: Iterable[str]) -> ParameterMatch:
-    """Resolves patterns of base parameters, each a parameter's or a module's name, path ending, glob or `re:`.
+    """Resolves patterns of base parameters, each a parameter's or a module's name, path ending, glob or re:.
 
     Raises:
         ValueError: When a pattern names no parameter, with the nearest names.
@@ -211,6 +251,9 @@ def find_parameters(module: nn.Module, patterns: Iterable[str]) -> ParameterMatc
             raise ValueError(
                 f"train_also: {pattern!r} names no parameter of {type(module).__name__}. Nearest: {', '.join(close)}."
             )
+    for name, parameter in named:
+        if parameter.ndim > 1 and canonical[id(parameter)] in names:
+            roots[name.rpartition(".")[0]] = None
     return ParameterMatch(frozenset(names), tuple(roots))
 
 
@@ -219,24 +262,26 @@ def _is_bypassed(module: nn.Module, path: str) -> bool:
     return isinstance(module.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
-def _report_left_out(pattern: str, bypassed: list[str], candidates: list[Site]) -> None:
-    """Names what a group would be expected to cover and does not: nothing is skipped in silence."""
-    experts = [
-        f"{s.path}.{name}"
+_BYPASSED = "nn.MultiheadAttention reads this weight itself, so that an adapter would have no effect"
+_STACKED = "3-D expert weights, which are no layers"
+
+
+def _expert_weights(candidates: list[Site]) -> list[str]:
+    """Names of the parameters that hold one matrix per expert, which no layer type serves."""
+    return [
+        f"{s.path}.{name}".lstrip(".")
         for s in candidates
         if not isinstance(s.layer, nn.modules.conv._ConvNd)
         for name, p in s.layer.named_parameters(recurse=False)
-        if p.ndim == 3
+        if p.ndim == 3 and min(p.shape) > 1  # not a class token, [1, 1, width]
     ]
-    if pattern == "attention":
-        experts = []
-    for names, why in (
-        (bypassed, "their weights are read by nn.MultiheadAttention itself, so that an adapter would have no effect"),
-        (experts, "they are 3-D expert weights, not layers"),
-    ):
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            warnings.warn(f"target_modules={pattern!r} leaves out {shown}: {why}.", stacklevel=4)
+
+
+def _report_left_out(pattern: str, names: list[str], why: str) -> None:
+    """Names what a target would be expected to cover and does not: nothing is skipped in silence."""
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(f"target_modules={pattern!r} leaves out {shown}: {why}.", stacklevel=4)
 
 
 def _matches(pattern: str, site: Site, outputs: set[int]) -> bool:
@@ -253,7 +298,10 @@ def _matches(pattern: str, site: Site, outputs: set[int]) -> bool:
 def _names_path(pattern: str, path: str) -> bool:
     """Whether a name, a path ending, a glob or a regular expression (`re:`) means this path."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
+        try:
+            return re.fullmatch(pattern[3:], path) is not None
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(path, pattern)
     return bool(pattern) and _ends(path, pattern)
@@ -281,24 +329,40 @@ def _blocks(blocks: str | Sequence[int], present: set[int]) -> set[int]:
         wanted = list(blocks)
     for index in wanted:
         if not -count <= index < count:
-            raise ValueError(f"layers: there is no block {index}; this model has {count} (0 to {count - 1}).")
+            here = f"{count} (0 to {count - 1})" if count else "none"
+            raise ValueError(f"layers: there is no block {index}; this model has {here}.")
     return {index % count for index in wanted}
 
 
-def _nothing_matches(module: nn.Module, pattern: str, candidates: list[Site], layers: list[Site]) -> str:
-    """Says why a target found nothing: what it hit instead, the nearest names, the role it plays elsewhere."""
+def _nothing_matches(
+    module: nn.Module,
+    pattern: str,
+    candidates: list[Site],
+    layers: list[Site],
+    avoided: tuple[str, ...],
+    stacked: list[str],
+) -> str:
+    """Says why a target found nothing: what it hit instead, the nearest names, its role elsewhere."""
     name = type(module).__name__
-    hit = [s for s in candidates if _matches(pattern, s, set())]
-    if hit:
-        kind = type(hit[0].layer)
+    hit = next((s for s in candidates if _matches(pattern, s, _output_layers(module))), None)
+    if hit is not None and any(hit.path == a or hit.path.startswith(a + ".") for a in avoided):
+        return f"target_modules: {pattern!r} matches {hit.path}, which train_also trains as a whole."
+    if hit is not None:
+        kind = type(hit.layer)
         return (
-            f"target_modules: {pattern!r} matches {hit[0].path} of {name}, a {kind.__module__}.{kind.__qualname__}, "
-            "which has no weight matrix that lit-peft knows; name the linear layers inside it."
+            f"target_modules: {pattern!r} matches {hit.path} of {name}, a "
+            f"{kind.__module__}.{kind.__qualname__}, which has no weight matrix that lit-peft "
+            "knows; name the linear layers inside it."
         )
+    if stacked:
+        return f"target_modules: {pattern!r} matches only {stacked[0]} and its like in {name}: {_STACKED}."
     names = sorted({s.path.rsplit(".", 1)[-1] for s in layers if s.path})
     roles = {role: sorted({s.path.rsplit(".", 1)[-1] for s in layers if role in s.roles}) for role in ROLES}
     message = f"target_modules: {pattern!r} matches no layer of {name}."
     role = next(iter(roles_of(pattern)), None)
+    if pattern in ROLES or pattern in GROUPS:
+        present = [f"{role} ({', '.join(found)})" for role, found in roles.items() if found]
+        return f"{message} Roles here: {', '.join(present) or 'none, name the layers'}."
     if role is not None and roles[role]:
         message += f" Elsewhere it is the {role!r} projection, here named {', '.join(roles[role])}: use {role!r}."
     close = difflib.get_close_matches(pattern, [*names, *ROLES, *GROUPS, ALL_LINEAR], n=3, cutoff=0.5)

@@ -1,0 +1,26 @@
+"""The methods, one file each; `lit_peft.methods.registry` lists them together with those of other packages."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_peft.methods.base import Method, TargetedMethod
+    from lit_peft.methods.bitfit import BitFit
+    from lit_peft.methods.full import FullFineTuning
+    from lit_peft.methods.linear_probe import LinearProbe
+    from lit_peft.methods.lora import LoRA
+
+# Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
+BUILT_IN = {"LoRA": "lora", "BitFit": "bitfit", "LinearProbe": "linear_probe", "FullFineTuning": "full"}
+
+__all__ = ["BitFit", "FullFineTuning", "LinearProbe", "LoRA", "Method", "TargetedMethod"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{BUILT_IN.get(name, 'base')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

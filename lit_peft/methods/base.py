@@ -1,15 +1,17 @@
 """`Method`: a way of fine-tuning, as a Lightning callback. Subclass it to write a new one."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach
+from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods import seam
 
@@ -72,7 +74,7 @@ class Method(pl.Callback):
         return False
 
     def prepare(self, module: nn.Module, batches: Iterable[Any]) -> None:
-        """Initialises from data, once at the start of a fit that does not resume; values only, never shapes."""
+        """Initialises from data at the start of the first fit, unless it resumes; values only, never shapes."""
 
     def before_optimizer_step(self, module: nn.Module) -> None:
         """Runs once an optimizer step, not a micro-batch, with unscaled gradients in place."""
@@ -120,7 +122,8 @@ class Method(pl.Callback):
             self.name,
             additions,
             base | also.names,
-            spec={"class_path": _class_path(type(self)), "init_args": self.arguments()},
+            head=also.names,
+            spec=self.spec(),
             dtype=dtype or ADAPTER_DTYPES.get(self.adapter_dtype, torch.float32),
             keep_originals=self.keep_originals,
         )
@@ -132,12 +135,16 @@ class Method(pl.Callback):
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments, read back from the attributes of the same names."""
         names: dict[str, None] = {}
-        for cls in reversed(type(self).__mro__):
+        for cls in type(self).__mro__:
             if issubclass(cls, Method):
                 parameters = inspect.signature(cls.__init__).parameters.values()
                 names.update({p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)})
         names.pop("self")
         return {name: getattr(self, name) for name in names}
+
+    def spec(self) -> dict[str, Any]:
+        """What a checkpoint records of this method: `class_path` and `init_args`."""
+        return {"class_path": _class_path(type(self)), "init_args": self.arguments()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments().items())})"
@@ -153,14 +160,28 @@ class Method(pl.Callback):
         seam.install(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for hook in ("penalty", "after_optimizer_step"):
+            if _overrides(self, hook) and not pl_module.automatic_optimization:
+                raise ValueError(
+                    f"{type(self).__name__} acts through `{hook}`, which manual optimization leaves out; "
+                    f"set automatic_optimization = True in {type(pl_module).__name__}."
+                )
         seam.check_optimizers(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is None and _overrides(self, "prepare") and trainer.train_dataloader is not None:
-            self.prepare(pl_module, trainer.train_dataloader)
+        self._steps: Counter[int] = Counter()
+        adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
+        if trainer.ckpt_path is None and not adapter.prepared and _overrides(self, "prepare"):
+            self.prepare(pl_module, trainer.train_dataloader or ())
+        adapter.prepared = True
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        seam.check_gradients(trainer, pl_module, self)
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            return  # the module skipped this batch
+        seam.check_gradients(pl_module, self, optimizer, self._steps[id(optimizer)])
+        self._steps[id(optimizer)] += 1
         self.before_optimizer_step(pl_module)
 
 
@@ -200,6 +221,14 @@ class TargetedMethod(Method):
             avoid=avoid,
             layers_only=self.layers_only,
         )
+
+
+def check_range(name: str, value: float, low: float, high: float | None = None, *, open_above: bool = False) -> None:
+    """Raises ValueError, naming the argument and its range, unless low <= value <= high (< high if `open_above`)."""
+    above = high is not None and (value >= high if open_above else value > high)
+    if value < low or above or value != value:
+        upper = "" if high is None else f" and {'below' if open_above else 'at most'} {high:g}"
+        raise ValueError(f"{name} must be at least {low:g}{upper}, not {value}.")
 
 
 def _words(value: str | Sequence[str]) -> list[str]:

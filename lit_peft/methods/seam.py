@@ -5,18 +5,21 @@ weights -> precision's convert_module -> configure_optimizers -> on_fit_start ->
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
+from torch.optim import Optimizer
 
-from lit_peft.core.attach import Swapped, registry, swap_class
+from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_record, record
+from lit_peft.core.swap import Swapped, restore_class, swap_class
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -25,28 +28,31 @@ if TYPE_CHECKING:
 class AdaptedLightningModule(Swapped):
     """What a LightningModule becomes when a trainer brings it a method; its own hooks run inside these."""
 
-    trainer: pl.Trainer
-
     def configure_model(self) -> None:
         """Builds (the module's own), attaches, shards. Runs again for every trainer call and does nothing then."""
         super().configure_model()  # type: ignore[misc]
         module: Any = self
-        for method in methods(self.trainer):
+        for method in methods(module.trainer):
             state = registry(module)
             if state is None or method.name not in state.adapters:
-                method.attach(module, _dtype(method, self.trainer))
+                method.attach(module, _dtype(module.trainer))
+            else:
+                _check_same(method, state.adapters[method.name])
         mesh = getattr(module, "device_mesh", None)
         if mesh is not None and hasattr(module, "shard") and not module.__dict__.get("_lit_peft_sharded"):
             module.shard(mesh)
             module.__dict__["_lit_peft_sharded"] = True
+        if registry(module) is None:  # detached, and no method came with this trainer
+            _uninstall(module)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the methods' penalties to the loss."""
         output = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        for method in methods(self.trainer):
-            penalty = method.penalty(self)  # type: ignore[arg-type]
+        for method in _methods_of(self):
+            # None: the module skips this batch.
+            penalty = None if output is None else method.penalty(self)  # type: ignore[arg-type]
             if penalty is not None:
-                if isinstance(output, dict):
+                if isinstance(output, Mapping):
                     output = {**output, "loss": output["loss"] + penalty}
                 else:
                     output = output + penalty
@@ -55,13 +61,15 @@ class AdaptedLightningModule(Swapped):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the methods act once the parameters have moved."""
         super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        for method in methods(self.trainer):
+        for method in _methods_of(self):
             method.after_optimizer_step(self)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen base out; this hook also runs for `save_weights_only`, a callback's does not."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         module: Any = self
+        if registry(module) is None:  # detached since: the whole model
+            return
         keep = adapter_keys(module)
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in keep}
         checkpoint["lit_peft"] = record(module)
@@ -69,7 +77,7 @@ class AdaptedLightningModule(Swapped):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        may_change = {method.name: method.may_change for method in methods(self.trainer)}
+        may_change = {method.name: method.may_change for method in _methods_of(self)}
         check_record(self, checkpoint.get("lit_peft"), checkpoint["state_dict"], may_change)  # type: ignore[arg-type]
 
 
@@ -91,17 +99,48 @@ def methods(trainer: pl.Trainer) -> list["Method"]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
 
 
+def _methods_of(module: Any) -> list["Method"]:
+    """The methods of the module's trainer; none while it has no trainer, as a copy of it has not."""
+    return [] if module._trainer is None else methods(module._trainer)
+
+
+def _check_same(method: "Method", adapter: Adapter) -> None:
+    """Raises ValueError when a method comes to a module that another one was attached to under its name."""
+    old, new = adapter.spec, method.spec()
+    names = set(new["init_args"]) - method.may_change
+    if old["class_path"] != new["class_path"] or any(
+        old["init_args"].get(name) != new["init_args"][name] for name in names
+    ):
+        arguments = ", ".join(f"{key}={value!r}" for key, value in old["init_args"].items())
+        raise ValueError(
+            f"This module has an adapter {method.name!r} already, another than {method!r}: "
+            f"{old['class_path'].rpartition('.')[2]}({arguments}). Detach it, or give the new one another `name`."
+        )
+
+
 def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Prepares a module for the methods; runs in each method's `setup`, before the model is configured.
 
     Raises:
-        ValueError: For a plugin that would quantise the adapters, or a precision that cannot train them.
+        ValueError: For a plugin that would quantise the adapters, a precision that cannot train them, callbacks
+            that copy the module before the adapters are there, or two methods of one name.
     """
+    names = [method.name for method in methods(trainer)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} methods are named {name!r}; give each a `name` of its own.")
+    last = trainer.callbacks.index(methods(trainer)[-1])  # type: ignore[attr-defined]
+    for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) or (isinstance(callback, WeightAveraging) and i < last):
+            raise ValueError(
+                f"{type(callback).__name__} copies the module before the adapters are there, so that it would average "
+                "nothing. Use EMAWeightAveraging, after the methods in the list of callbacks."
+            )
     plugin = trainer.strategy.precision_plugin
     if isinstance(plugin, BitsandbytesPrecision):
         raise ValueError(
-            "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head included, so "
-            "that nothing trains. Remove the plugin and load the base itself in 4 bit."
+            "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head "
+            "included, so that nothing trains. Remove the plugin and load the base itself in 4 bit."
         )
     if plugin.precision == "16-true":
         raise ValueError("precision 16-true has no loss scaling, and float16 adapters underflow; use 16-mixed.")
@@ -112,12 +151,19 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    swap_class(module, AdaptedLightningModule)
-    module.strict_loading = False  # the base is not in the file; `on_load_checkpoint` is strict about the rest
+    if not isinstance(module, AdaptedLightningModule):
+        swap_class(module, AdaptedLightningModule)
+        module.__dict__["_lit_peft_strict"] = module.strict_loading
+        module.strict_loading = False  # the base is not in the file; `on_load_checkpoint` is strict about the rest
 
 
-def _dtype(method: "Method", trainer: pl.Trainer) -> torch.dtype | None:
-    """bf16-true casts all parameters after `configure_model`; attaching in bfloat16 keeps one dtype throughout."""
+def _uninstall(module: Any) -> None:
+    restore_class(module, AdaptedLightningModule)
+    module.strict_loading = module.__dict__.pop("_lit_peft_strict")
+
+
+def _dtype(trainer: pl.Trainer) -> torch.dtype | None:
+    """bf16-true casts all parameters after `configure_model`; attaching in bfloat16 keeps one dtype."""
     return torch.bfloat16 if trainer.strategy.precision_plugin.precision == "bf16-true" else None
 
 
@@ -154,8 +200,8 @@ def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
 
 
-def check_gradients(trainer: pl.Trainer, module: nn.Module, method: "Method") -> None:
-    """In the first two optimizer steps: every tensor of an adapter has a gradient, by the second a non-zero one.
+def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, step: int) -> None:
+    """In an optimizer's first two steps: its tensors of an adapter have gradients, in the second non-zero ones.
 
     Base parameters that train are only warned about: a model may hold some that its loss does not use.
 
@@ -163,22 +209,23 @@ def check_gradients(trainer: pl.Trainer, module: nn.Module, method: "Method") ->
         RuntimeError: When a tensor of the adapter would never move.
     """
     state = registry(module)
-    first = module.__dict__.setdefault("_lit_peft_first_step", trainer.global_step)
-    step = trainer.global_step - first
     if state is None or step > 1:
         return
     adapter = state.adapters[method.name]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     additions = {f"{p}.peft.{adapter.name}.{t}".lstrip(".") for p, names in adapter.sites.items() for t in names}
-    dead = []
-    for name in sorted(additions | set(adapter.base)):
-        gradient = module.get_parameter(name).grad
-        if gradient is None or (step == 1 and not gradient.any()):
-            dead += [] if method.lacks_gradient(name) else [name]
+    parameters = {name: module.get_parameter(name) for name in sorted(additions | set(adapter.base))}
+    parameters = {name: p for name, p in parameters.items() if id(p) in held}
+    dead = [
+        name
+        for name, p in parameters.items()
+        if (p.grad is None or (step == 1 and not p.grad.any())) and not method.lacks_gradient(name)
+    ]
     lost = [name for name in dead if name in additions]
-    if lost or (dead and len(dead) == len(additions) + len(adapter.base)):
+    if lost or (dead and len(dead) == len(parameters)):
         raise RuntimeError(
-            f"{len(lost or dead)} of {method.name!r}'s tensors got no gradient, {(lost or dead)[0]} among them: they "
-            "would never be trained. Is the layer used in the forward pass? With gradient checkpointing, use "
+            f"{len(lost or dead)} tensors of {method.name!r} got no gradient, {(lost or dead)[0]} among them: "
+            "they would never be trained. Is the layer used in the forward pass? With gradient checkpointing, use "
             "use_reentrant=False."
         )
     if dead and step == 1:

@@ -42,6 +42,8 @@ class TextClassification(pl.LightningModule):
         compile: Compile the model in place for training; pays off when batches are large or epochs many.
     """
 
+    loss_weights: Tensor | None
+
     def __init__(
         self,
         backbone: str = hub.DEMO,
@@ -78,16 +80,26 @@ class TextClassification(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------- the model
 
+    def setup(self, stage: str) -> None:
+        """Takes the classes from the data module, or holds it to the ones that are known."""
+        names = list(getattr(getattr(self.trainer, "datamodule", None), "label_names", None) or [])
+        if self.label_names is None:
+            if not names:
+                raise ValueError("The classes are unknown: give label_names, or a data module that has them.")
+            self.label_names = names
+            self.hparams["label_names"] = names
+        elif names and names != self.label_names:
+            raise ValueError(
+                f"The data's classes are {', '.join(names)}; this model's are {', '.join(self.label_names)}. Their "
+                "order is the order of the codes, so a file that lacks a class cannot be scored as it is."
+            )
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         if self.label_names is None:
-            names = getattr(data, "label_names", None)
-            if not names:
-                raise ValueError("The classes are unknown: give label_names, or a data module that has them.")
-            self.label_names = list(names)
-            self.hparams["label_names"] = self.label_names
+            raise ValueError("The classes are unknown: give label_names when there is no trainer.")
+        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         classes = len(self.label_names)
         self.model, fresh = load_classifier(self.backbone, self.label_names, self.base_dtype)
         self.train_also = [f"model.{name}" for name in fresh]
@@ -97,11 +109,10 @@ class TextClassification(pl.LightningModule):
         self.test_metrics = classification_metrics(classes, "test/")
 
     def _class_weights(self, counts: Sequence[int] | None) -> Tensor | None:
-        assert self.label_names is not None
-        if self.class_weights is None:
+        if self.class_weights is None or self.label_names is None:
             return None
         if self.class_weights == "balanced":
-            if counts is None:
+            if not counts:
                 raise ValueError("class_weights: balanced needs a data module with class_counts.")
             frequency = torch.tensor(counts, dtype=torch.float32)
             return frequency.sum() / (len(frequency) * frequency)
@@ -157,7 +168,9 @@ class TextClassification(pl.LightningModule):
         optimizer = build_optimizer(
             self, attached, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay
         )
-        schedule = warmup_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup)
+        schedule = warmup_schedule(
+            optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -1,0 +1,226 @@
+"""The verbs that run a trainer: LightningCLI with a `method:` beside `model:`, `data:` and `trainer:`."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lit_peft.data
+import lit_peft.tasks
+from lit_peft.callbacks import (
+    PredictionWriter,
+    ReliabilityDiagram,
+    ReproducibleSteps,
+    RunReport,
+    SpeedMonitor,
+)
+from lit_peft.cli import fail
+from lit_peft.methods.base import Method
+from lit_peft.methods.registry import available
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs",
+    "max_epochs": 3,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the table of sites says it better
+}
+
+
+class Parser(LightningArgumentParser):
+    """Tells a mistake in a few lines instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+        fail("\n".join(lines[:3]))
+
+
+class LitPeftCLI(LightningCLI):
+    """LightningCLI that knows methods, keeps a run in one folder, and reports on it after a fit."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Configuration: a name or a file; repeatable.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(Method, "method", required=True)
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--resume_every", type=int, default=100, help="Optimizer steps between two writings of last.ckpt."
+        )
+        parser.add_argument(
+            "--base_test",
+            type=bool,
+            default=True,
+            help="Whether fit scores the test set before training, too.",
+        )
+        parser.set_defaults(
+            {
+                "early_stopping.monitor": "val/nll",
+                "early_stopping.patience": 3,
+                "checkpoint.monitor": "val/nll",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    # --------------------------------------------------------------------------------------- the trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        method = self._get(self.config_init, "method")
+        forced = [*self._callbacks(), self._get(self.config_init, "early_stopping"), self._checkpoint()]
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        own = config.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        if config.get("logger") in (None, True) and not config.get("barebones"):
+            config["logger"] = self._logger(config["default_root_dir"])
+        if config.get("barebones"):
+            config["callbacks"] = [method]
+            return self.trainer_class(**config)
+        if config.get("logger") is False:
+            forced = [c for c in forced if not isinstance(c, LearningRateMonitor)]
+        if config.get("enable_checkpointing") is False:
+            forced = [c for c in forced if not isinstance(c, ModelCheckpoint)]
+        elif isinstance(config.get("logger"), TensorBoardLogger):
+            for (
+                callback
+            ) in forced:  # said outright: Lightning would decide at its first call, which may be the base's test
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(Path(config["logger"].log_dir) / "checkpoints")
+        config["callbacks"] = [method, *own, *forced]
+        if not config.get("fast_dev_run") and config.get("logger") is not False:
+            resolved = self.config[str(self.subcommand)]
+            config["callbacks"].append(SaveConfigCallback(self._parser(self.subcommand), resolved, overwrite=True))
+        return self.trainer_class(**config)
+
+    def _callbacks(self) -> list[pl.Callback]:
+        self.report = RunReport()
+        watching: list[pl.Callback] = [
+            ReproducibleSteps(),
+            SpeedMonitor(),
+            LearningRateMonitor(),
+            ReliabilityDiagram(),
+        ]
+        if self.subcommand == "predict":
+            self.predictions = PredictionWriter()
+            watching.append(self.predictions)
+        every = self._get(self.config_init, "resume_every")
+        # Beside the best checkpoint: the latest state, often enough that a killed run loses little.
+        latest = ModelCheckpoint(filename="last", every_n_train_steps=every, enable_version_counter=False)
+        return [*watching, self.report, latest]
+
+    def _checkpoint(self) -> ModelCheckpoint:
+        self.best: ModelCheckpoint = self._get(self.config_init, "checkpoint")
+        return self.best
+
+    def _logger(self, root: str) -> TensorBoardLogger:
+        """TensorBoard in <root>/version_N; a run that is taken up again stays in its folder."""
+        run = run_folder(self._get(self.config_init, "ckpt_path"))
+        if run is None:
+            return TensorBoardLogger(root, name="", default_hp_metric=False)
+        return TensorBoardLogger(str(run.parent), name="", version=run.name, default_hp_metric=False)
+
+    # ------------------------------------------------------------------------------------------ the verbs
+
+    def before_fit(self) -> None:
+        if (
+            self._get(self.config_init, "base_test")
+            and self._get(self.config_init, "ckpt_path") is None
+            and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            and not self._get(self.config_init, "trainer.barebones")
+        ):
+            with _without_notices():
+                self.report.measure_base(self.trainer, self.model, self.datamodule)
+
+    def after_fit(self) -> None:
+        trainer = self.trainer
+        if trainer.interrupted or self._get(self.config_init, "trainer.barebones"):  # type: ignore[attr-defined]
+            return
+        best = Path(self.best.best_model_path) if self.best.best_model_path else None
+        scores: dict[str, float] = {}
+        with _without_notices():
+            for evaluate in (trainer.validate, trainer.test):
+                path = str(best) if best is not None else None
+                for result in evaluate(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False):
+                    scores.update({key: float(value) for key, value in result.items()})
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        steps = [f"tensorboard --logdir {trainer.default_root_dir}"]
+        if best is not None:
+            run = f"--config {folder / 'config.yaml'} --ckpt_path {best}"
+            steps.insert(0, f"lit-peft predict {run}")
+        self.report.finish(trainer, self.model, scores, best, steps)
+
+    def after_predict(self) -> None:
+        if self.predictions.written is not None and self.trainer.is_global_zero:
+            print(f"Predictions: {self.predictions.written}")
+
+
+def run_folder(checkpoint: str | None) -> Path | None:
+    """The run that a checkpoint file belongs to, <run>/checkpoints/x.ckpt, or None."""
+    path = Path(checkpoint) if checkpoint else None
+    return path.parent.parent if path is not None and path.is_file() and path.parent.name == "checkpoints" else None
+
+
+def run(arguments: list[str]) -> None:
+    """Runs one verb of LightningCLI; a mistake in the arguments ends in one to three lines and status 2."""
+    _quiet()
+    # What is imported can be named without its module.
+    for package in (lit_peft.data, lit_peft.tasks):
+        for name in package.__all__:
+            getattr(package, name)
+    for entry in available().values():
+        entry.load()
+    sys.argv[1:] = arguments  # not handed over: further ranks are started with the command line
+    try:
+        LitPeftCLI()
+    except (ValueError, FileNotFoundError, ConnectionError, MisconfigurationException) as error:
+        if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
+            raise
+        fail(str(error))
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Keeps Lightning from telling which file it restores, while a fit scores its own checkpoints."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _quiet() -> None:
+    """Silences what other packages print at every start and nobody can act on."""
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -1,0 +1,332 @@
+"""Adapter folders in HF PEFT's layout: `save` writes one that HF PEFT opens, `load` reads ours and theirs.
+
+A method takes part through four members and no base class; `LoRA` has them all:
+
+    hf_peft       the entries of adapter_config.json that name it: {"peft_type": "LORA"}
+    hf_options    the further entries that it reads, with HF PEFT's defaults
+    to_hf_peft(sites) -> (entries, tensors)
+                  its own entries, and its tensors by their name in the model ("encoder.q.lora_A.weight"). Tensors
+                  are views of the addition's own, since `load` writes through them; views in a list stand side by
+                  side in one tensor.
+    from_hf_peft(options, paths) -> arguments
+                  class method: the constructor arguments that these entries mean for layers at these paths
+
+A method that adds nothing (BitFit, LinearProbe) needs none of them. HF PEFT must adapt some layer, so the folder
+holds a LoRA of rank 1 whose factors are zero, beside the base parameters that train.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.addition import Addition
+from lit_peft.core.attach import Adapter, detach, registry
+from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, read_folder, record, write_folder
+from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
+from lit_peft.core.swap import buffers_beside
+from lit_peft.core.targets import Site, make_site
+from lit_peft.methods import hf_peft
+from lit_peft.methods.base import Method
+from lit_peft.methods.hf_peft import Root, find_root, is_inside
+from lit_peft.methods.lora import LoRA
+from lit_peft.methods.registry import available
+
+RECORD = "lit_peft"
+"""Key of our own record in the metadata of the tensor file, where HF PEFT does not look."""
+
+
+# ---------------------------------------------------------------------------------------------------- save
+
+
+def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Path:
+    """Writes one adapter as `adapter_config.json` and `adapter_model.safetensors`, which HF PEFT opens.
+
+    Names in it are relative to the transformers model inside `module`. What `load` wants beyond HF PEFT's own
+    entries (method, arguments, fingerprint of the base) stands in the metadata of the tensor file.
+
+    Args:
+        module: What the method was attached to: a model, or a LightningModule that holds one.
+        folder: Where to; files of these names are replaced. Where parameters are sharded, every rank calls this.
+        name: Name of the adapter on the module.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: When there is no such adapter, or HF PEFT has no form for what it is or trains.
+    """
+    adapter = _adapter(module, name)
+    root = find_root(module, [*adapter.sites, *adapter.base])
+    model, pairs = root.model, root.pairs(adapter)
+    method: Any = _method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
+    base = [root.inside(parameter) for parameter in adapter.base]
+
+    whole = hf_peft.trained_whole(model, {id(model.get_parameter(parameter)) for parameter in base})
+    if whole == [""]:
+        raise ValueError(
+            f"{type(method).__name__} trains every parameter of {type(model).__name__}: there is no adapter to save. "
+            "The trainer's checkpoint holds the model."
+        )
+    task = hf_peft.task_type(model, [site.path for site, _ in pairs])
+    saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
+    if not pairs:
+        method, pairs = _no_change(model, saved)
+    if not hasattr(method, "to_hf_peft"):
+        raise ValueError(
+            f"{type(method).__name__} has no form that HF PEFT knows; the trainer's checkpoint keeps its adapters."
+        )
+    paths = [site.path for site, _ in pairs]
+    if clash := [path for path in paths if is_inside(path, saved)]:
+        raise ValueError(
+            f"{clash[0]} is adapted, but HF PEFT would train it whole: it goes by endings, and {', '.join(whole)} is "
+            f"trained whole. Add {clash[0]} to train_also or to exclude_modules."
+        )
+
+    entries, changes = method.to_hf_peft(pairs)
+    tensors = {key: torch.cat(value, -1) if isinstance(value, list) else value for key, value in changes.items()}
+    of_base, kept = _of_base(model, base, saved, paths, supports_bias="bias" in entries)
+    tensors |= kept
+    config = {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "modules_to_save": whole or None,
+        "target_modules": hf_peft.target_modules(model, paths, saved),
+        "task_type": task,
+        **method.hf_peft,
+        **entries,
+        **of_base,
+    }
+    if hf_peft.PROMPT in tensors:
+        del config["target_modules"]
+    metadata = {RECORD: json.dumps(_record(module, root, adapter), sort_keys=True)}
+    return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
+
+
+def _adapter(module: nn.Module, name: str) -> Adapter:
+    state = registry(module)
+    if state is None or name not in state.adapters:
+        raise ValueError(
+            f"{type(module).__name__} has no adapter {name!r}; it has {sorted(state.adapters) if state else 'none'}. "
+            "Pass the module that the method was attached to."
+        )
+    return state.adapters[name]
+
+
+def _no_change(model: nn.Module, saved: list[str]) -> tuple[LoRA, list[tuple[Site, Addition]]]:
+    """A LoRA at one layer that changes nothing, in place of a method that adds nothing."""
+    path = hf_peft.first_linear(model, saved)
+    site = make_site(path, model.get_submodule(path))
+    method = LoRA(r=1, alpha=1, dropout=0.0)
+    delta = method.build(site)
+    nn.init.zeros_(delta.lora_A)
+    return method, [(site, delta)]
+
+
+def _of_base(
+    model: nn.Module, base: list[str], saved: list[str], paths: list[str], supports_bias: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a folder holds of the base: entries of the config, and tensors under HF PEFT's names.
+
+    Args:
+        model: The model.
+        base: Its parameters that train.
+        saved: Modules that are saved whole; HF PEFT wants all of their tensors, whether they train or not.
+        paths: Layers that are adapted. HF PEFT wraps them, which moves their biases.
+        supports_bias: Whether the method's form has an entry `bias`.
+
+    Raises:
+        ValueError: For a parameter that trains alone and is no bias.
+    """
+    states = {path: model.get_submodule(path).state_dict(keep_vars=True) for path in saved}
+    kept = {f"{path}.{k}": v for path, state in states.items() for k, v in state.items() if ".peft." not in f".{k}"}
+    covered = {id(value) for value in kept.values()}
+    entries: dict[str, Any] = {"ensure_weight_tying": True} if len(covered) < len(kept) else {}
+    if alone := [name for name in base if id(model.get_parameter(name)) not in covered]:
+        wrong = [name for name in alone if name.rpartition(".")[2] != "bias" or not supports_bias]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]} trains alone, and HF PEFT keeps only whole modules{' and biases' * supports_bias}: name "
+                f"{wrong[0].rpartition('.')[0]} in train_also. The trainer's checkpoint keeps it as it is."
+            )
+        entries["bias"] = "lora_only" if {f"{path}.bias" for path in paths}.issuperset(alone) else "all"
+        kept |= {name: model.get_parameter(name) for name in alone}
+        kept |= {name: model.get_buffer(name) for name in buffers_beside(model, alone)}
+    for owner in paths:
+        for name in [name for name in kept if name.rpartition(".")[0] == owner]:
+            kept[f"{owner}.base_layer{name.removeprefix(owner)}"] = kept.pop(name)
+    return entries, kept
+
+
+def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
+    entry = record(module)
+    return entry | {
+        "methods": {adapter.name: adapter.spec},
+        "base": [root.inside(name) for name in adapter.base],
+        "head": [root.inside(name) for name in adapter.head],
+        "fingerprint": _of_model(entry["fingerprint"], root),
+    }
+
+
+def _of_model(digests: Mapping[str, str], root: Root) -> dict[str, str]:
+    """The digests of the model's own parameters, under their names in it."""
+    return {
+        root.inside(name): digest for name, digest in digests.items() if not root.path or is_inside(name, [root.path])
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- load
+
+
+def load(module: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
+    """Attaches the adapter of a folder, of ours or of one that HF PEFT wrote; nothing in it is ever unpickled.
+
+    In float32 the outputs are bit for bit those at `save`. A folder of ours says which method made it and is
+    refused on another base; one of HF PEFT's becomes the method that has its equation, at the layers that its
+    tensors name. To train on, give the trainer the same method, `LoRA(**adapter.spec["init_args"])`.
+
+    Args:
+        module: A model, or a LightningModule that holds one, with the weights that the adapter was trained on.
+        folder: The folder.
+        name: Name that the adapter gets on the module.
+
+    Returns:
+        The registry's record: sites, base parameters that train.
+
+    Raises:
+        FileNotFoundError: When a file is missing.
+        CheckpointMismatch: When the folder is damaged, belongs to another base or holds what no method here has.
+        ValueError: When the module cannot take an adapter of this name.
+    """
+    config, tensors, metadata = read_folder(folder)
+    root = find_root(module)
+    mine = _read_record(metadata, module, root)
+    base, changes = hf_peft.split(root.model, tensors)
+    paths = hf_peft.site_paths(root.model, changes)
+    if mine is not None:
+        (spec,) = mine["methods"].values()
+        trains, head, arguments = mine["base"], mine["head"], spec["init_args"]
+    else:
+        spec = {"class_path": _reader(config)}
+        trains, head = hf_peft.trained_names(root.model, config, base)
+        arguments = {"target_modules": paths, "train_also": head}
+    if missing := [key for key in trains if key not in base]:
+        raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
+    cls: Any = _method_class(spec["class_path"])
+    read = {}
+    if hasattr(cls, "from_hf_peft"):
+        read = cls.from_hf_peft(hf_peft.read_options(config, cls.hf_options, cls.__name__), paths)
+    try:
+        method = cls(**arguments | read | {"name": name})
+    except (TypeError, ValueError) as error:
+        raise CheckpointMismatch(f"The folder asks for a {cls.__name__} that cannot be: {error}") from error
+    spec = method.spec() if mine is None else spec | {"init_args": arguments | {"name": name}}
+
+    # The places are those of the folder: what the arguments say of them may mean others from this root.
+    canonical = {id(p): key for key, p in module.named_parameters()}
+    names = {canonical[id(root.model.get_parameter(key))] for key in trains}
+    method.train_also = [f"re:{re.escape(root.outside(key))}" for key in head]
+    method.trains = names.__contains__
+    if paths and hasattr(cls, "to_hf_peft"):
+        sites = [make_site(root.outside(path), root.model.get_submodule(path)) for path in paths]
+        method.sites = lambda module, avoid: sites
+    adapter: Adapter = method.attach(module)
+    adapter.spec, adapter.prepared = spec, True
+    try:
+        if more := set(adapter.base) - names:
+            raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
+        _fill_additions(method.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
+        _fill_base(root.model, trains, base)
+    except Exception:
+        detach(module, name)
+        raise
+    return adapter
+
+
+def _read_record(metadata: Mapping[str, str], module: nn.Module, root: Root) -> dict[str, Any] | None:
+    """Our own record, compared with the base; None in a folder of HF PEFT's."""
+    if RECORD not in metadata:
+        return None
+    mine: dict[str, Any] = json.loads(metadata[RECORD])
+    if mine["format_version"] > FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"This folder has format version {mine['format_version']}; this release reads up to {FORMAT_VERSION}."
+        )
+    state = registry(module)
+    found = _of_model(state.fingerprint, root) if state is not None else fingerprint(root.model)
+    if (difference := compare_fingerprints(mine["fingerprint"], found)) is not None:
+        raise CheckpointMismatch(f"This adapter belongs to another base model: {difference}.")
+    return mine
+
+
+def _method_class(class_path: str) -> type[Method]:
+    """The class that a folder names: a method that is installed, or one that the program has imported itself."""
+    for entry in available().values():
+        if entry.class_path == class_path:
+            return entry.load()
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    if isinstance(cls, type) and issubclass(cls, Method):
+        return cls
+    raise CheckpointMismatch(
+        f"The adapter was made with {class_path}, which is not here: import {module or 'it'} first."
+    )
+
+
+def _reader(config: Mapping[str, Any]) -> str:
+    """Class path of the method that has the equation of HF PEFT's config; the one that asks for most of it."""
+    if "peft_type" not in config:
+        raise CheckpointMismatch("adapter_config.json names no peft_type: neither HF PEFT nor lit-peft wrote it.")
+    forms = {entry.class_path: getattr(entry.load(), "hf_peft", {}) for entry in available().values()}
+    fitting = {path: form for path, form in forms.items() if form and form.items() <= dict(config).items()}
+    if not fitting:
+        known = sorted({form["peft_type"] for form in forms.values() if form})
+        raise CheckpointMismatch(f"peft_type {config['peft_type']!r} has no method here; known: {', '.join(known)}.")
+    return max(fitting, key=lambda path: len(fitting[path]))
+
+
+def _fill_additions(own: Mapping[str, Tensor | list[Tensor]], changes: Mapping[str, Tensor]) -> None:
+    """Writes the tensors of a folder through the views that `to_hf_peft` gave."""
+    if not own:  # the LoRA that stands in for a method without additions
+        changes = {key: tensor for key, tensor in changes.items() if tensor.any()}
+    if set(own) != set(changes):
+        missing, unknown = sorted(set(own) - set(changes)), sorted(set(changes) - set(own))
+        raise CheckpointMismatch(
+            f"The folder lacks {missing[0]}." if missing else f"The folder holds {unknown[0]}, which has no place here."
+        )
+    for key, views in own.items():
+        parts = views if isinstance(views, list) else [views]
+        width = sum(view.shape[-1] for view in parts)
+        _check_shape(key, changes[key], torch.Size((*parts[0].shape[:-1], width)))
+        for view, tensor in zip(parts, changes[key].split([v.shape[-1] for v in parts], -1), strict=True):
+            view.detach().copy_(tensor)
+
+
+def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor]) -> None:
+    """Writes what trains, with the buffers beside it; what the folder holds besides must be in the base already."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained, beside = {id(parameters[name]) for name in trains}, buffers_beside(model, trains)
+    own: dict[str, Tensor] = parameters | dict(model.named_buffers())
+    for name, tensor in base.items():
+        _check_shape(name, tensor, own[name].shape)
+        if id(own[name]) in trained or name in beside:
+            own[name].detach().copy_(tensor)
+        elif own[name].requires_grad:
+            continue  # another adapter of this module trains it
+        elif not torch.equal(own[name].detach().cpu().to(torch.bfloat16), tensor.to(torch.bfloat16)):
+            raise CheckpointMismatch(
+                f"This adapter belongs to another base model: {name}, which it does not train, holds other values."
+            )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise CheckpointMismatch(
+            f"{name} has shape {list(tensor.shape)} in the folder and {list(shape)} in the module."
+        )

@@ -1,0 +1,74 @@
+"""All methods by short name: the built-in ones and those that installed packages bring."""
+
+import ast
+import difflib
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_peft.methods import BUILT_IN
+
+if TYPE_CHECKING:
+    from lit_peft.methods.base import Method
+
+GROUP = "lit_peft.methods"
+"""Entry-point group through which a package brings a method: `MyMethod = "my_package.module:MyMethod"`."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method that can be named on the command line: where its class is, without having imported it."""
+
+    name: str
+    module: str
+    package: str
+
+    @property
+    def class_path(self) -> str:
+        """What LightningCLI imports; the built-in ones under their public path."""
+        return f"lit_peft.methods.{self.name}" if self.package == "lit-peft" else f"{self.module}.{self.name}"
+
+    def load(self) -> "type[Method]":
+        """Imports the class."""
+        return getattr(import_module(self.module), self.name)
+
+    def summary(self) -> str:
+        """First line of the class's docstring, read from the source without importing it; "" where there is none."""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            return ""
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == self.name:
+                return (ast.get_docstring(node) or "").split("\n", 1)[0]
+        return ""
+
+
+def available() -> dict[str, Entry]:
+    """Short name -> entry, built-in methods first. A plugin that takes a built-in's name is left out with a warning."""
+    found = {name: Entry(name, f"lit_peft.methods.{module}", "lit-peft") for name, module in BUILT_IN.items()}
+    for point in entry_points(group=GROUP):
+        package = point.dist.name if point.dist is not None else point.module
+        if point.attr in found:
+            warnings.warn(f"Package {package} brings a method named {point.attr!r}, which is taken.", stacklevel=2)
+        else:
+            found[point.attr] = Entry(point.attr, point.module, package)
+    return found
+
+
+def find(name: str) -> Entry:
+    """The entry of a short name.
+
+    Raises:
+        ValueError: When there is none, with the nearest names.
+    """
+    methods = available()
+    if name in methods:
+        return methods[name]
+    folded = {known.lower(): known for known in methods}
+    close = difflib.get_close_matches(name.lower(), list(folded), n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(folded[c] for c in close)}?" if close else ""
+    raise ValueError(f"There is no method named {name!r}.{hint} Methods: {', '.join(methods)}.")

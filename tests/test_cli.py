@@ -1,0 +1,217 @@
+"""`lit-peft` as a user types it: fast answers, every configuration, what a run leaves."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_peft import cli
+from lit_peft.lightning_cli import run
+
+SMALL = [
+    "--data.limit_train",
+    "64",
+    "--data.limit_val",
+    "32",
+    "--data.limit_test",
+    "32",
+    "--data.batch_size",
+    "16",
+]
+
+
+def fit(root: Path, *arguments: str) -> Path:
+    """Runs `lit-peft fit` in this process and returns the run's folder."""
+    run(
+        [
+            "fit",
+            *cli.resolve_configs(list(arguments)),
+            "--trainer.default_root_dir",
+            str(root),
+            "--trainer.accelerator",
+            "cpu",
+        ]
+    )
+    return max(root.glob("version_*"), key=lambda p: int(p.name.rpartition("_")[2]))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    """The folder of one short quickstart."""
+    root = tmp_path_factory.mktemp("quick")
+    return fit(
+        root,
+        "--config",
+        "quickstart",
+        *SMALL,
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.log_every_n_steps",
+        "1",
+    )
+
+
+def test_a_run_leaves_everything_in_one_folder(quick):
+    names = {str(p.relative_to(quick)) for p in quick.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= names
+    assert any("tfevents" in name for name in names)
+    assert {p.name for p in quick.parent.iterdir()} == {quick.name}
+
+
+def test_metrics_json_holds_what_it_must(quick):
+    metrics = json.loads((quick / "metrics.json").read_text())
+    for stage in ("val", "test"):
+        assert {f"{stage}/{m}" for m in ("acc", "f1", "ece", "brier", "nll")} <= set(metrics)
+    for key in (
+        *("base/test/acc", "params/trainable", "params/adapter", "params/head", "params/total"),
+        *("params/trainable_share", "time/train_s", "throughput/examples_per_s", "memory/peak_bytes"),
+        *("checkpoint/bytes", "adapter/bytes"),
+    ):
+        assert metrics[key] is not None and metrics[key] > 0, key
+    assert metrics["params/trainable"] == metrics["params/adapter"] + metrics["params/head"]
+    checkpoint = torch.load(quick / "checkpoints" / "best.ckpt", weights_only=True)
+    assert sum(t.numel() for t in checkpoint["state_dict"].values()) == metrics["params/trainable"]
+    assert metrics["checkpoint/bytes"] == (quick / "checkpoints" / "best.ckpt").stat().st_size
+
+
+def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick, tmp_path):
+    metrics = json.loads((quick / "metrics.json").read_text())
+    best = str(quick / "checkpoints" / "best.ckpt")
+    common = [
+        "--config",
+        str(quick / "config.yaml"),
+        "--ckpt_path",
+        best,
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
+    from safetensors.torch import load_file
+
+    state = torch.load(best, weights_only=True)["state_dict"]
+    adapter = load_file(quick / "adapter" / "adapter_model.safetensors")
+    ours = {k: v for k, v in state.items() if k.endswith("lora_A")}
+    assert ours
+    for key, value in ours.items():
+        name = key.removeprefix("model.").replace(".peft.default.lora_A", ".lora_A.weight")
+        assert torch.equal(adapter[f"base_model.model.{name}"], value)
+    run(["predict", *common])
+    rows = [json.loads(line) for line in next(tmp_path.rglob("predictions.jsonl")).read_text().splitlines()]
+    assert len(rows) == 32
+    assert all(row["label"] in ("negative", "positive") and 0.5 <= row["probability"] <= 1 for row in rows)
+    from lit_peft.data import TextClassificationDataModule
+
+    config = yaml.safe_load((quick / "config.yaml").read_text())["data"]["init_args"]
+    data = TextClassificationDataModule(
+        **{**config, "tokenizer": str(Path(cli.__file__).parent / "demo" / "encoder")}
+    )
+    labels = [i for batch in data.test_dataloader() for i in batch["labels"].tolist()]
+    right = [data.label_names[i] == row["label"] for i, row in zip(labels, rows, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(metrics["test/acc"])
+
+
+def test_tensorboard_holds_curves_diagram_and_hyperparameters(quick):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(quick), size_guidance={"scalars": 0, "images": 0}).Reload()
+    tags = events.Tags()
+    scalars = set(tags["scalars"])
+    assert {
+        "train/loss",
+        "val/nll",
+        "val/ece",
+        "test/acc",
+        "throughput/examples_per_s",
+        "memory/peak_bytes",
+    } <= scalars
+    assert any(tag.startswith("lr-AdamW") for tag in scalars)
+    assert "final/test/acc" in scalars
+    assert len(events.Scalars("train/loss")) == 8  # 2 epochs of 4 batches
+    assert "calibration/test" in tags["images"]
+    assert len(events.Scalars("test/acc")) == 1  # the test set is scored once for the record
+
+
+@pytest.mark.parametrize("name", [name for name in cli.configs() if name != "offline"])
+def test_every_configuration_trains_two_steps_offline(name, tmp_path):
+    folder = fit(tmp_path, "--config", name, "--config", "offline", *SMALL, "--trainer.max_steps", "2")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test/acc"] is not None
+    assert metrics["params/trainable"] > 0
+    assert (folder / "adapter").exists() == (name != "sst2/full")
+
+
+def test_every_key_of_every_configuration_has_a_comment():
+    for path in cli.configs().values():
+        for line in path.read_text().splitlines():
+            key = line.strip()
+            section = key.endswith(":")  # class_path, init_args and the like hold commented keys
+            assert not key or key.startswith("#") or section or "#" in key, f"{path.name}: {line}"
+
+
+def test_short_names_and_a_method_changed_on_the_command_line(tmp_path):
+    folder = fit(
+        tmp_path,
+        "--config",
+        "quickstart",
+        "--method",
+        "BitFit",
+        "--method.name",
+        "mine",
+        *SMALL,
+        "--trainer.max_steps",
+        "1",
+    )
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["method"]["class_path"] == "lit_peft.methods.BitFit"
+    assert config["method"]["init_args"]["name"] == "mine"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(key.endswith("bias") or "classifier" in key for key in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fitt"], "unknown verb 'fitt'. Did you mean 'fit'?"),
+        (["fit", "--config", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["fit", "--config", "quickstart", "--method.r", "four"], "four"),
+        (["fit", "--config", "quickstart", "--method.r", "0"], "r must be at least 1, not 0"),
+        (["fit", "--config", "quickstart", "--method.target_modules", "[q_proj]"], "use 'query'"),
+    ],
+)
+def test_mistakes_are_told_in_a_few_lines(arguments, expected, capsys, tmp_path):
+    if arguments[0] == "fit":
+        arguments = [*arguments, "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert expected in error
+    assert "Traceback" not in error
+    assert len(error[error.index("lit-peft:") :].strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["methods"]])
+def test_what_needs_no_trainer_answers_at_once(arguments):
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_peft.cli", *arguments], capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    assert result.returncode == 0 and result.stdout
+    # .1 s on an idle machine; torch alone would take two seconds
+    assert seconds < 1.5, seconds
+    probe = "import sys; sys.argv = ['lit-peft', *{}]; import lit_peft.cli as c; c.main(); print('torch' in sys.modules)"
+    heavy = subprocess.run([sys.executable, "-c", probe.format(arguments)], capture_output=True, text=True)
+    assert heavy.stdout.strip().endswith("False")
+
+
+def test_methods_lists_names_and_first_lines(capsys):
+    cli.main(["methods"])
+    out = capsys.readouterr().out
+    for name in ("LoRA", "BitFit", "LinearProbe", "FullFineTuning"):
+        assert any(line.startswith(name) and len(line.split()) > 4 for line in out.splitlines())

@@ -1,0 +1,44 @@
+"""Every code block of the README does what it says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_cli import SMALL
+
+from lit_peft import cli
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.strip().splitlines()]
+
+
+def test_the_readme_has_blocks_of_both_kinds():
+    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+
+
+@pytest.mark.parametrize("source", [text for language, text in BLOCKS if language == "python"])
+def test_python_blocks_run(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source.replace("limit_train=512", "limit_train=64, limit_val=32, limit_test=32"), "README.md", "exec"), {})
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, tmp_path, monkeypatch, capsys):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.M)
+        return  # the recipes behind them: `fit --config quickstart` in test_cli.py, and these tests themselves
+    if program == "python":
+        assert (ROOT / arguments[0]).is_file()  # its work is tested in test_make_minilm.py; it needs a package index
+        return
+    assert program == "lit-peft"
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "fit":
+        offline = [] if "offline" in arguments else ["--config", "offline"]
+        arguments += [*offline, *SMALL, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    cli.main(arguments)
+    assert capsys.readouterr().out
+    assert arguments[0] != "fit" or list(tmp_path.rglob("metrics.json"))

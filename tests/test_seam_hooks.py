@@ -1,0 +1,197 @@
+"""Guards on optimizers and gradients, and the hooks of a method, with real trainers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toys import ADAPTED, Module, adapters, fit, saved
+from toys import net_lora as lora
+
+from lit_peft.core.addition import Delta
+from lit_peft.methods import LinearProbe, Method, TargetedMethod
+
+# ----------------------------------------------------------------------------------- optimizers and gradients
+
+
+def test_an_optimizer_built_too_early_is_refused():
+    class Early(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.Adam(self.parameters())
+
+        def configure_optimizers(self):
+            return self.optimizer
+
+    with pytest.raises(RuntimeError, match=r"4 trainable parameters are in no optimizer, net\.first\.peft\.default"):
+        fit(Early(), lora())
+
+
+def test_reentrant_checkpointing_of_frozen_input_is_refused():
+    class Checkpointed(Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.reentrant = reentrant
+
+        def forward(self, x):
+            h = checkpoint(lambda x: self.net.second(self.net.first(x)), x, use_reentrant=self.reentrant)
+            return self.net.head(h)
+
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
+        pytest.raises(RuntimeError, match=r"4 tensors of 'default' got no gradient, .*use_reentrant=False"),
+    ):
+        fit(Checkpointed(True), lora(train_also=["head"]))
+    fit(Checkpointed(False), lora(train_also=["head"]))
+
+
+def test_an_adapter_that_the_forward_pass_leaves_out_is_refused():
+    with pytest.raises(RuntimeError, match=r"2 tensors of 'default' got no gradient, net\.unused\.peft.*lora_A"):
+        fit(Module(), lora(target_modules=["first", "unused"]))
+    with pytest.raises(RuntimeError, match=r"2 tensors of 'probe' got no gradient, net\.unused\.bias"):
+        fit(Module(), lora(), LinearProbe(name="probe", train_also=["unused"]))
+
+
+def test_zero_gradients_are_refused_by_the_second_step():
+    class Dead(Module):
+        def forward(self, x):
+            return self.net.head(0.0 * self.net.second(torch.tanh(self.net.first(x))))
+
+    with pytest.raises(RuntimeError, match="4 tensors of 'default' got no gradient"):
+        fit(Dead(), lora())
+    fit(Dead(), lora(), limit_train_batches=1)  # in the first step A's gradient is zero in any case
+
+
+def test_an_unused_head_is_reported():
+    with pytest.warns(UserWarning, match=r"without any gradient in the first two steps: net\.unused\.bias, net\.unus"):
+        fit(Module(), lora(train_also=["unused"]))
+
+
+def test_two_optimizers_are_each_checked_for_their_own():
+    class Two(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.toggle_optimizer(optimizer)
+                self.manual_backward(super().training_step(batch, index))
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+        def configure_optimizers(self):
+            return [torch.optim.Adam(layer.parameters(), lr=0.05) for layer in (self.net.first, self.net.second)]
+
+    module = Two()
+    fit(module, lora())
+    assert all(value.any() for value in adapters(module).values())
+    with pytest.raises(ValueError, match="Hooked acts through `penalty`, which manual optimization leaves out"):
+        fit(Two(), Hooked(target_modules=ADAPTED))
+
+
+# ----------------------------------------------------------------------------------------------------- hooks
+
+
+class Offset(Delta):
+    def __init__(self, out: int, in_: int) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(out, in_))
+
+    def weight(self, W):
+        return W + self.change
+
+
+class Hooked(TargetedMethod):
+    """Notes when its hooks run, with what gradients, and pulls the weights towards one by its penalty."""
+
+    def __init__(self, strength: float = 0.0, **common) -> None:
+        super().__init__(**common)
+        self.strength, self.calls = strength, []
+
+    def build(self, site):
+        return Offset(*site.size)
+
+    def changes(self, module):
+        return [module.get_submodule(path).peft[self.name].change for path in ADAPTED]
+
+    def prepare(self, module, batches):
+        self.calls.append(f"prepare {len(list(batches))}")
+        with torch.no_grad():
+            for change in self.changes(module):
+                change.fill_(0.25)
+
+    def before_optimizer_step(self, module):
+        assert all(change.grad is not None for change in self.changes(module))
+        self.seen = [change.clone() for change in self.changes(module)]
+        self.calls.append("before")
+
+    def after_optimizer_step(self, module):
+        pairs = zip(self.seen, self.changes(module), strict=True)
+        assert all(not torch.equal(before, after) for before, after in pairs)
+        self.calls.append("after")
+
+    def penalty(self, module):
+        self.calls.append("penalty")
+        return self.strength * sum((1 - change).square().sum() for change in self.changes(module))
+
+    def param_groups(self, named, lr):
+        self.calls.append("groups")
+        return [{"params": [name], "lr": lr * i} for i, (name, _) in enumerate(named, 1)]
+
+
+class Grouped(Module):
+    """Asks its methods for parameter groups, as the tasks do."""
+
+    def configure_optimizers(self):
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [g for c in self.trainer.callbacks if isinstance(c, Method) for g in c.param_groups(named, 0.01)]
+        by_name = dict(named)
+        return torch.optim.Adam([{**g, "params": [by_name[n] for n in g["params"]]} for g in groups])
+
+
+def test_hooks_run_once_an_optimizer_step():
+    method, module = Hooked(target_modules=ADAPTED), Grouped()
+    run = fit(module, method, accumulate_grad_batches=2)
+    step = ["penalty", "penalty", "before", "after"]  # penalties belong to the loss, which is computed twice
+    assert method.calls == ["groups", "prepare 4", *step, *step]
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.01, 0.02]
+    method.calls.clear()
+    fit(module, method, accumulate_grad_batches=2)
+    assert method.calls == ["groups", *step, *step]  # prepared once: a second fit goes on
+
+
+def test_a_resumed_fit_is_not_prepared_again(tmp_path):
+    path = saved(tmp_path, Grouped(), Hooked(target_modules=ADAPTED))
+    method = Hooked(target_modules=ADAPTED)
+    fit(Grouped(), method, max_epochs=2, ckpt_path=path)
+    assert not any(call.startswith("prepare") for call in method.calls)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dict"])
+def test_a_penalty_is_part_of_the_loss(kind):
+    class Output(Grouped):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return loss if kind == "tensor" else {"loss": loss, "more": 1}
+
+        def on_train_batch_end(self, outputs, batch, index):
+            assert "more" in outputs or kind == "tensor"
+
+    distances = []
+    for strength in (0.0, 10.0):
+        method = Hooked(strength, target_modules=ADAPTED)
+        module = fit(Output(), method).lightning_module
+        distances.append(sum((1 - change).square().sum().item() for change in method.changes(module)))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_a_batch_that_the_module_skips_has_no_penalty_and_no_check():
+    class Skips(Grouped):
+        def training_step(self, batch, index):
+            return None if index < 2 else super().training_step(batch, index)
+
+    method = Hooked(1.0, target_modules=ADAPTED)
+    method.after_optimizer_step = lambda module: None
+    fit(Skips(), method)
+    assert method.calls[2:] == ["penalty", "before"] * 2
