@@ -31,9 +31,7 @@ HEAD = ["pre_classifier", "classifier"]
 def base(layers: int) -> nn.Module:
     """A DistilBERT classifier with random weights, in training mode."""
     torch.manual_seed(0)
-    return transformers.DistilBertForSequenceClassification(
-        transformers.DistilBertConfig(n_layers=layers)
-    ).train()
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(n_layers=layers)).train()
 
 
 def ours(layers: int, r: int, dropout: float) -> nn.Module:
@@ -92,9 +90,7 @@ def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)

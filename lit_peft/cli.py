@@ -84,7 +84,7 @@ def fail(message: str) -> None:
 
 
 def nearest(word: str, known: object) -> str:
-    """ " Did you mean …?" with the closest of the known words, or nothing."""
+    """A question, did you mean …?, with the closest of the known words; empty where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)  # type: ignore[call-overload]
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -92,9 +92,7 @@ def nearest(word: str, known: object) -> str:
 def configs() -> dict[str, Path]:
     """The configurations that come with the package: name, "sst2/lora", -> file."""
     here = Path(__file__).parent
-    folder = next(
-        f for f in (here / "configs", here.parent / "configs") if f.is_dir()
-    )  # installed, or a checkout
+    folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())  # installed, or a checkout
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
 
 

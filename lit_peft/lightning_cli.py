@@ -26,7 +26,7 @@ from lit_peft.callbacks import (
 )
 from lit_peft.cli import fail
 from lit_peft.methods.base import Method
-from lit_peft.methods.registry import available
+from lit_peft.methods.registry import available, find
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -41,8 +41,43 @@ class Parser(LightningArgumentParser):
     """Tells a mistake in a few lines instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-        fail("\n".join(lines[:3]))
+        fail(essence(message))
+
+
+def essence(message: str) -> str:
+    """At most three lines of an error text: of jsonargparse's report on a union type, what was wrong with the value."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    if "Errors:" in lines:
+        reasons = [line.removeprefix("- ") for line in lines[lines.index("Errors:") + 1 :] if line.startswith("- ")]
+        reasons = [reason for reason in reasons if "NoneType" not in reason]
+        unknown = next((r.rpartition(": ")[2] for r in reasons if r.startswith("Expected a dot import path")), None)
+        if unknown is not None and "Method" in message:
+            try:
+                find(unknown)
+            except ValueError as error:
+                return str(error)
+        lines = reasons or lines
+    return "\n".join(lines[:3])
+
+
+class LatestCheckpoint(ModelCheckpoint):
+    """Keeps last.ckpt, the state to resume from, up to date: every so many steps and at the end of training.
+
+    It stands beside the best checkpoint, often enough that a killed run loses little.
+    """
+
+    def __init__(self, every_n_train_steps: int) -> None:
+        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+    @property
+    def path(self) -> Path | None:
+        """The file, None where it was not written."""
+        path = Path(self.dirpath or "") / "last.ckpt"
+        return path if self.dirpath is not None and path.is_file() else None
 
 
 class LitPeftCLI(LightningCLI):
@@ -82,9 +117,10 @@ class LitPeftCLI(LightningCLI):
             {
                 "early_stopping.monitor": "val/nll",
                 "early_stopping.patience": 3,
+                "early_stopping.check_on_train_epoch_end": False,  # an epoch may end, by max_steps, unvalidated
                 "checkpoint.monitor": "val/nll",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
+                "checkpoint.save_on_train_epoch_end": False,
                 "checkpoint.enable_version_counter": False,
             }
         )
@@ -113,7 +149,7 @@ class LitPeftCLI(LightningCLI):
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = str(Path(config["logger"].log_dir) / "checkpoints")
         config["callbacks"] = [method, *own, *forced]
-        if not config.get("fast_dev_run") and config.get("logger") is not False:
+        if self.subcommand == "fit" and not config.get("fast_dev_run") and config.get("logger") is not False:
             resolved = self.config[str(self.subcommand)]
             config["callbacks"].append(SaveConfigCallback(self._parser(self.subcommand), resolved, overwrite=True))
         return self.trainer_class(**config)
@@ -130,9 +166,8 @@ class LitPeftCLI(LightningCLI):
             self.predictions = PredictionWriter()
             watching.append(self.predictions)
         every = self._get(self.config_init, "resume_every")
-        # Beside the best checkpoint: the latest state, often enough that a killed run loses little.
-        latest = ModelCheckpoint(filename="last", every_n_train_steps=every, enable_version_counter=False)
-        return [*watching, self.report, latest]
+        self.latest = LatestCheckpoint(every)
+        return [*watching, self.report, self.latest]
 
     def _checkpoint(self) -> ModelCheckpoint:
         self.best: ModelCheckpoint = self._get(self.config_init, "checkpoint")
@@ -159,9 +194,10 @@ class LitPeftCLI(LightningCLI):
 
     def after_fit(self) -> None:
         trainer = self.trainer
-        if trainer.interrupted or self._get(self.config_init, "trainer.barebones"):  # type: ignore[attr-defined]
+        if trainer.interrupted or self._get(self.config_init, "trainer.barebones"):
             return
-        best = Path(self.best.best_model_path) if self.best.best_model_path else None
+        # A fit too short for a validation has no best checkpoint: its last one is taken.
+        best = Path(self.best.best_model_path) if self.best.best_model_path else self.latest.path
         scores: dict[str, float] = {}
         with _without_notices():
             for evaluate in (trainer.validate, trainer.test):
@@ -201,7 +237,7 @@ def run(arguments: list[str]) -> None:
     except (ValueError, FileNotFoundError, ConnectionError, MisconfigurationException) as error:
         if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
             raise
-        fail(str(error))
+        fail(essence(str(error)))
 
 
 @contextmanager

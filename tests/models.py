@@ -8,9 +8,7 @@ from torch import nn
 
 TINY: dict[str, Callable[[], nn.Module]] = {
     "distilbert": lambda: tf.DistilBertForSequenceClassification(
-        tf.DistilBertConfig(
-            vocab_size=50, dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=16
-        )
+        tf.DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=16)
     ),
     "bert": lambda: tf.BertForSequenceClassification(
         tf.BertConfig(
@@ -32,9 +30,7 @@ TINY: dict[str, Callable[[], nn.Module]] = {
             max_position_embeddings=18,
         )
     ),
-    "gpt2": lambda: tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16)
-    ),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16)),
     "llama": lambda: tf.LlamaForCausalLM(
         tf.LlamaConfig(
             vocab_size=50,

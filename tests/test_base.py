@@ -1,4 +1,6 @@
-"""What training beside a frozen base asks of it: dtypes, running statistics, and layers that are not called."""
+"""The base under the adapters: its dtypes, running statistics, layers that are not called, and its fingerprint."""
+
+import copy
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import assert_same, lora, snapshot, trainable
 
 from lit_peft.core.attach import detach, registry
-from lit_peft.core.checkpoint import adapter_keys
+from lit_peft.core.checkpoint import adapter_keys, record
+from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.methods import BitFit, LinearProbe
 
 
@@ -178,3 +181,54 @@ def test_a_model_moved_to_another_dtype_computes_in_it():
     lora(bias="all", train_also=["word_embeddings"]).attach(model)
     model.float()
     assert logits(model, "distilbert").dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------- fingerprint
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_fingerprint_does_not_depend_on_the_dtype(name):
+    model = tiny(name)
+    digests = fingerprint(model)
+    assert set(digests) == {key for key, _ in model.named_parameters()}
+    assert fingerprint(model.to(torch.bfloat16)) == digests
+
+
+def test_a_fingerprint_names_the_weight_that_differs():
+    saved = fingerprint(tiny("distilbert"))
+    assert compare_fingerprints(saved, fingerprint(tiny("distilbert"))) is None
+    other = tiny("distilbert")
+    with torch.no_grad():
+        other.distilbert.transformer.layer[1].ffn.lin1.weight.mul_(1.1)
+    message = compare_fingerprints(saved, fingerprint(other))
+    assert message == "distilbert.transformer.layer.1.ffn.lin1.weight holds other values"
+    assert compare_fingerprints(saved, fingerprint(tiny("distilbert", seed=1))).endswith("more of 40 differ")
+    other.classifier = nn.Linear(16, 3)
+    assert compare_fingerprints(saved, fingerprint(other)).startswith(
+        "distilbert.transformer.layer.1.ffn.lin1.weight holds other values, and 2 more"
+    )
+    other.classifier = nn.Identity()
+    assert compare_fingerprints(saved, fingerprint(other)) == "the base has no parameter classifier.weight (nor 1 more)"
+    assert compare_fingerprints({"w": "2x3:ab"}, {"w": "3x2:ab"}) == "w has shape 3x2, not 2x3"
+
+
+def test_a_head_that_trains_is_no_part_of_the_fingerprint():
+    first, second = tiny("distilbert"), tiny("distilbert")
+    second.classifier.reset_parameters()
+    for model in (first, second):
+        lora(train_also=["classifier"]).attach(model)
+    assert record(first)["fingerprint"] == record(second)["fingerprint"]
+    assert not any(key.startswith("classifier") for key in record(first)["fingerprint"])
+    for model in (first, second):
+        detach(model)
+        lora().attach(model)
+    assert record(first)["fingerprint"] != record(second)["fingerprint"]
+
+
+def test_small_tensors_are_compared_in_full():
+    a = nn.Linear(8, 8)
+    for i in range(8):
+        b = copy.deepcopy(a)
+        with torch.no_grad():
+            b.bias[i] += 1
+        assert compare_fingerprints(fingerprint(a), fingerprint(b)) == "bias holds other values"

@@ -80,7 +80,7 @@ def test_metrics_json_holds_what_it_must(quick):
     assert metrics["checkpoint/bytes"] == (quick / "checkpoints" / "best.ckpt").stat().st_size
 
 
-def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick, tmp_path):
+def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick):
     metrics = json.loads((quick / "metrics.json").read_text())
     best = str(quick / "checkpoints" / "best.ckpt")
     common = [
@@ -88,8 +88,6 @@ def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick, tmp_pa
         str(quick / "config.yaml"),
         "--ckpt_path",
         best,
-        "--trainer.default_root_dir",
-        str(tmp_path),
     ]
     from safetensors.torch import load_file
 
@@ -100,16 +98,16 @@ def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick, tmp_pa
     for key, value in ours.items():
         name = key.removeprefix("model.").replace(".peft.default.lora_A", ".lora_A.weight")
         assert torch.equal(adapter[f"base_model.model.{name}"], value)
+    before = (quick / "config.yaml").read_text()
     run(["predict", *common])
-    rows = [json.loads(line) for line in next(tmp_path.rglob("predictions.jsonl")).read_text().splitlines()]
+    assert (quick / "config.yaml").read_text() == before
+    rows = [json.loads(line) for line in (quick / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 32
     assert all(row["label"] in ("negative", "positive") and 0.5 <= row["probability"] <= 1 for row in rows)
     from lit_peft.data import TextClassificationDataModule
 
     config = yaml.safe_load((quick / "config.yaml").read_text())["data"]["init_args"]
-    data = TextClassificationDataModule(
-        **{**config, "tokenizer": str(Path(cli.__file__).parent / "demo" / "encoder")}
-    )
+    data = TextClassificationDataModule(**{**config, "tokenizer": str(Path(cli.__file__).parent / "demo" / "encoder")})
     labels = [i for batch in data.test_dataloader() for i in batch["labels"].tolist()]
     right = [data.label_names[i] == row["label"] for i, row in zip(labels, rows, strict=True)]
     assert sum(right) / len(right) == pytest.approx(metrics["test/acc"])
@@ -180,6 +178,7 @@ def test_short_names_and_a_method_changed_on_the_command_line(tmp_path):
         (["fit", "--config", "quickstrat"], "Did you mean 'quickstart'?"),
         (["fit", "--config", "quickstart", "--method.r", "four"], "four"),
         (["fit", "--config", "quickstart", "--method.r", "0"], "r must be at least 1, not 0"),
+        (["fit", "--config", "quickstart", "--method", "lora"], "Did you mean LoRA"),
         (["fit", "--config", "quickstart", "--method.target_modules", "[q_proj]"], "use 'query'"),
     ],
 )
@@ -198,14 +197,14 @@ def test_mistakes_are_told_in_a_few_lines(arguments, expected, capsys, tmp_path)
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["methods"]])
 def test_what_needs_no_trainer_answers_at_once(arguments):
     start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-m", "lit_peft.cli", *arguments], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-m", "lit_peft.cli", *arguments], capture_output=True, text=True)
     seconds = time.perf_counter() - start
     assert result.returncode == 0 and result.stdout
     # .1 s on an idle machine; torch alone would take two seconds
     assert seconds < 1.5, seconds
-    probe = "import sys; sys.argv = ['lit-peft', *{}]; import lit_peft.cli as c; c.main(); print('torch' in sys.modules)"
+    probe = (
+        "import sys; sys.argv = ['lit-peft', *{}]; import lit_peft.cli as c; c.main(); print('torch' in sys.modules)"
+    )
     heavy = subprocess.run([sys.executable, "-c", probe.format(arguments)], capture_output=True, text=True)
     assert heavy.stdout.strip().endswith("False")
 

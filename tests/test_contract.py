@@ -303,6 +303,29 @@ def test_two_methods_on_one_site_compose(first, second, kind):
     assert all(p.grad is not None and p.grad.any() for p in module.parameters() if p.requires_grad)
 
 
+def test_embeddings_that_scale_and_ones_that_look_up_something_else():
+    class Scaled(nn.Embedding):  # Gemma's and BART's
+        embed_scale = 4.0
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    class Positions(nn.Embedding):  # BART's: the ids are not what is looked up
+        def forward(self, ids):
+            return super().forward(torch.arange(ids.shape[1]))
+
+    module, x = Holder(Scaled(IN, OUT)), sample("embedding")
+    base = module(x)
+    LoRA(r=4, target_modules="layer").attach(module)
+    torch.testing.assert_close(module(x), base)
+    perturb(module)
+    merged = Scaled(IN, OUT)
+    merged.weight.data = Call(module.layer, module.layer.peft.chain()).matrix().t()
+    torch.testing.assert_close(module(x), merged(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="Positions looks up something else"):
+        LoRA(r=4, target_modules="layer").attach(Holder(Positions(IN, OUT)))
+
+
 def test_a_bottleneck_wraps_a_delta():
     lora = LoRA(r=4, dropout=0.0, target_modules="layer", name="lora")
     module = holder("linear", Bottleneck(target_modules="layer", name="adapter"), lora)
@@ -388,9 +411,7 @@ class Prefix(TargetedMethod):
         return adapter
 
     def build(self, site):
-        return PrefixTensors(
-            3, 8 if "self_attn" in site.path else 16
-        )  # Llama here has one key-value head of 8
+        return PrefixTensors(3, 8 if "self_attn" in site.path else 16)  # Llama here has one key-value head of 8
 
 
 ATTENTION = {
@@ -425,9 +446,7 @@ def test_prefix_equals_hf_peft():
 
     name = "gpt2"
     model = tiny(name)
-    theirs = get_peft_model(
-        copy.deepcopy(model), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
+    theirs = get_peft_model(copy.deepcopy(model), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     theirs.eval()
     Prefix(target_modules=ATTENTION[name]).attach(model)
     table = theirs.prompt_encoder.default.embedding.weight.detach()  # [3, layers * 2 * width]

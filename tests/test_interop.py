@@ -255,6 +255,7 @@ WITHOUT_LORA = {
     "head of several layers": ("roberta", LoRA(r=2, train_also=["classifier"])),
     "encoder and decoder": ("t5", LoRA(r=2, target_modules=["attention", "wo"])),
     "adapted head": ("distilbert", LoRA(r=2, target_modules="all-linear")),
+    "whole blocks": ("llama", LinearProbe(train_also=["model.layers"])),
     "trained norm": ("llama", LoRA(r=4, train_also=["model.norm"])),
     "some biases": ("bert", LoRA(r=4, train_also=["0.output.dense.bias"])),
 }
@@ -296,6 +297,43 @@ def test_convolutions(tmp_path):
     twin = net()
     load(twin, tmp_path / "theirs")
     assert torch.equal(twin(x), model(x))
+
+
+def test_running_statistics_go_with_the_biases_beside_them(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 5))
+
+    x = torch.randn(8, 3, 9, 9) + 3
+    model, twin = net(), net().eval()
+    BitFit().attach(model)
+    model.train()(x)
+    perturb(model.eval())
+    save(model, tmp_path)
+    load(twin, tmp_path)
+    opened = peft.PeftModel.from_pretrained(net(), str(tmp_path)).eval()
+    for module in (twin, opened):
+        assert torch.equal(module(x), model(x))
+
+
+def test_a_path_that_ends_with_another_keeps_its_rank(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"lin": nn.Linear(8, 8), "a": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
+
+    model, twin = net(), net()
+    LoRA(r=4, target_modules="lin", rank_pattern={"re:lin": 2, "re:a.lin": 3}, alpha_pattern={"re:lin": 5}).attach(
+        model
+    )
+    save(model, tmp_path)
+    forget_record(tmp_path)
+    load(twin, tmp_path)
+    opened = peft.PeftModel.from_pretrained(net(), str(tmp_path)).base_model.model
+    for path in ("lin", "a.lin"):
+        ours, theirs = (m.get_submodule(path).peft["default"] for m in (model, twin))
+        assert (ours.lora_A.shape, ours.alpha) == (theirs.lora_A.shape, theirs.alpha)
+        layer = opened.get_submodule(path)
+        assert (layer.r["default"], layer.lora_alpha["default"]) == (len(ours.lora_A), ours.alpha)
 
 
 # ----------------------------------------------------------------------------------------- LightningModules
@@ -384,6 +422,18 @@ def test_one_of_two_adapters_is_saved(tmp_path):
     assert set(registry(twin).adapters) == {"first", "second"}
 
 
+def test_a_head_that_another_adapter_trains_is_left_alone(tmp_path):
+    model = tiny("distilbert")
+    LoRA(r=4).attach(model)
+    save(model, tmp_path)  # holds the frozen head, which HF PEFT wants for a sequence classifier
+    twin = tiny("distilbert")
+    LinearProbe(train_also=HEAD["distilbert"], name="head").attach(twin)
+    perturb(twin)
+    expected = twin.classifier.weight.clone()
+    load(twin, tmp_path)
+    assert torch.equal(twin.classifier.weight, expected)
+
+
 def test_the_same_adapter_gives_the_same_config(tmp_path):
     texts = []
     for folder in ("one", "two"):
@@ -392,11 +442,20 @@ def test_the_same_adapter_gives_the_same_config(tmp_path):
         save(model, tmp_path / folder)
         texts.append((tmp_path / folder / "adapter_config.json").read_text())
     assert texts[0] == texts[1]
-    assert json.loads(texts[0])["target_modules"] == [
-        f"bert.encoder.layer.{i}.attention.{part}"
-        for i in range(2)
-        for part in ("output.dense", "self.key", "self.query", "self.value")
-    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "written"),
+    [
+        ("roberta", ["query", "attention.output.dense", "ffn"], ["dense", "query"]),  # the head's dense is trained
+        ("bert", "attention.output.dense", [f"bert.encoder.layer.{i}.attention.output.dense" for i in range(2)]),
+    ],
+)
+def test_targets_are_short_names_where_these_are_enough(name, targets, written, tmp_path):
+    model = tiny(name)
+    LoRA(r=4, target_modules=targets, train_also=["classifier"]).attach(model)
+    save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == written
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -516,6 +575,11 @@ UNLOADABLE = {
     "missing": (lambda f: (f / "adapter_config.json").unlink(), DISTILBERT, "no adapter folder: it has no adapter_c"),
     "a pickle": (pickle_only, DISTILBERT, "adapter_model.bin is a pickle"),
     "a newer format": (in_record(format_version=99), DISTILBERT, "format version 99; this release reads up to 1"),
+    "a tensor missing": (
+        in_record(base=["distilbert.embeddings.LayerNorm.weight"], head=[]),
+        DISTILBERT,
+        "holds no distilbert.embeddings.LayerNorm.weight, which its adapter trains",
+    ),
     "not a method": (in_record(methods=PLUGIN), DISTILBERT, "made with os.system, which is not here"),
     "other values": (lambda f: None, other_values, "another base model: .*lin1.weight holds other values"),
     "another model": (lambda f: None, lambda: tiny("bert"), "another base model: the base has no parameter distilbert"),
@@ -561,6 +625,17 @@ def test_a_folder_that_does_not_fit_is_refused_and_nothing_changes(case, tmp_pat
     assert registry(model) is None
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_head_that_the_module_trains_must_be_in_the_folder(tmp_path):
+    model = tiny("distilbert")
+    LoRA(r=4).attach(model)
+    save(model, tmp_path)
+    task = Task()
+    task.train_also = ["extra"]
+    with pytest.raises(CheckpointMismatch, match=r"holds no extra\.bias, which this module's train_also names"):
+        load(task, tmp_path)
+    assert registry(task) is None
 
 
 def test_load_refuses_a_taken_name_and_an_unclear_model(tmp_path):

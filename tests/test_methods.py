@@ -218,7 +218,7 @@ def test_every_built_in_method_loads(name):
     assert cls is getattr(methods, name) and issubclass(cls, Method)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("lora", "LoRA"), ("LoRa", "LoRA"), ("bit_fit", "BitFit")])
+@pytest.mark.parametrize(("name", "hint"), [("lora", "LoRA"), ("LORA", "LoRA"), ("bit_fit", "BitFit")])
 def test_a_near_miss_is_answered_with_the_name(name, hint):
     with pytest.raises(ValueError, match=rf"no method named '{name}'\. Did you mean {hint}\b.*Methods: LoRA, BitFit"):
         registry.find(name)

@@ -37,18 +37,12 @@ def sample(classes, n=300, seed=0):
     """Logits of an overconfident, half-right classifier, and the targets."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(n, classes, generator=generator)
-    target = (
-        torch.multinomial((logits / 2).softmax(1), 1, generator=generator)[:, 0]
-        if n
-        else torch.zeros(0).long()
-    )
+    target = torch.multinomial((logits / 2).softmax(1), 1, generator=generator)[:, 0] if n else torch.zeros(0).long()
     return logits, target
 
 
 def ece_oracle(p, y):
-    return MulticlassCalibrationError(p.shape[1], n_bins=15)(
-        torch.tensor(p, dtype=torch.float32), torch.tensor(y)
-    )
+    return MulticlassCalibrationError(p.shape[1], n_bins=15)(torch.tensor(p, dtype=torch.float32), torch.tensor(y))
 
 
 def f1_oracle(p, y):
@@ -144,9 +138,7 @@ def test_any_split_into_batches_gives_the_same(classes, n, seed, cuts, forward):
         batch = logits[start:end], target[start:end]
         split(*batch) if forward else split.update(*batch)
     expected = {name: float(value) for name, value in whole.compute().items()}
-    assert {name: float(value) for name, value in split.compute().items()} == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert {name: float(value) for name, value in split.compute().items()} == pytest.approx(expected, abs=1e-6)
     assert torch.equal(split["ece"].bins().count, whole["ece"].bins().count)
 
 
@@ -297,9 +289,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize(
-    "make", [*OWN, lambda: classification_metrics(2)], ids=["ECE", "Brier", "NLL", "collection"]
-)
+@pytest.mark.parametrize("make", [*OWN, lambda: classification_metrics(2)], ids=["ECE", "Brier", "NLL", "collection"])
 def test_bad_inputs_are_refused_by_name(make, case):
     preds, target, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
@@ -364,13 +354,9 @@ def test_a_diagram_needs_samples():
 def test_docstring_examples(module):
     result = doctest.testmod(module)
     assert result.failed == 0
-    documented = {
-        test.name.rpartition(".")[2] for test in doctest.DocTestFinder().find(module) if test.examples
-    }
+    documented = {test.name.rpartition(".")[2] for test in doctest.DocTestFinder().find(module) if test.examples}
     public = {
-        name
-        for name in lit_peft.metrics.__all__
-        if getattr(lit_peft.metrics, name).__module__ == module.__name__
+        name for name in lit_peft.metrics.__all__ if getattr(lit_peft.metrics, name).__module__ == module.__name__
     }
     assert public - {"CalibrationBins"} <= documented
 

@@ -21,7 +21,10 @@ def test_the_readme_has_blocks_of_both_kinds():
 @pytest.mark.parametrize("source", [text for language, text in BLOCKS if language == "python"])
 def test_python_blocks_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(source.replace("limit_train=512", "limit_train=64, limit_val=32, limit_test=32"), "README.md", "exec"), {})
+    exec(
+        compile(source.replace("limit_train=512", "limit_train=64, limit_val=32, limit_test=32"), "README.md", "exec"),
+        {},
+    )
     assert list(tmp_path.rglob("*.ckpt"))
 
 

@@ -224,7 +224,21 @@ def test_a_killed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"]
 
 
-# ------------------------------------------------------------------------------------------------- precision
+# ------------------------------------------------------------------------------------- precision and sharding
+
+
+def test_sharding_comes_once_after_attaching_and_casting():
+    class Sharded(Module):
+        def shard(self, mesh):
+            self.seen = [*getattr(self, "seen", []), {name: p.dtype for name, p in self.named_parameters()}]
+
+    module = Sharded("configure_model")
+    module._device_mesh = object()
+    method = lora()
+    fit(module, method, precision="bf16-true")
+    trainer(method, precision="bf16-true").test(module, loader(), verbose=False)
+    (seen,) = module.seen
+    assert set(seen) >= LORA_KEYS and set(seen.values()) == {torch.bfloat16}  # FSDP2 refuses two in a unit
 
 
 def test_bf16_true_trains_in_bfloat16():

@@ -319,6 +319,12 @@ def test_containers_cannot_carry_an_addition(name):
         Wraps(target_modules=name).attach(tiny("distilbert"))
 
 
+def test_an_embedding_that_rewrites_itself_cannot_be_adapted():
+    module = nn.ModuleDict({"embedding": nn.Embedding(9, 4, max_norm=1.0)})
+    with pytest.raises(TypeError, match="max_norm rewrites its own weight as it runs and cannot be adapted"):
+        LoRA(r=2, target_modules="embedding").attach(module)
+
+
 # -------------------------------------------------------------------------------------------- train_also
 
 

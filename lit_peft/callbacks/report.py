@@ -83,9 +83,7 @@ class RunReport(pl.Callback):
             metrics["throughput/examples_per_s"] = speed.examples_per_s
         metrics["memory/peak_bytes"] = peak_bytes(module)
         metrics["checkpoint/bytes"] = checkpoint.stat().st_size if checkpoint is not None else None
-        notes["checkpoint"] = (
-            str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
-        )
+        notes["checkpoint"] = str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
         metrics["adapter/bytes"] = None
         for method in methods(trainer):
             target = folder / "adapter" if method.name == "default" else folder / "adapter" / method.name
@@ -98,10 +96,7 @@ class RunReport(pl.Callback):
                     size = sum(file.stat().st_size for file in target.iterdir())
                     metrics["adapter/bytes"] = (metrics["adapter/bytes"] or 0) + size
                     notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
-        metrics = {
-            key: None if value is None or not math.isfinite(value) else value
-            for key, value in metrics.items()
-        }
+        metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         if trainer.is_global_zero:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 with atomic_path(folder / "metrics.json") as part:
@@ -109,9 +104,7 @@ class RunReport(pl.Callback):
                 notes["metrics"] = str(folder / "metrics.json")
             self._log_hyperparameters(trainer, module, metrics)
             if not self.quiet:
-                title = (
-                    " + ".join(type(method).__name__ for method in methods(trainer)) or type(module).__name__
-                )
+                title = " + ".join(type(method).__name__ for method in methods(trainer)) or type(module).__name__
                 self.console.print(summary_panel(title, metrics, notes))
                 for step in next_steps:  # never wrapped, so that it can be copied
                     self.console.print(f"  {step}", soft_wrap=True, highlight=False)

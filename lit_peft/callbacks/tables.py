@@ -143,9 +143,7 @@ def _figures(metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
     rows = []
     if (acc := of("test/acc")) is not None:
         base = of("base/test/acc")
-        rows.append(
-            ("test accuracy", f"{acc:.4f}" + (f"   (before training {base:.4f})" if base is not None else ""))
-        )
+        rows.append(("test accuracy", f"{acc:.4f}" + (f"   (before training {base:.4f})" if base is not None else "")))
     for key, label in (
         ("test/ece", "test ECE"),
         ("test/brier", "test Brier"),
@@ -155,9 +153,7 @@ def _figures(metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
         if (value := of(key)) is not None:
             rows.append((label, f"{value:.4f}"))
     if not rows:
-        rows = [
-            (k, f"{v:.4f}") for k, v in metrics.items() if k.startswith(("val", "test")) and v is not None
-        ]
+        rows = [(k, f"{v:.4f}") for k, v in metrics.items() if k.startswith(("val", "test")) and v is not None]
     if (share := of("params/trainable_share")) is not None:
         rows.append(
             (

@@ -272,6 +272,8 @@ def _release_statistics(module: nn.Module, path: str) -> None:
 def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
     """Chooses the adapters that run: one name, several (their changes add up), or None for the bare base.
 
+    Base parameters that train are not switched: they keep their trained values until `detach`.
+
     Raises:
         KeyError: For a name that no adapter has.
         ValueError: When two of them rescale one weight.

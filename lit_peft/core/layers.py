@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_peft.core.swap import Swapped
+
 _REGISTRY: dict[str, "LayerOps"] = {}
 
 
@@ -160,11 +162,14 @@ class EmbeddingOps(LayerOps):
     is_linear = False
 
     def size(self, layer: Any) -> tuple[int, int]:
+        if layer.max_norm is not None:
+            raise TypeError("An embedding with max_norm rewrites its own weight as it runs and cannot be adapted.")
+        owner = next(c for c in type(layer).__mro__ if "forward" in vars(c) and not issubclass(c, Swapped))
+        if owner is not nn.Embedding and not hasattr(layer, "embed_scale"):
+            raise TypeError(f"{owner.__qualname__} looks up something else than the ids it is given; not adapted.")
         return layer.weight.shape[1], layer.weight.shape[0]
 
     def matrix(self, layer: Any) -> Tensor:
-        if layer.max_norm is not None:
-            raise TypeError("An embedding with max_norm rewrites its own weight as it runs and cannot be adapted.")
         return layer.weight.t()
 
     def fan_in(self, layer: Any) -> int:
@@ -175,7 +180,8 @@ class EmbeddingOps(LayerOps):
 
     def apply(self, layer: Any, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         rows = F.embedding(x, W.t(), layer.padding_idx, None, 2.0, layer.scale_grad_by_freq)
-        return rows.to(layer.weight.dtype)
+        # Gemma's and BART's embeddings multiply what they look up.
+        return (rows * getattr(layer, "embed_scale", 1.0)).to(layer.weight.dtype)
 
 
 @register_layer_ops("torch.nn.modules.conv.Conv2d")

@@ -223,6 +223,12 @@ class TargetedMethod(Method):
         )
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError, naming the argument and its choices, unless the value is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.")
+
+
 def check_range(name: str, value: float, low: float, high: float | None = None, *, open_above: bool = False) -> None:
     """Raises ValueError, naming the argument and its range, unless low <= value <= high (< high if `open_above`)."""
     above = high is not None and (value >= high if open_above else value > high)

@@ -11,7 +11,7 @@ from lit_peft.core.addition import Call, Delta
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_range
+from lit_peft.methods.base import TargetedMethod, check_choice, check_range
 from lit_peft.methods.hf_peft import match_pattern
 
 
@@ -69,8 +69,15 @@ class LoRA(TargetedMethod):
         super().__init__(**common)
         check_range("r", r, 1)
         check_range("dropout", dropout, 0, 1, open_above=True)
+        check_choice("bias", bias, ("none", "all", "lora_only"))
+        check_choice("init", init, ("kaiming", "gaussian"))
         for name, value in (rank_pattern or {}).items():
             check_range(f"rank_pattern[{name!r}]", value, 1)
+        for name, scale in {"alpha": 1.0 if alpha is None else alpha, **(alpha_pattern or {})}.items():
+            if not (scale > 0 and math.isfinite(scale)):
+                raise ValueError(
+                    f"{name if name == 'alpha' else f'alpha_pattern[{name!r}]'} must be above 0, not {scale}."
+                )
         self.r, self.alpha, self.dropout, self.bias, self.init = r, alpha, dropout, bias, init
         self.use_rslora = use_rslora
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})

@@ -63,9 +63,7 @@ def warmup_schedule(optimizer: Optimizer, kind: Schedule, steps: float, warmup: 
         warmup: Share of the steps, 0 to 1.
     """
     if not math.isfinite(steps) and kind != "constant":
-        raise ValueError(
-            f"schedule {kind!r} needs an end: set trainer.max_epochs or max_steps, or use constant."
-        )
+        raise ValueError(f"schedule {kind!r} needs an end: set trainer.max_epochs or max_steps, or use constant.")
     rising = math.ceil(warmup * steps) if math.isfinite(steps) else 0
 
     def share(step: int) -> float:
