@@ -165,7 +165,7 @@ def test_short_names_and_a_method_changed_on_the_command_line(tmp_path):
         "1",
     )
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["method"]["class_path"] == "lit_peft.methods.BitFit"
+    assert config["method"]["class_path"].endswith(".BitFit")
     assert config["method"]["init_args"]["name"] == "mine"
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(key.endswith("bias") or "classifier" in key for key in checkpoint["state_dict"])
