@@ -24,6 +24,7 @@ from lit_peft.callbacks import (
     RunReport,
     SpeedMonitor,
 )
+from lit_peft.callbacks.report import unlogged
 from lit_peft.cli import fail
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available, find
@@ -198,12 +199,12 @@ class LitPeftCLI(LightningCLI):
             return
         # A fit too short for a validation has no best checkpoint: its last one is taken.
         best = Path(self.best.best_model_path) if self.best.best_model_path else self.latest.path
-        scores: dict[str, float] = {}
+        weights = {"datamodule": self.datamodule, "ckpt_path": str(best) if best is not None else None}
         with _without_notices():
-            for evaluate in (trainer.validate, trainer.test):
-                path = str(best) if best is not None else None
-                for result in evaluate(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False):
-                    scores.update({key: float(value) for key, value in result.items()})
+            with unlogged(trainer):  # the curve of val/* already has its last point, of the last weights
+                results = trainer.validate(self.model, verbose=False, **weights)
+            results += trainer.test(self.model, verbose=False, **weights)
+        scores = {key: float(value) for result in results for key, value in result.items()}
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         steps = [f"tensorboard --logdir {trainer.default_root_dir}"]
         if best is not None:

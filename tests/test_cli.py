@@ -131,6 +131,7 @@ def test_tensorboard_holds_curves_diagram_and_hyperparameters(quick):
     assert "final/test/acc" in scalars
     assert len(events.Scalars("train/loss")) == 8  # 2 epochs of 4 batches
     assert "calibration/test" in tags["images"]
+    assert [event.step for event in events.Scalars("val/nll")] == [3, 7]  # scoring the best adds no point
     assert len(events.Scalars("test/acc")) == 1  # the test set is scored once for the record
 
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,9 @@ class RunReport(pl.Callback):
             self.console.print(sites_table(pl_module))
 
     def measure_base(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
-        """Scores the test set before training, without a trace: no logger, nor a callback but methods and progress."""
-        loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
-        trainer.loggers = []
-        trainer.callbacks = [c for c in callbacks if isinstance(c, Method | ProgressBar)]  # type: ignore[attr-defined]
-        try:
+        """Scores the test set before training."""
+        with unlogged(trainer):
             results = trainer.test(module, datamodule=data, verbose=False)
-        finally:
-            trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
         self.base = {f"base/{key}": value for result in results for key, value in result.items()}
 
     def finish(
@@ -126,6 +122,18 @@ class RunReport(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(arguments, finite)
+
+
+@contextmanager
+def unlogged(trainer: pl.Trainer) -> Iterator[None]:
+    """Lets a trainer evaluate without a trace: no logger, and no callback but methods and progress."""
+    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    trainer.loggers = []
+    trainer.callbacks = [c for c in callbacks if isinstance(c, Method | ProgressBar)]  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:
