@@ -108,7 +108,7 @@ def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick):
 
     config = yaml.safe_load((quick / "config.yaml").read_text())["data"]["init_args"]
     data = TextClassificationDataModule(**{**config, "tokenizer": str(Path(cli.__file__).parent / "demo" / "encoder")})
-    labels = [i for batch in data.test_dataloader() for i in batch["labels"].tolist()]
+    labels = [i for batch in data.predict_dataloader() for i in batch["labels"].tolist()]
     right = [data.label_names[i] == row["label"] for i, row in zip(labels, rows, strict=True)]
     assert sum(right) / len(right) == pytest.approx(metrics["test/acc"])
 

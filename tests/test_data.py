@@ -1,5 +1,6 @@
 """TextClassificationDataModule: files, labels, splits, batches, errors."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_the_cut_is_stratified_seeded_and_disjoint(folder: str, tokenizer: str) 
     train, val, labels = cut(0)
     assert sorted(train + val) == list(range(90))
     assert len(val) == 18 and labels.sum() == 6  # a third of all are good
-    assert val == sorted(val) == cut(0)[1] != cut(1)[1]
+    assert val == cut(0)[1] and set(val) != set(cut(1)[1])
 
 
 def test_limits_keep_the_shares_of_labels(folder: str, tokenizer: str) -> None:
@@ -162,7 +163,7 @@ def test_limits_keep_the_shares_of_labels(folder: str, tokenizer: str) -> None:
     assert train.bincount().tolist() == [20, 10]
     (val,), (test,) = data.val_dataloader(), data.test_dataloader()
     assert (len(val["labels"]), len(test["labels"]), int(test["labels"].sum())) == (5, 9, 3)
-    assert numbers_of(test) == sorted(numbers_of(test)) and set(numbers_of(test)) <= set(range(100, 120))
+    assert len(set(numbers_of(test))) == 9 and set(numbers_of(test)) <= set(range(100, 120))
 
 
 def test_predict_reads_the_test_split_or_the_only_one(folder: str, tmp_path: Path, tokenizer: str) -> None:
@@ -182,8 +183,8 @@ def test_predict_reads_the_test_split_or_the_only_one(folder: str, tmp_path: Pat
 
 def test_batches(folder: str, tokenizer: str) -> None:
     data = TextClassificationDataModule(folder, tokenizer=tokenizer, eval_batch_size=6)
-    data.setup("test")
-    first = next(iter(data.test_dataloader()))
+    data.setup("predict")
+    first = next(iter(data.predict_dataloader()))
     assert set(first) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert {tensor.dtype for tensor in first.values()} == {torch.int64}
     longest = max(len(text(n).split()) for n in range(100, 106)) + 2
@@ -192,9 +193,20 @@ def test_batches(folder: str, tokenizer: str) -> None:
     assert longest > 8 and first["input_ids"].tolist() == expected["input_ids"]
     assert first["attention_mask"].tolist() == expected["attention_mask"]
     assert first["labels"].tolist() == [int(n % 3 == 0) for n in range(100, 106)]
-    assert list(map(numbers_of, data.test_dataloader())) == [
+    assert list(map(numbers_of, data.predict_dataloader())) == [
         [*range(100, 106)], [*range(106, 112)], [*range(112, 118)], [118, 119]
     ]  # fmt: skip
+
+
+def test_evaluation_batches_hold_texts_of_one_length_in_a_shuffled_order(folder: str, tokenizer: str) -> None:
+    data = TextClassificationDataModule(folder, tokenizer=tokenizer, eval_batch_size=4)
+    batches = list(data.test_dataloader())
+    assert sorted(numbers_of(*batches)) == list(range(100, 120))
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
+    spans = sorted((min(batch), max(batch)) for batch in lengths)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)) and spans[0][0] < spans[-1][1]
+    assert [min(batch) for batch in lengths] != sorted(min(batch) for batch in lengths)
+    assert [numbers_of(batch) for batch in batches] == [numbers_of(batch) for batch in data.test_dataloader()]
 
 
 def test_inputs_that_the_tokenizer_does_not_name_are_left_out(folder: str, tmp_path: Path) -> None:

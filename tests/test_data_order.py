@@ -266,8 +266,9 @@ def test_lightning_on_two_ranks(two_ranks: Any, tokenizer: str, use_distributed_
         assert sorted(sum((sum(rank, []) for rank in steps), [])) == list(range(EXAMPLES))  # noqa: RUF017
     assert first["train"][0] != first["train"][6]
     # 15 examples: 8 and 7, both in 2 steps of at most 4; in predict the rows are known to a writer
-    for what in ("test", "predicted"):
-        assert first[what] == [[100, 102, 104, 106], [108, 110, 112, 114]]
-        assert second[what] == [[101, 103, 105, 107], [109, 111, 113]]
+    assert first["predicted"] == [[100, 102, 104, 106], [108, 110, 112, 114]]
+    assert second["predicted"] == [[101, 103, 105, 107], [109, 111, 113]]
+    assert sorted(sum((*first["test"], *second["test"]), [])) == list(range(100, 115))  # noqa: RUF017
+    assert [len(batch) for rank in (first, second) for batch in rank["test"]] == [4, 4, 4, 3]
     assert first["val"][-2:] == first["test"]
     assert second["rows"] == [[1, 3, 5, 7], [9, 11, 13]]

@@ -124,10 +124,30 @@ class ResumableLoader(DataLoader):
             )
 
 
+def bucketed_order(lengths: Sequence[int], chunk: int, seed: int) -> list[int]:
+    """Rows by length, cut into chunks whose order is shuffled once for all.
+
+    Batches then need little padding, and the first few of them are no sample of the shortest texts alone.
+
+    Args:
+        lengths: Tokens of each row.
+        chunk: Rows that stay together.
+        seed: Seed of the shuffle.
+
+    Returns:
+        Each row's index once.
+    """
+    rows = np.argsort(np.asarray(lengths), kind="stable")
+    chunks = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
+    # The chunk that is not full comes last: anywhere else it would shift all others across batches.
+    order = sorted(np.random.default_rng(seed).permutation(len(chunks)), key=lambda i: len(chunks[i]) < chunk)
+    return [int(row) for i in order for row in chunks[i]]
+
+
 def evaluation_loader(
     dataset: Any, batch_size: int, num_replicas: int = 1, rank: int = 0, **kwargs: Any
 ) -> DataLoader[Any]:
-    """A loader that shows each example once, on exactly one rank, in the order of the data.
+    """A loader that shows each row of `dataset` once, on exactly one rank, in its order.
 
     Rank r takes rows r, r + num_replicas, ...: nothing is padded or repeated, so that counts and calibration
     are exact. Every rank takes the same number of steps, as sharded strategies, which communicate in every

@@ -12,7 +12,14 @@ from torch import cuda
 from torch.utils.data import DataLoader
 
 from lit_peft import hub
-from lit_peft.data.loaders import ArrowRows, BucketBatchSampler, ResumableLoader, evaluation_loader, pad_batch
+from lit_peft.data.loaders import (
+    ArrowRows,
+    BucketBatchSampler,
+    ResumableLoader,
+    bucketed_order,
+    evaluation_loader,
+    pad_batch,
+)
 from lit_peft.data.splits import (
     check_labels,
     check_text,
@@ -34,8 +41,8 @@ class TextClassificationDataModule(pl.LightningDataModule):
     where the tokenizer has them, and `labels`, (batch,), where there are any; padded on the right to the
     longest text of the batch, rounded up to a multiple of 8. Training batches hold texts of about equal
     length, in an order that follows from `seed` and the epoch alone; a resumed run, also from a checkpoint
-    written in mid-epoch, sees exactly the batches that were left. Evaluation shows each example once, in the
-    order of the file, on one rank. A label of -1, null or an empty text means that there is none, which only
+    written in mid-epoch, sees exactly the batches that were left. Evaluation shows each example once, on one
+    rank, prediction in the order of the file. A label of -1, null or an empty text means that there is none, which only
     prediction allows.
 
     Args:
@@ -212,20 +219,23 @@ class TextClassificationDataModule(pl.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Loader of the validation examples; see `evaluation_loader`."""
-        return self._evaluation_loader("val")
+        """Loader of the validation examples, in batches of about equal length; see `evaluation_loader`."""
+        return self._evaluation_loader("val", bucketed=True)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Loader of the test examples."""
-        return self._evaluation_loader("test")
+        """Loader of the test examples, likewise."""
+        return self._evaluation_loader("test", bucketed=True)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Loader of the examples to predict, in the order of the file."""
         return self._evaluation_loader("predict")
 
-    def _evaluation_loader(self, role: str) -> DataLoader[Any]:
-        size = self.eval_batch_size or 2 * self.batch_size
-        return evaluation_loader(ArrowRows(self._encoded(role)), size, **self._replicas(), **self._loader_options())
+    def _evaluation_loader(self, role: str, bucketed: bool = False) -> DataLoader[Any]:
+        size, dataset, replicas = self.eval_batch_size or 2 * self.batch_size, self._encoded(role), self._replicas()
+        if bucketed:
+            chunk = size * replicas.get("num_replicas", 1)
+            dataset = dataset.select(bucketed_order(dataset["length"][:], chunk, self.seed))
+        return evaluation_loader(ArrowRows(dataset), size, **replicas, **self._loader_options())
 
     def _replicas(self) -> Mapping[str, int]:
         return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
