@@ -1,5 +1,6 @@
 """The verbs that run a trainer: LightningCLI with a `method:` beside `model:`, `data:` and `trainer:`."""
 
+import itertools
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lit_peft.data
 import lit_peft.tasks
@@ -36,6 +38,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # the table of sites says it better
 }
+
+
+HIGHER_IS_BETTER = {"acc", "accuracy", "f1", "mcc", "auroc", "precision", "recall"}
 
 
 class Parser(LightningArgumentParser):
@@ -92,7 +97,6 @@ class LitPeftCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
         )
 
@@ -130,13 +134,18 @@ class LitPeftCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         method = self._get(self.config_init, "method")
-        forced = [*self._callbacks(), self._get(self.config_init, "early_stopping"), self._checkpoint()]
+        stopper: EarlyStopping = self._get(self.config_init, "early_stopping")
+        self.best: ModelCheckpoint = self._get(self.config_init, "checkpoint")
+        check_selection(stopper, self.best)
+        forced = [*self._callbacks(), stopper, self.best]
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         if config.get("logger") in (None, True) and not config.get("barebones"):
-            config["logger"] = self._logger(config["default_root_dir"])
-        if config.get("barebones"):
+            # Only a fit logs: another verb's points would stand in the curves of the run.
+            config["logger"] = self._logger(config["default_root_dir"]) if self.subcommand == "fit" else False
+        if config.get("barebones"):  # Lightning refuses everything that could slow it down, these defaults too
+            config = {key: value for key, value in config.items() if key not in ("log_every_n_steps", "logger")}
             config["callbacks"] = [method]
             return self.trainer_class(**config)
         if config.get("logger") is False:
@@ -144,11 +153,10 @@ class LitPeftCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             forced = [c for c in forced if not isinstance(c, ModelCheckpoint)]
         elif isinstance(config.get("logger"), TensorBoardLogger):
-            for (
-                callback
-            ) in forced:  # said outright: Lightning would decide at its first call, which may be the base's test
+            for callback in forced:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                    callback.dirpath = str(Path(config["logger"].log_dir) / "checkpoints")
+                    # Absolute: a resume that names the same folder in another way must find its best checkpoint.
+                    callback.dirpath = str(Path(config["logger"].log_dir).resolve() / "checkpoints")
         config["callbacks"] = [method, *own, *forced]
         if self.subcommand == "fit" and not config.get("fast_dev_run") and config.get("logger") is not False:
             resolved = self.config[str(self.subcommand)]
@@ -164,28 +172,40 @@ class LitPeftCLI(LightningCLI):
             ReliabilityDiagram(),
         ]
         if self.subcommand == "predict":
-            self.predictions = PredictionWriter()
+            run = run_folder(self._get(self.config_init, "ckpt_path"))
+            self.predictions = PredictionWriter(str(run / "predictions.jsonl") if run is not None else None)
             watching.append(self.predictions)
         every = self._get(self.config_init, "resume_every")
         self.latest = LatestCheckpoint(every)
         return [*watching, self.report, self.latest]
 
-    def _checkpoint(self) -> ModelCheckpoint:
-        self.best: ModelCheckpoint = self._get(self.config_init, "checkpoint")
-        return self.best
-
     def _logger(self, root: str) -> TensorBoardLogger:
         """TensorBoard in <root>/version_N; a run that is taken up again stays in its folder."""
         run = run_folder(self._get(self.config_init, "ckpt_path"))
         if run is None:
-            return TensorBoardLogger(root, name="", default_hp_metric=False)
+            run = claim_folder(Path(root))
         return TensorBoardLogger(str(run.parent), name="", version=run.name, default_hp_metric=False)
 
     # ------------------------------------------------------------------------------------------ the verbs
 
+    def before_instantiate_classes(self) -> None:
+        """Without a checkpoint the other verbs would score an untrained adapter: takes the run's best, or refuses."""
+        config = self.config[str(self.subcommand)]
+        if self.subcommand == "fit" or config.get("ckpt_path") is not None:
+            return
+        runs = [Path(str(path)).parent for path in config.get("config") or []]
+        best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in reversed(runs)) if b.is_file()), None)
+        if best is None:
+            raise ValueError(
+                f"{self.subcommand} needs the weights of a run: --ckpt_path <run>/checkpoints/best.ckpt, or the run's "
+                "own configuration, --config <run>/config.yaml."
+            )
+        config["ckpt_path"] = str(best)
+
     def before_fit(self) -> None:
         if (
             self._get(self.config_init, "base_test")
+            and is_overridden("test_step", self.model)
             and self._get(self.config_init, "ckpt_path") is None
             and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
             and not self._get(self.config_init, "trainer.barebones")
@@ -201,20 +221,71 @@ class LitPeftCLI(LightningCLI):
         best = Path(self.best.best_model_path) if self.best.best_model_path else self.latest.path
         weights = {"datamodule": self.datamodule, "ckpt_path": str(best) if best is not None else None}
         with _without_notices():
-            with unlogged(trainer):  # the curve of val/* already has its last point, of the last weights
-                results = trainer.validate(self.model, verbose=False, **weights)
-            results += trainer.test(self.model, verbose=False, **weights)
+            results: list[Any] = []
+            if is_overridden("validation_step", self.model):
+                with unlogged(trainer):  # the curve of val/* already has its last point, of the last weights
+                    results += trainer.validate(self.model, verbose=False, **weights)
+            if is_overridden("test_step", self.model):
+                results += trainer.test(self.model, verbose=False, **weights)
         scores = {key: float(value) for result in results for key, value in result.items()}
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        steps = [f"tensorboard --logdir {trainer.default_root_dir}"]
-        if best is not None:
-            run = f"--config {folder / 'config.yaml'} --ckpt_path {best}"
-            steps.insert(0, f"lit-peft predict {run}")
+        logged = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        steps = [f"tensorboard --logdir {trainer.default_root_dir}"] if logged else []
+        if best is not None and (folder / "config.yaml").is_file():
+            steps.insert(0, f"lit-peft predict --config {folder / 'config.yaml'} --ckpt_path {_shown(best)}")
         self.report.finish(trainer, self.model, scores, best, steps)
 
     def after_predict(self) -> None:
         if self.predictions.written is not None and self.trainer.is_global_zero:
             print(f"Predictions: {self.predictions.written}")
+
+
+def check_selection(*selecting: EarlyStopping | ModelCheckpoint) -> None:
+    """Refuses settings under which the best weights would silently be the worst.
+
+    Raises:
+        ValueError: For a metric that is better when higher under `mode: min`, and for several best checkpoints
+            under one file name.
+    """
+    for callback in selecting:
+        name = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
+        metric = str(callback.monitor).rpartition("/")[2]
+        if metric in HIGHER_IS_BETTER and callback.mode == "min":
+            raise ValueError(f"{name}.monitor {callback.monitor} is better when higher: set {name}.mode to max.")
+        if (
+            isinstance(callback, ModelCheckpoint)
+            and callback.save_top_k not in (0, 1)
+            and "{" not in str(callback.filename)
+        ):
+            raise ValueError(
+                f"checkpoint.save_top_k {callback.save_top_k} needs a file name that tells the checkpoints apart: "
+                "checkpoint.filename best-{epoch}, for instance."
+            )
+
+
+def claim_folder(root: Path) -> Path:
+    """Makes <root>/version_N, N the first number that is free, so that runs started together do not share one.
+
+    Further ranks of a run are started with its environment and take the folder that the first one claimed.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "LIT_PEFT_RUN" in os.environ:
+        return Path(os.environ["LIT_PEFT_RUN"])
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(p.name.removeprefix("version_")) for p in root.glob("version_*") if p.name[8:].isdigit()]
+    for number in itertools.count(max(taken, default=-1) + 1):
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        os.environ["LIT_PEFT_RUN"] = str(folder)
+        return folder
+    raise AssertionError("unreachable")
+
+
+def _shown(path: Path) -> Path:
+    """A path as a user would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def run_folder(checkpoint: str | None) -> Path | None:
@@ -232,11 +303,13 @@ def run(arguments: list[str]) -> None:
             getattr(package, name)
     for entry in available().values():
         entry.load()
+    RunReport.running = False
     sys.argv[1:] = arguments  # not handed over: further ranks are started with the command line
     try:
         LitPeftCLI()
     except (ValueError, FileNotFoundError, ConnectionError, MisconfigurationException) as error:
-        if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
+        # Once batches run, an error is the code's and not the command line's: its traceback is wanted.
+        if RunReport.running or os.environ.get("LIT_PEFT_TRACEBACK") == "1":
             raise
         fail(essence(str(error)))
 

@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 
 from lit_peft import cli
-from lit_peft.lightning_cli import run
+from lit_peft.lightning_cli import claim_folder, run
 
 SMALL = [
     "--data.limit_train",
@@ -113,6 +114,62 @@ def test_adapter_val_test_and_predict_describe_the_best_checkpoint(quick):
     assert sum(right) / len(right) == pytest.approx(metrics["test/acc"])
 
 
+def test_the_other_verbs_take_the_best_checkpoint_of_the_run(quick, capsys):
+    run(["test", "--config", str(quick / "config.yaml")])
+    accuracy = json.loads((quick / "metrics.json").read_text())["test/acc"]
+    assert f"{accuracy:.4f}"[:6] in capsys.readouterr().out
+
+
+class Net(pl.LightningModule):
+    """A user's own module, which knows nothing of this package and has no test_step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.head(self.body(x)), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def predict_step(self, batch, batch_idx):
+        return self.head(self.body(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Data(pl.LightningDataModule):
+    def loader(self):
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.utils.data.TensorDataset(torch.randn(32, 8, generator=generator), torch.arange(32) % 2)
+        return torch.utils.data.DataLoader(rows, batch_size=8)
+
+    train_dataloader = val_dataloader = predict_dataloader = loader
+
+
+def test_a_users_own_module_and_data(tmp_path):
+    folder = fit(
+        *(tmp_path, "--model", "test_cli.Net", "--data", "test_cli.Data", "--method", "LoRA", "--method.r", "2"),
+        *("--method.target_modules", "body", "--method.train_also", "head", "--trainer.max_epochs", "2"),
+        *("--early_stopping.monitor", "val_loss", "--checkpoint.monitor", "val_loss"),
+    )
+    state = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert set(state) == {"body.peft.default.lora_A", "body.peft.default.lora_B", "head.weight", "head.bias"}
+    assert json.loads((folder / "metrics.json").read_text())["val_loss"] > 0
+    run(["predict", "--config", str(folder / "config.yaml")])
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 32 and len(rows[0]) == 2
+
+
+def test_runs_started_together_do_not_share_a_folder(tmp_path, monkeypatch):
+    assert [claim_folder(tmp_path).name for _ in range(3)] == ["version_0", "version_1", "version_2"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a further rank goes where the first one went
+    assert claim_folder(tmp_path).name == "version_2"
+
+
 def test_tensorboard_holds_curves_diagram_and_hyperparameters(quick):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -180,11 +237,15 @@ def test_short_names_and_a_method_changed_on_the_command_line(tmp_path):
         (["fit", "--config", "quickstart", "--method.r", "four"], "four"),
         (["fit", "--config", "quickstart", "--method.r", "0"], "r must be at least 1, not 0"),
         (["fit", "--config", "quickstart", "--method", "lora"], "Did you mean LoRA"),
+        (["fit", "--config", "quickstart", "--checkpoint.monitor", "val/acc"], "set checkpoint.mode to max"),
+        (["fit", "--config", "quickstart", "--early_stopping.monitor", "val/f1"], "set early_stopping.mode to max"),
+        (["fit", "--config", "quickstart", "--checkpoint.save_top_k", "3"], "tells the checkpoints apart"),
+        (["test", "--config", "quickstart"], "test needs the weights of a run"),
         (["fit", "--config", "quickstart", "--method.target_modules", "[q_proj]"], "use 'query'"),
     ],
 )
 def test_mistakes_are_told_in_a_few_lines(arguments, expected, capsys, tmp_path):
-    if arguments[0] == "fit":
+    if arguments[0] in ("fit", "test"):
         arguments = [*arguments, "--trainer.default_root_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)

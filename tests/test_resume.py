@@ -56,7 +56,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [6, 10], ids=["after epoch 1", "in mid-epoch"])
-def test_a_killed_fit_resumes_exactly(uninterrupted, tmp_path, batch):
+def test_a_killed_fit_resumes_exactly(uninterrupted, tmp_path, batch, monkeypatch):
     killer = [
         *("--trainer.callbacks", "test_resume.KillAt", "--trainer.callbacks.batch", str(batch)),
         *("--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"),
@@ -74,7 +74,8 @@ def test_a_killed_fit_resumes_exactly(uninterrupted, tmp_path, batch):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = tmp_path / "version_0"
     assert not (folder / "metrics.json").exists()
-    resumed = fit(tmp_path, *ARGUMENTS, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"))
+    monkeypatch.chdir(tmp_path)  # the same folder by another name
+    resumed = fit(tmp_path, *ARGUMENTS, "--ckpt_path", "version_0/checkpoints/last.ckpt")
     assert resumed == folder  # the run goes on in its own folder
     for ours, theirs in zip(outcome(folder)[:2], uninterrupted[:2], strict=True):
         assert ours.keys() == theirs.keys()

@@ -7,7 +7,11 @@ from lit_peft.metrics import CalibrationError, reliability_diagram
 
 
 class ReliabilityDiagram(pl.Callback):
-    """Adds `calibration/val` and `calibration/test` to TensorBoard, for every `CalibrationError` of the module."""
+    """Adds `calibration/val` and `calibration/test` to TensorBoard.
+
+    What is drawn is the `CalibrationError` in a collection that is named after the stage, as the tasks'
+    `val_metrics` and `test_metrics` are.
+    """
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

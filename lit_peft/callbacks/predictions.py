@@ -7,12 +7,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
 from lit_peft.core.checkpoint import atomic_path
 
 
+def _plain(value: Any) -> Any:
+    """Tensors as numbers and lists."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(
+        f"predict_step returned a {type(value).__name__}, which JSON has no form for; return lists of dicts."
+    )
+
+
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict_step` returned, lists of dicts, as one JSON object a line, in the data's order.
+    """Writes what `predict_step` returned, lists of dicts or a tensor, as one JSON value a line, in the data's order.
 
     Args:
         path: The file; null: predictions.jsonl in the run's folder. Each further rank writes its own share to
@@ -39,5 +49,6 @@ class PredictionWriter(BasePredictionWriter):
             target = target.with_suffix(f".{trainer.global_rank}{target.suffix}")
         with atomic_path(target) as part, part.open("w", encoding="utf-8") as file:
             for batch in predictions:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
+                for row in batch.tolist() if isinstance(batch, Tensor) else batch:
+                    file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
         self.written = target

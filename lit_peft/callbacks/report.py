@@ -2,17 +2,18 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from lit_peft.callbacks.speed import SpeedMonitor, peak_bytes
+from lit_peft.callbacks.speed import SpeedMonitor
 from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import atomic_path
@@ -27,6 +28,9 @@ class RunReport(pl.Callback):
     Args:
         quiet: Print nothing, write all the same.
     """
+
+    running: ClassVar[bool] = False
+    """Whether batches have been run, and an exception is no longer about the arguments."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -43,6 +47,9 @@ class RunReport(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and not self.quiet and registry(pl_module) is not None:
             self.console.print(sites_table(pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        RunReport.running = True
 
     def measure_base(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         """Scores the test set before training."""
@@ -77,7 +84,7 @@ class RunReport(pl.Callback):
         if speed is not None:
             metrics["time/train_s"] = speed.train_s
             metrics["throughput/examples_per_s"] = speed.examples_per_s
-        metrics["memory/peak_bytes"] = peak_bytes(module)
+            metrics["memory/peak_bytes"] = speed.peak_bytes
         metrics["checkpoint/bytes"] = checkpoint.stat().st_size if checkpoint is not None else None
         notes["checkpoint"] = str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
         metrics["adapter/bytes"] = None
@@ -114,6 +121,16 @@ class RunReport(pl.Callback):
         for method in methods(trainer):
             arguments["method"] = type(method).__name__
             arguments |= {f"method.{key}": _plain(value) for key, value in method.arguments().items()}
+        rates = [group.get("initial_lr", group["lr"]) for opt in trainer.optimizers for group in opt.param_groups]
+        arguments |= {
+            "learning_rate": max(rates, default=0.0),
+            "optimizer": type(trainer.optimizers[0]).__name__ if trainer.optimizers else "none",
+            "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+            "trainer.max_epochs": trainer.max_epochs or -1,
+            "trainer.precision": str(trainer.precision),
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val or 0.0,
+        }
         for part in (module, trainer.datamodule):  # type: ignore[attr-defined]
             for key, value in getattr(part, "hparams", {}).items():
                 if not key.startswith("_"):

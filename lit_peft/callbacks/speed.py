@@ -24,6 +24,7 @@ class SpeedMonitor(pl.Callback):
         """Seconds spent in training batches."""
         self.train_s = 0.0
         """Seconds from the start of training to now or its end, validation included."""
+        self.peak_bytes = 0
         self._mark = self._start = 0.0
 
     @property
@@ -59,14 +60,9 @@ class SpeedMonitor(pl.Callback):
         self.batches_s += now - self._mark
         self._mark = now
         self.examples += batch_size(batch) * trainer.world_size
-        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict(
-                {
-                    "throughput/examples_per_s": self.examples_per_s,
-                    "memory/peak_bytes": float(peak_bytes(pl_module)),
-                },
-                batch_size=1,
-            )
+        self.peak_bytes = max(self.peak_bytes, peak_bytes(pl_module))
+        values = {"throughput/examples_per_s": self.examples_per_s, "memory/peak_bytes": float(self.peak_bytes)}
+        pl_module.log_dict(values, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.train_s, self._start = self._elapsed(), 0.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.attach import Registry, registry
 from lit_peft.core.fingerprint import compare_fingerprints
-from lit_peft.core.swap import buffers_beside
+from lit_peft.core.swap import FrozenStatistics, buffers_beside
 
 FORMAT_VERSION = 1
 
@@ -24,12 +24,16 @@ class CheckpointMismatch(ValueError):
 def adapter_keys(module: nn.Module) -> set[str]:
     """State-dict keys that a checkpoint must hold: additions, base parameters that train, and their statistics.
 
-    Buffers (a BatchNorm's running statistics) are kept where a parameter of the same layer trains, since they
-    move only there.
+    Buffers are kept where they may have moved: beside a parameter that trains (a BatchNorm's running statistics)
+    and in modules that have no parameter of their own (a moving average, a queue).
     """
     state = _require(module)
     base = {name for adapter in state.adapters.values() for name in adapter.base}
     kept = base | buffers_beside(module, base)
+    for path, child in module.named_modules():
+        if not child._parameters and not isinstance(child, FrozenStatistics):
+            saved = child._buffers.keys() - child._non_persistent_buffers_set
+            kept.update(f"{path}.{name}".lstrip(".") for name in saved)
     return {key for key in module.state_dict() if ".peft." in f".{key}" or key in kept}
 
 

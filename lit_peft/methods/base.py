@@ -43,7 +43,7 @@ class Method(pl.Callback):
     """Whether base parameters that train are copied first, so that `detach` can give them back."""
 
     def __init__(
-        self, train_also: Sequence[str] = (), adapter_dtype: AdapterDtype = "auto", name: str = "default"
+        self, train_also: str | Sequence[str] = (), adapter_dtype: AdapterDtype = "auto", name: str = "default"
     ) -> None:
         if adapter_dtype != "auto" and adapter_dtype not in ADAPTER_DTYPES:
             raise ValueError(f"adapter_dtype must be auto, {' or '.join(ADAPTER_DTYPES)}, not {adapter_dtype!r}.")
@@ -208,14 +208,14 @@ class TargetedMethod(Method):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.target_modules = target_modules if target_modules is None else _words(target_modules)
+        self.target_modules = _words(self.default_targets if target_modules is None else target_modules)
         self.exclude_modules = _words(exclude_modules)
         self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
 
     def sites(self, module: nn.Module, avoid: Iterable[str]) -> list[Site]:
         return find_sites(
             module,
-            self.target_modules or self.default_targets,
+            self.target_modules,
             exclude=self.exclude_modules,
             blocks=self.layers,
             avoid=avoid,

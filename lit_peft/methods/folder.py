@@ -78,7 +78,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
     if not pairs:
         method, pairs = _no_change(model, saved)
-    if not hasattr(method, "to_hf_peft"):
+    if not _has_hf_form(type(method)):
         raise ValueError(
             f"{type(method).__name__} has no form that HF PEFT knows; the trainer's checkpoint keeps its adapters."
         )
@@ -107,6 +107,13 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         del config["target_modules"]
     metadata = {RECORD: json.dumps(_record(module, root, adapter), sort_keys=True)}
     return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
+
+
+def _has_hf_form(method: type) -> bool:
+    """Whether a class says how its own additions map: a subclass that builds others does not inherit the map."""
+    mapped = next((cls for cls in method.__mro__ if "to_hf_peft" in vars(cls)), None)
+    built = next(cls for cls in method.__mro__ if "build" in vars(cls))
+    return mapped is not None and issubclass(mapped, built)
 
 
 def _adapter(module: nn.Module, name: str) -> Adapter:

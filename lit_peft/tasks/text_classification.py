@@ -135,7 +135,8 @@ class TextClassification(pl.LightningModule):
             self.model.compile()  # in place, after attaching: torch.compile(model) would rename every parameter
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch), batch["labels"], weight=self.loss_weights)
+        weights = None if self.loss_weights is None else self.loss_weights.float()  # bf16-true casts buffers too
+        loss = F.cross_entropy(self(batch), batch["labels"], weight=weights)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
