@@ -340,14 +340,16 @@ def test_a_bottleneck_wraps_a_delta():
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_fused_function_equals_the_formula(kind, autocast):
-    method = LoRA(r=4, dropout=0.0, target_modules="layer", bias="none")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_fused_function_equals_the_formula(kind, autocast, dropout):
+    method = LoRA(r=4, dropout=dropout, target_modules="layer", bias="none")
     results = []
     for fused in (True, False):
         module = holder(kind, method)
         perturb(module)
         module.layer.peft["default"].fused_from = 0 if fused else 1 << 62
         x = sample(kind).requires_grad_()
+        torch.manual_seed(5)  # the same dropout
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = module(x)
         assert ("LoRAFunction" in type(y.grad_fn).__name__) is fused

@@ -164,7 +164,7 @@ class LoRADelta(Delta):
     """`W + s B A`; `lora_A`: [r, in], `lora_B`: [out, r], `s` the scaling."""
 
     fused_from = 1 << 22
-    """Smallest number of weights at which the fused function beats the plain formula (benchmarks/step_time.py)."""
+    """Weights of a layer, 2048 x 2048, from which the fused function is used; at 768 x 768 the plain formula wins."""
 
     def __init__(
         self,
@@ -205,19 +205,19 @@ class LoRADelta(Delta):
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         ops = layer_ops(layer)
-        dropout = self.dropout > 0 and self.training and x.is_floating_point()
-        if not dropout and self._fuses(layer, call, ops, x):
+        drops = self.dropout > 0 and self.training and x.is_floating_point()
+        dropped = nn.functional.dropout(x, self.dropout) if drops else x
+        if self._fuses(layer, call, ops):
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            return LoRAFunction.apply(
-                x.to(dtype), self.lora_A.to(dtype), self.lora_B.to(dtype), layer, ops, self.scaling
-            )
+            apart = dropped.to(dtype) if drops else None
+            A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+            return LoRAFunction.apply(x.to(dtype), apart, A, B, layer, ops, self.scaling)
         y = call(x)
-        dropped = nn.functional.dropout(x, self.dropout) if dropout else x
         if not ops.separable(layer):
             return y + ops.apply(layer, dropped, self.change())
         return ops.combine(y, ops.apply(layer, dropped, self.lora_A), self.lora_B, self.scaling)
 
-    def _fuses(self, layer: Any, call: Call, ops: LayerOps, x: Tensor) -> bool:
+    def _fuses(self, layer: Any, call: Call, ops: LayerOps) -> bool:
         """Large eager layers whose own parameters are frozen; compiled graphs fuse by themselves."""
         return (
             self.lora_A.shape[1] * self.lora_B.shape[0] >= self.fused_from
@@ -230,24 +230,30 @@ class LoRADelta(Delta):
 
 
 class LoRAFunction(torch.autograd.Function):
-    """`y = W x + b + s B A x` as one node: keeps `x` and `A x` for backward, and the 4-bit weight only packed."""
+    """`y = W x + b + s B A d` as one node, `d` being `x` or its dropout.
+
+    Keeps `d` and `A d` for backward, and of a quantised weight only what is packed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps, s: float) -> Tensor:
-        h = x @ A.t()
-        ctx.save_for_backward(x, A, B, h)
-        ctx.layer, ctx.ops, ctx.s = layer, ops, s
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps, s: float
+    ) -> Tensor:
+        d = x if dropped is None else dropped
+        h = d @ A.t()
+        ctx.save_for_backward(d, A, B, h)
+        ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
         return ops.combine(ops.linear(layer, x), h, B, s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, h = ctx.saved_tensors
+        d, A, B, h = ctx.saved_tensors
         dy = grads[0]
         dh = ctx.s * (dy @ B)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.ops.linear_t(ctx.layer, dy)
+        dx = ctx.ops.linear_t(ctx.layer, dy) if ctx.needs_input_grad[0] else None
+        if dx is not None and not ctx.apart:
             dx.view(-1, dx.shape[-1]).addmm_(dh.reshape(-1, dh.shape[-1]), A)
-        dA = dh.reshape(-1, dh.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        dd = dh @ A if ctx.apart and ctx.needs_input_grad[1] else None
+        dA = dh.reshape(-1, dh.shape[-1]).t() @ d.reshape(-1, d.shape[-1])
         dB = ctx.s * (dy.reshape(-1, dy.shape[-1]).t() @ h.reshape(-1, h.shape[-1]))
-        return dx, dA, dB, None, None, None
+        return dx, dd, dA, dB, None, None, None
