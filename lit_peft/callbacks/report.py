@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,7 +149,9 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
     trainer.loggers = []
     trainer.callbacks = [c for c in callbacks if isinstance(c, Method | ProgressBar)]  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():  # the callbacks of the checkpoint are left out on purpose
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
+            yield
     finally:
         trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
 

@@ -135,9 +135,10 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     last = trainer.callbacks.index(methods(trainer)[-1])  # type: ignore[attr-defined]
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging) or (isinstance(callback, WeightAveraging) and i < last):
+            way_out = "Put it after the methods" if isinstance(callback, WeightAveraging) else "Leave it out"
             raise ValueError(
                 f"{type(callback).__name__} copies the module before the adapters are there, so that it would average "
-                "nothing. Use EMAWeightAveraging, after the methods in the list of callbacks."
+                f"nothing. {way_out}."
             )
     plugin = trainer.strategy.precision_plugin
     if isinstance(plugin, BitsandbytesPrecision):
