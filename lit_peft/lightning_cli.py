@@ -27,7 +27,7 @@ from lit_peft.callbacks import (
     SpeedMonitor,
 )
 from lit_peft.callbacks.report import unlogged
-from lit_peft.cli import fail
+from lit_peft.cli import fail, nearest
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available, find
 
@@ -84,6 +84,22 @@ class LatestCheckpoint(ModelCheckpoint):
         """The file, None where it was not written."""
         path = Path(self.dirpath or "") / "last.ckpt"
         return path if self.dirpath is not None and path.is_file() else None
+
+
+class MonitorCheck(pl.Callback):
+    """Refuses, before training, to monitor what validation does not log; Lightning finds out after an epoch."""
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        logged = list(trainer.callback_metrics)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor is None or monitor in logged or monitor.startswith("train"):
+                continue
+            key = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
+            raise ValueError(
+                f"{key}.monitor: validation logs no {monitor!r}.{nearest(monitor, logged)} "
+                f"It logs {', '.join(logged) or 'nothing'}."
+            )
 
 
 class LitPeftCLI(LightningCLI):
@@ -166,6 +182,7 @@ class LitPeftCLI(LightningCLI):
     def _callbacks(self) -> list[pl.Callback]:
         self.report = RunReport()
         watching: list[pl.Callback] = [
+            MonitorCheck(),
             ReproducibleSteps(),
             SpeedMonitor(),
             LearningRateMonitor(),

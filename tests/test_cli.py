@@ -164,6 +164,15 @@ def test_a_users_own_module_and_data(tmp_path):
     assert len(rows) == 32 and len(rows[0]) == 2
 
 
+def test_a_monitor_that_is_not_logged_is_refused_before_training(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fit(
+            *(tmp_path, "--model", "test_cli.Net", "--data", "test_cli.Data", "--method", "LoRA", "--method.r", "2"),
+            *("--method.target_modules", "body"),
+        )
+    assert "monitor: validation logs no 'val/nll'. Did you mean 'val_loss'?" in capsys.readouterr().err
+
+
 def test_runs_started_together_do_not_share_a_folder(tmp_path, monkeypatch):
     assert [claim_folder(tmp_path).name for _ in range(3)] == ["version_0", "version_1", "version_2"]
     monkeypatch.setenv("LOCAL_RANK", "1")  # a further rank goes where the first one went
