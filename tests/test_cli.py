@@ -267,12 +267,13 @@ def test_mistakes_are_told_in_a_few_lines(arguments, expected, capsys, tmp_path)
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["methods"]])
 def test_what_needs_no_trainer_answers_at_once(arguments):
-    start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-m", "lit_peft.cli", *arguments], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    assert result.returncode == 0 and result.stdout
-    # .1 s on an idle machine; torch alone would take two seconds
-    assert seconds < 1.5, seconds
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, "-m", "lit_peft.cli", *arguments], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0 and result.stdout
+    assert min(seconds) < 0.5
     probe = (
         "import sys; sys.argv = ['lit-peft', *{}]; import lit_peft.cli as c; c.main(); print('torch' in sys.modules)"
     )
