@@ -1,6 +1,5 @@
 """The verbs that run a trainer: LightningCLI with a `method:` beside `model:`, `data:` and `trainer:`."""
 
-import itertools
 import logging
 import os
 import sys
@@ -157,13 +156,13 @@ class LitPeftCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
-        if config.get("logger") in (None, True) and not config.get("barebones"):
-            # Only a fit logs: another verb's points would stand in the curves of the run.
-            config["logger"] = self._logger(config["default_root_dir"]) if self.subcommand == "fit" else False
         if config.get("barebones"):  # Lightning refuses everything that could slow it down, these defaults too
             config = {key: value for key, value in config.items() if key not in ("log_every_n_steps", "logger")}
             config["callbacks"] = [method]
             return self.trainer_class(**config)
+        if config.get("logger") in (None, True):
+            # Only a fit logs: another verb's points would stand in the curves of the run.
+            config["logger"] = self._logger(config["default_root_dir"]) if self.subcommand == "fit" else False
         if config.get("logger") is False:
             forced = [c for c in forced if not isinstance(c, LearningRateMonitor)]
         if config.get("enable_checkpointing") is False:
@@ -289,15 +288,16 @@ def claim_folder(root: Path) -> Path:
         return Path(os.environ["LIT_PEFT_RUN"])
     root.mkdir(parents=True, exist_ok=True)
     taken = [int(p.name.removeprefix("version_")) for p in root.glob("version_*") if p.name[8:].isdigit()]
-    for number in itertools.count(max(taken, default=-1) + 1):
+    number = max(taken, default=-1) + 1
+    while True:
         folder = root / f"version_{number}"
         try:
             folder.mkdir()
-        except FileExistsError:
-            continue
-        os.environ["LIT_PEFT_RUN"] = str(folder)
-        return folder
-    raise AssertionError("unreachable")
+        except FileExistsError:  # another run was faster
+            number += 1
+        else:
+            os.environ["LIT_PEFT_RUN"] = str(folder)
+            return folder
 
 
 def _shown(path: Path) -> Path:

@@ -45,8 +45,7 @@ class Method(pl.Callback):
     def __init__(
         self, train_also: str | Sequence[str] = (), adapter_dtype: AdapterDtype = "auto", name: str = "default"
     ) -> None:
-        if adapter_dtype != "auto" and adapter_dtype not in ADAPTER_DTYPES:
-            raise ValueError(f"adapter_dtype must be auto, {' or '.join(ADAPTER_DTYPES)}, not {adapter_dtype!r}.")
+        check_choice("adapter_dtype", adapter_dtype, ("auto", *ADAPTER_DTYPES))
         self.train_also = [train_also] if isinstance(train_also, str) else list(train_also)
         self.adapter_dtype = adapter_dtype
         self.name = name
