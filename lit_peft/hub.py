@@ -96,6 +96,13 @@ def _is_local(name: str) -> bool:
     )
 
 
+def existing(path: Path) -> Path:
+    """The path itself; FileNotFoundError with the nearest one where there is none."""
+    if not path.exists():
+        raise FileNotFoundError(_not_found(path))
+    return path
+
+
 def _not_found(path: Path) -> str:
     folder = next(p for p in path.absolute().parents if p.is_dir())
     missing = path.absolute().relative_to(folder).parts[0]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,17 +19,24 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lit_peft.data
 import lit_peft.tasks
-from lit_peft.callbacks import (
-    PredictionWriter,
-    ReliabilityDiagram,
-    ReproducibleSteps,
-    RunReport,
-    SpeedMonitor,
-)
-from lit_peft.callbacks.report import unlogged
-from lit_peft.cli import fail, nearest
+from lit_peft.arguments import change_method, settings
+from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, ReproducibleSteps, RunReport, SpeedMonitor
+from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, check_selection
+from lit_peft.callbacks.report import shown, unlogged
+from lit_peft.cli import fail
+from lit_peft.core.checkpoint import atomic_path, check_archive
+from lit_peft.hub import existing
 from lit_peft.methods.base import Method
-from lit_peft.methods.registry import available, find
+from lit_peft.methods.registry import available
+from lit_peft.mistakes import FULL, explain, of_lightning, of_system
+from lit_peft.runs import (
+    check_unoccupied,
+    claim_folder,
+    free_file,
+    newest_checkpoint,
+    remove_parts,
+    run_folder,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -39,66 +47,25 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-HIGHER_IS_BETTER = {"acc", "accuracy", "f1", "mcc", "auroc", "precision", "recall"}
-
-
 class Parser(LightningArgumentParser):
     """Tells a mistake in a few lines instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        fail(essence(message))
+        fail(explain(message, sys.argv[1:]))
 
 
-def essence(message: str) -> str:
-    """At most three lines of an error text: of jsonargparse's report on a union type, what was wrong with the value."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    if "Errors:" in lines:
-        reasons = [line.removeprefix("- ") for line in lines[lines.index("Errors:") + 1 :] if line.startswith("- ")]
-        reasons = [reason for reason in reasons if "NoneType" not in reason]
-        unknown = next((r.rpartition(": ")[2] for r in reasons if r.startswith("Expected a dot import path")), None)
-        if unknown is not None and "Method" in message:
-            try:
-                find(unknown)
-            except ValueError as error:
-                return str(error)
-        lines = reasons or lines
-    return "\n".join(lines[:3])
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, whatever logs; a resumed run does not name what it resumed from."""
 
+    def __init__(self, folder: Path, parser: LightningArgumentParser, config: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
 
-class LatestCheckpoint(ModelCheckpoint):
-    """Keeps last.ckpt, the state to resume from, up to date: every so many steps and at the end of training.
-
-    It stands beside the best checkpoint, often enough that a killed run loses little.
-    """
-
-    def __init__(self, every_n_train_steps: int) -> None:
-        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
-
-    @property
-    def path(self) -> Path | None:
-        """The file, None where it was not written."""
-        path = Path(self.dirpath or "") / "last.ckpt"
-        return path if self.dirpath is not None and path.is_file() else None
-
-
-class MonitorCheck(pl.Callback):
-    """Refuses, before training, to monitor what validation does not log; Lightning finds out after an epoch."""
-
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        logged = list(trainer.callback_metrics)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if monitor is None or monitor in logged or monitor.startswith("train"):
-                continue
-            key = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
-            raise ValueError(
-                f"{key}.monitor: validation logs no {monitor!r}.{nearest(monitor, logged)} "
-                f"It logs {', '.join(logged) or 'nothing'}."
-            )
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        config = self.config.clone()
+        config["ckpt_path"] = None
+        with atomic_path(self.folder / self.config_filename) as part:
+            self.parser.save(config, part, skip_none=False, overwrite=True)
 
 
 class LitPeftCLI(LightningCLI):
@@ -116,7 +83,7 @@ class LitPeftCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = Parser(**kwargs)
+        parser = Parser(**kwargs, allow_abbrev=False)  # an abbreviation could mean another option tomorrow
         parser.add_argument("-c", "--config", action="config", help="Configuration: a name or a file; repeatable.")
         return parser
 
@@ -128,10 +95,13 @@ class LitPeftCLI(LightningCLI):
             "--resume_every", type=int, default=100, help="Optimizer steps between two writings of last.ckpt."
         )
         parser.add_argument(
-            "--base_test",
-            type=bool,
-            default=True,
-            help="Whether fit scores the test set before training, too.",
+            "--base_test", type=bool, default=True, help="Whether fit scores the test set before training, too."
+        )
+        parser.add_argument(
+            "--predictions",
+            type=str | None,
+            default=None,
+            help="File that predict writes; null: predictions.jsonl in the run's folder, numbered where it exists.",
         )
         parser.set_defaults(
             {
@@ -145,6 +115,48 @@ class LitPeftCLI(LightningCLI):
             }
         )
 
+    # ------------------------------------------------------------------------------------ checkpoints to start from
+
+    def _parse_ckpt_path(self) -> None:
+        """Finds the checkpoint, and takes from it what it recorded of the model and no option says."""
+        config = self.config[self.config.subcommand]
+        config["ckpt_path"] = self._checkpoint(self.config.subcommand, config)
+        given = (config.get("model") or {}).get("init_args") or {}
+        options = [s for s in settings(sys.argv[1:], "model") if s.source.startswith("--")]
+        said = {name: given[name] for option in options for name in option.init_args if name in given}
+        super()._parse_ckpt_path()
+        for name, value in said.items():
+            self.config[self.config.subcommand].model.init_args[name] = value
+
+    def _checkpoint(self, verb: str, config: Any) -> str | None:
+        """Path of the checkpoint that a verb starts from; "hpc", which Lightning finds, stays.
+
+        Raises:
+            ValueError: When a verb other than fit has none: it would score an adapter that was never trained.
+            FileNotFoundError: For a file that is not there.
+        """
+        given, root = config.get("ckpt_path"), Path(str(config.trainer.default_root_dir))
+        if given in ("best", "last"):
+            found = newest_checkpoint(root, given)
+            if found is None and (verb, given) != ("fit", "last"):
+                raise FileNotFoundError(f"ckpt_path {given}: no run in {root} has checkpoints/{given}.ckpt.")
+            print(f"ckpt_path {given}: {found or 'none yet, the run starts anew'}")
+            return None if found is None else str(found)
+        if given is not None:
+            if given != "hpc" and "://" not in str(given):
+                check_archive(existing(Path(str(given))))
+            return str(given)
+        if verb == "fit" or config.method.class_path.endswith(".AdapterFolder"):
+            return None
+        runs = [Path(str(path)).parent for path in config.get("config") or []]
+        best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in reversed(runs)) if b.is_file()), None)
+        if best is None:
+            raise ValueError(
+                f"{verb} needs the weights of a run: --run FOLDER, a checkpoint of it, --ckpt_path "
+                "FOLDER/checkpoints/best.ckpt, or an adapter, --adapter FOLDER."
+            )
+        return str(best)
+
     # --------------------------------------------------------------------------------------- the trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -152,34 +164,36 @@ class LitPeftCLI(LightningCLI):
         stopper: EarlyStopping = self._get(self.config_init, "early_stopping")
         self.best: ModelCheckpoint = self._get(self.config_init, "checkpoint")
         check_selection(stopper, self.best)
-        forced = [*self._callbacks(), stopper, self.best]
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         if config.get("barebones"):  # Lightning refuses everything that could slow it down, these defaults too
             config = {key: value for key, value in config.items() if key not in ("log_every_n_steps", "logger")}
-            config["callbacks"] = [method]
-            return self.trainer_class(**config)
+            return self.trainer_class(**config | {"callbacks": [method, *own]})
+        keeps = self.subcommand == "fit" and not config.get("fast_dev_run")
+        self.folder = self._folder(config) if keeps else None
         if config.get("logger") in (None, True):
             # Only a fit logs: another verb's points would stand in the curves of the run.
-            config["logger"] = self._logger(config["default_root_dir"]) if self.subcommand == "fit" else False
-        if config.get("logger") is False:
+            folder = self.folder
+            config["logger"] = folder is not None and TensorBoardLogger(
+                str(folder.parent), name="", version=folder.name, default_hp_metric=False
+            )
+        forced = [*self._callbacks(), stopper, self.best]
+        if not config["logger"]:
             forced = [c for c in forced if not isinstance(c, LearningRateMonitor)]
         if config.get("enable_checkpointing") is False:
             forced = [c for c in forced if not isinstance(c, ModelCheckpoint)]
-        elif isinstance(config.get("logger"), TensorBoardLogger):
+        if self.folder is not None:
             for callback in forced:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     # Absolute: a resume that names the same folder in another way must find its best checkpoint.
-                    callback.dirpath = str(Path(config["logger"].log_dir).resolve() / "checkpoints")
-        config["callbacks"] = [method, *own, *forced]
-        if self.subcommand == "fit" and not config.get("fast_dev_run") and config.get("logger") is not False:
-            resolved = self.config[str(self.subcommand)]
-            config["callbacks"].append(SaveConfigCallback(self._parser(self.subcommand), resolved, overwrite=True))
-        return self.trainer_class(**config)
+                    callback.dirpath = str(self.folder.resolve() / "checkpoints")
+            forced.append(RunConfig(self.folder, self._parser(self.subcommand), self.config[str(self.subcommand)]))
+        return self.trainer_class(**config | {"callbacks": [method, *own, *forced]})
 
     def _callbacks(self) -> list[pl.Callback]:
-        self.report = RunReport()
+        self.report = RunReport(None if self.folder is None else str(self.folder))
+        self.latest = LatestCheckpoint(self._get(self.config_init, "resume_every"))
         watching: list[pl.Callback] = [
             MonitorCheck(),
             ReproducibleSteps(),
@@ -188,127 +202,67 @@ class LitPeftCLI(LightningCLI):
             ReliabilityDiagram(),
         ]
         if self.subcommand == "predict":
-            run = run_folder(self._get(self.config_init, "ckpt_path"))
-            self.predictions = PredictionWriter(str(run / "predictions.jsonl") if run is not None else None)
+            run = run_folder(self._get(self.config_init, "ckpt_path")) or Path()
+            self.predictions = PredictionWriter(str(free_file(self._get(self.config_init, "predictions"), run)))
             watching.append(self.predictions)
-        every = self._get(self.config_init, "resume_every")
-        self.latest = LatestCheckpoint(every)
         return [*watching, self.report, self.latest]
 
-    def _logger(self, root: str) -> TensorBoardLogger:
-        """TensorBoard in <root>/version_N; a run that is taken up again stays in its folder."""
-        run = run_folder(self._get(self.config_init, "ckpt_path"))
-        if run is None:
-            run = claim_folder(Path(root))
-        return TensorBoardLogger(str(run.parent), name="", version=run.name, default_hp_metric=False)
+    def _folder(self, config: dict[str, Any]) -> Path:
+        """The run's folder: that of a logger which the user brings, of the run that goes on, or a new one."""
+        given = self._get(self.config_init, "ckpt_path")
+        root = Path(config["default_root_dir"])
+        run = run_folder(given)
+        loggers = config.get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if (folder := getattr(logger, "log_dir", None)) is not None:
+                if run is None or run.resolve() != Path(folder).resolve():
+                    check_unoccupied(Path(folder))
+                return Path(folder)
+        if run is None and given == "hpc" and (last := newest_checkpoint(root, "last")) is not None:
+            run = last.parent.parent  # the same job, started again
+        if run is not None:
+            remove_parts(run)
+        return run or claim_folder(root)
 
     # ------------------------------------------------------------------------------------------ the verbs
-
-    def before_instantiate_classes(self) -> None:
-        """Without a checkpoint the other verbs would score an untrained adapter: takes the run's best, or refuses."""
-        config = self.config[str(self.subcommand)]
-        if self.subcommand == "fit" or config.get("ckpt_path") is not None:
-            return
-        runs = [Path(str(path)).parent for path in config.get("config") or []]
-        best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in reversed(runs)) if b.is_file()), None)
-        if best is None:
-            raise ValueError(
-                f"{self.subcommand} needs the weights of a run: --ckpt_path <run>/checkpoints/best.ckpt, or the run's "
-                "own configuration, --config <run>/config.yaml."
-            )
-        config["ckpt_path"] = str(best)
 
     def before_fit(self) -> None:
         if (
             self._get(self.config_init, "base_test")
             and is_overridden("test_step", self.model)
             and self._get(self.config_init, "ckpt_path") is None
-            and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-            and not self._get(self.config_init, "trainer.barebones")
+            and self.folder is not None
         ):
             with _without_notices():
                 self.report.measure_base(self.trainer, self.model, self.datamodule)
 
     def after_fit(self) -> None:
         trainer = self.trainer
-        if trainer.interrupted or self._get(self.config_init, "trainer.barebones"):
+        if trainer.barebones:
+            print("barebones: no checkpoint, adapter, metrics or curves were written.")
             return
         # A fit too short for a validation has no best checkpoint: its last one is taken.
         best = Path(self.best.best_model_path) if self.best.best_model_path else self.latest.path
         weights = {"datamodule": self.datamodule, "ckpt_path": str(best) if best is not None else None}
         with _without_notices():
             results: list[Any] = []
-            if is_overridden("validation_step", self.model):
+            if is_overridden("validation_step", self.model) and trainer.limit_val_batches:
                 with unlogged(trainer):  # the curve of val/* already has its last point, of the last weights
                     results += trainer.validate(self.model, verbose=False, **weights)
-            if is_overridden("test_step", self.model):
+            if is_overridden("test_step", self.model) and trainer.limit_test_batches:
                 results += trainer.test(self.model, verbose=False, **weights)
         scores = {key: float(value) for result in results for key, value in result.items()}
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        logged = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        steps = [f"tensorboard --logdir {trainer.default_root_dir}"] if logged else []
-        if best is not None and (folder / "config.yaml").is_file():
-            steps.insert(0, f"lit-peft predict --config {folder / 'config.yaml'} --ckpt_path {_shown(best)}")
+        steps = []
+        if self.folder is not None and best is not None:
+            text = ' --text "a great movie"' if isinstance(self.model, lit_peft.tasks.TextClassification) else ""
+            steps.append(f"lit-peft predict --run {shown(self.folder)}{text}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            steps.append(f"tensorboard --logdir {trainer.default_root_dir}")
         self.report.finish(trainer, self.model, scores, best, steps)
 
     def after_predict(self) -> None:
         if self.predictions.written is not None and self.trainer.is_global_zero:
             print(f"Predictions: {self.predictions.written}")
-
-
-def check_selection(*selecting: EarlyStopping | ModelCheckpoint) -> None:
-    """Refuses settings under which the best weights would silently be the worst.
-
-    Raises:
-        ValueError: For a metric that is better when higher under `mode: min`, and for several best checkpoints
-            under one file name.
-    """
-    for callback in selecting:
-        name = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
-        metric = str(callback.monitor).rpartition("/")[2]
-        if metric in HIGHER_IS_BETTER and callback.mode == "min":
-            raise ValueError(f"{name}.monitor {callback.monitor} is better when higher: set {name}.mode to max.")
-        if (
-            isinstance(callback, ModelCheckpoint)
-            and callback.save_top_k not in (0, 1)
-            and "{" not in str(callback.filename)
-        ):
-            raise ValueError(
-                f"checkpoint.save_top_k {callback.save_top_k} needs a file name that tells the checkpoints apart: "
-                "checkpoint.filename best-{epoch}, for instance."
-            )
-
-
-def claim_folder(root: Path) -> Path:
-    """Makes <root>/version_N, N the first number that is free, so that runs started together do not share one.
-
-    Further ranks of a run are started with its environment and take the folder that the first one claimed.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and "LIT_PEFT_RUN" in os.environ:
-        return Path(os.environ["LIT_PEFT_RUN"])
-    root.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name.removeprefix("version_")) for p in root.glob("version_*") if p.name[8:].isdigit()]
-    number = max(taken, default=-1) + 1
-    while True:
-        folder = root / f"version_{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:  # another run was faster
-            number += 1
-        else:
-            os.environ["LIT_PEFT_RUN"] = str(folder)
-            return folder
-
-
-def _shown(path: Path) -> Path:
-    """A path as a user would type it from here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def run_folder(checkpoint: str | None) -> Path | None:
-    """The run that a checkpoint file belongs to, <run>/checkpoints/x.ckpt, or None."""
-    path = Path(checkpoint) if checkpoint else None
-    return path.parent.parent if path is not None and path.is_file() and path.parent.name == "checkpoints" else None
 
 
 def run(arguments: list[str]) -> None:
@@ -321,14 +275,18 @@ def run(arguments: list[str]) -> None:
     for entry in available().values():
         entry.load()
     RunReport.running = False
+    arguments, changes = change_method(arguments)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("\n".join(changes), end="\n" * bool(changes))
     sys.argv[1:] = arguments  # not handed over: further ranks are started with the command line
     try:
         LitPeftCLI()
-    except (ValueError, FileNotFoundError, ConnectionError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
         # Once batches run, an error is the code's and not the command line's: its traceback is wanted.
-        if RunReport.running or os.environ.get("LIT_PEFT_TRACEBACK") == "1":
+        full = isinstance(error, OSError) and error.errno in FULL
+        if (RunReport.running and not full) or os.environ.get("LIT_PEFT_TRACEBACK") == "1":
             raise
-        fail(essence(str(error)))
+        fail(of_system(error) if isinstance(error, OSError) and error.errno else of_lightning(str(error)))
 
 
 @contextmanager

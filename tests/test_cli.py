@@ -12,7 +12,9 @@ import torch
 import yaml
 
 from lit_peft import cli
-from lit_peft.lightning_cli import claim_folder, run
+from lit_peft.arguments import configs, resolve
+from lit_peft.lightning_cli import run
+from lit_peft.runs import claim_folder
 
 SMALL = [
     "--data.limit_train",
@@ -30,8 +32,7 @@ def fit(root: Path, *arguments: str) -> Path:
     """Runs `lit-peft fit` in this process and returns the run's folder."""
     run(
         [
-            "fit",
-            *cli.resolve_configs(list(arguments)),
+            *resolve(["fit", *arguments]),
             "--trainer.default_root_dir",
             str(root),
             "--trainer.accelerator",
@@ -201,7 +202,7 @@ def test_tensorboard_holds_curves_diagram_and_hyperparameters(quick):
     assert len(events.Scalars("test/acc")) == 1  # the test set is scored once for the record
 
 
-@pytest.mark.parametrize("name", [name for name in cli.configs() if name != "offline"])
+@pytest.mark.parametrize("name", [name for name in configs() if name != "offline"])
 def test_every_configuration_trains_two_steps_offline(name, tmp_path):
     folder = fit(tmp_path, "--config", name, "--config", "offline", *SMALL, "--trainer.max_steps", "2")
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -211,7 +212,7 @@ def test_every_configuration_trains_two_steps_offline(name, tmp_path):
 
 
 def test_every_key_of_every_configuration_has_a_comment():
-    for path in cli.configs().values():
+    for path in configs().values():
         for line in path.read_text().splitlines():
             key = line.strip()
             section = key.endswith(":")  # class_path, init_args and the like hold commented keys

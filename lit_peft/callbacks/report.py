@@ -27,13 +27,15 @@ class RunReport(pl.Callback):
     """Prints the table of sites when a fit starts; `finish` writes what a run leaves.
 
     Args:
+        folder: The run's folder; null: that of the trainer's logger, or the trainer's root.
         quiet: Print nothing, write all the same.
     """
 
     running: ClassVar[bool] = False
     """Whether batches have been run, and an exception is no longer about the arguments."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, folder: str | None = None, quiet: bool = False) -> None:
+        self.folder = folder
         self.quiet = quiet
         self.base: dict[str, float] = {}
         """Test metrics before training, `base/test/...`; a checkpoint carries them through a resume."""
@@ -51,6 +53,17 @@ class RunReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         RunReport.running = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and not self.quiet:
+            folder = self._folder(trainer)
+            steps = f"{trainer.global_step} of {trainer.estimated_stepping_batches:.0f} steps"
+            self.console.print(f"Interrupted after {steps}. Not written: metrics.json, adapter/.", highlight=False)
+            if (folder / "checkpoints" / "last.ckpt").is_file() and (folder / "config.yaml").is_file():
+                self.console.print(f"  lit-peft fit --run {shown(folder)}", soft_wrap=True, highlight=False)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
 
     def measure_base(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         """Scores the test set before training."""
@@ -78,7 +91,7 @@ class RunReport(pl.Callback):
         Returns:
             What metrics.json holds; figures that cannot be had are null.
         """
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self._folder(trainer)
         notes: dict[str, str] = {}
         metrics: dict[str, float | None] = {**scores, **self.base, **count_parameters(module).metrics()}
         speed = next((c for c in trainer.callbacks if isinstance(c, SpeedMonitor)), None)  # type: ignore[attr-defined]
@@ -87,11 +100,16 @@ class RunReport(pl.Callback):
             metrics["throughput/examples_per_s"] = speed.examples_per_s
             metrics["memory/peak_bytes"] = speed.peak_bytes
         metrics["checkpoint/bytes"] = checkpoint.stat().st_size if checkpoint is not None else None
-        notes["checkpoint"] = str(checkpoint) if checkpoint is not None else "not written: checkpoints are off"
         metrics["adapter/bytes"] = None
+        nothing = "not written: fast_dev_run keeps nothing" if trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        notes["checkpoint"] = nothing or (str(checkpoint) if checkpoint else "not written: checkpoints are off")
+        if checkpoint is not None and checkpoint.name == "last.ckpt":
+            notes["checkpoint"] += " (no best one: nothing was validated)"
         for method in methods(trainer):
             target = folder / "adapter" if method.name == "default" else folder / "adapter" / method.name
-            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if nothing:
+                notes["adapter"] = nothing
+            elif trainer.is_global_zero:
                 try:
                     save(module, target, method.name)
                 except ValueError as error:
@@ -102,10 +120,12 @@ class RunReport(pl.Callback):
                     notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         if trainer.is_global_zero:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            notes["metrics"] = nothing or str(folder / "metrics.json")
+            if not nothing:
                 with atomic_path(folder / "metrics.json") as part:
                     part.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-                notes["metrics"] = str(folder / "metrics.json")
+            if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+                notes["curves"] = nothing or "not written: no TensorBoard logger"
             self._log_hyperparameters(trainer, module, metrics)
             if not self.quiet:
                 title = " + ".join(type(method).__name__ for method in methods(trainer)) or type(module).__name__
@@ -154,6 +174,11 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
             yield
     finally:
         trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+
+
+def shown(path: Path) -> Path:
+    """A path as a user would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _plain(value: Any) -> Any:

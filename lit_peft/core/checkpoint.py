@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,26 @@ def _require(module: nn.Module) -> Registry:
     if state is None:
         raise ValueError(f"{type(module).__name__} has no adapter attached.")
     return state
+
+
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """Raises for a file that cannot be a whole checkpoint; cheap, since an archive's directory stands at its end.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        CheckpointMismatch: When it is cut off, or is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("data.pkl") for name in archive.namelist()):
+                return
+    raise CheckpointMismatch(
+        f"{path} is no checkpoint, or is cut off ({path.stat().st_size:,} bytes). Use another one of the run, "
+        "last.ckpt or best.ckpt."
+    )
 
 
 @contextmanager

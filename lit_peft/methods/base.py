@@ -131,15 +131,20 @@ class Method(pl.Callback):
         """Takes this method off again, see `lit_peft.core.attach.detach`."""
         detach(module, self.name)
 
+    @classmethod
+    def parameters(cls) -> dict[str, inspect.Parameter]:
+        """The constructor's parameters by name, those that it passes on to its base classes included."""
+        found: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if issubclass(base, Method):
+                for p in list(inspect.signature(base.__init__).parameters.values())[1:]:
+                    if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                        found.setdefault(p.name, p)
+        return found
+
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments, read back from the attributes of the same names."""
-        names: dict[str, None] = {}
-        for cls in type(self).__mro__:
-            if issubclass(cls, Method):
-                parameters = inspect.signature(cls.__init__).parameters.values()
-                names.update({p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)})
-        names.pop("self")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.parameters()}
 
     def spec(self) -> dict[str, Any]:
         """What a checkpoint records of this method: `class_path` and `init_args`."""

@@ -4,6 +4,9 @@ Order of a fit: callback.setup -> module.setup -> configure_model (build, attach
 weights -> precision's convert_module -> configure_optimizers -> on_fit_start -> a checkpoint's optimizer state.
 """
 
+import errno
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_peft.core.attach import Adapter, registry
-from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_record, record
+from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_archive, check_record, record
 from lit_peft.core.swap import Swapped, restore_class, swap_class
 
 if TYPE_CHECKING:
@@ -92,7 +95,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with atomic_path(path) as part:
-            torch.save(checkpoint, part)
+            try:
+                torch.save(checkpoint, part)
+            except RuntimeError as error:  # torch's archive writer has no other for a full disk
+                if shutil.disk_usage(part.parent).free < (1 << 20):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+                raise
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Refuses a file that is cut off, or no checkpoint, by name."""
+        if "://" not in str(path):
+            check_archive(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def methods(trainer: pl.Trainer) -> list["Method"]:

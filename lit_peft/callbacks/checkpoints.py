@@ -1,0 +1,108 @@
+"""Checkpoints of a run: the state to go on from, kept fresh, and checks that the best one can be chosen."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lit_peft.arguments import nearest
+
+HIGHER_IS_BETTER = {"acc", "accuracy", "f1", "mcc", "auroc", "precision", "recall"}
+
+
+class LatestCheckpoint(ModelCheckpoint):
+    """Keeps last.ckpt, the state to go on from, up to date: every so many steps, on Ctrl-C, at the end of training.
+
+    It stands beside the best checkpoint, often enough that a killed run loses little. On one device the first Ctrl-C
+    lets the step in hand end, so that what is written is the state between two steps; a second one stops at once.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two writings.
+    """
+
+    def __init__(self, every_n_train_steps: int) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"resume_every must be at least 1, not {every_n_train_steps}.")
+        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+        self.stopping = False
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+
+        def stop(number: int, frame: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            print("\nStopping after this step; Ctrl-C again stops at once.", flush=True)
+
+        # Ranks would have to agree on the step; a collective at each costs more than the steps that are lost.
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, stop)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if self.stopping:
+            self._write(trainer)
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
+
+    @property
+    def path(self) -> Path | None:
+        """The file, None where it was not written."""
+        path = Path(self.dirpath or "") / "last.ckpt"
+        return path if self.dirpath is not None and path.is_file() else None
+
+
+class MonitorCheck(pl.Callback):
+    """Refuses, before training, to monitor what validation does not log; Lightning finds out after an epoch."""
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        logged = list(trainer.callback_metrics)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor is None or monitor in logged or monitor.startswith("train"):
+                continue
+            key = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
+            raise ValueError(
+                f"{key}.monitor: validation logs no {monitor!r}.{nearest(monitor, logged)} "
+                f"It logs {', '.join(logged) or 'nothing'}."
+            )
+
+
+def check_selection(*selecting: EarlyStopping | ModelCheckpoint) -> None:
+    """Refuses settings under which the best weights would silently be the worst.
+
+    Raises:
+        ValueError: For a metric that is better when higher under `mode: min`, and for several best checkpoints
+            under one file name.
+    """
+    for callback in selecting:
+        name = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
+        metric = str(callback.monitor).rpartition("/")[2]
+        if metric in HIGHER_IS_BETTER and callback.mode == "min":
+            raise ValueError(f"{name}.monitor {callback.monitor} is better when higher: set {name}.mode to max.")
+        if (
+            isinstance(callback, ModelCheckpoint)
+            and callback.save_top_k not in (0, 1)
+            and "{" not in str(callback.filename)
+        ):
+            raise ValueError(
+                f"checkpoint.save_top_k {callback.save_top_k} needs a file name that tells the checkpoints apart: "
+                "checkpoint.filename best-{epoch}, for instance."
+            )

@@ -1,0 +1,237 @@
+"""From what the parser, Lightning or the system says of a mistake to one to three lines that help."""
+
+import errno
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+import lit_peft.data
+import lit_peft.tasks
+from lit_peft.arguments import configs, nearest, options, read_config, settings, values
+from lit_peft.methods.registry import available, find
+
+CLASSES = ("model", "data", "method")
+FIXED = {"trainer": pl.Trainer, "early_stopping": EarlyStopping, "checkpoint": ModelCheckpoint}
+KEYS = ("seed_everything", "ckpt_path", "resume_every", "base_test", "predictions")
+FLAGS = ("config", "run", "adapter", "text", "text_pair", *KEYS)
+ELSEWHERE = {"rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning_rate"}
+"""What other libraries call our arguments."""
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(message: str, arguments: Sequence[str]) -> str:
+    """At most three lines on a mistake that the parser found.
+
+    Args:
+        message: jsonargparse's text.
+        arguments: The command line, in which the option is looked up by its name.
+    """
+    for pattern, tell in _FORMS:
+        if match := re.match(pattern, message.strip(), re.DOTALL):
+            return tell(arguments, *match.groups())
+    return shorten(message)
+
+
+def shorten(text: str) -> str:
+    """At most three lines of a text: of jsonargparse's report on a union of types, what was wrong with the value."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if "Errors:" in lines:
+        reasons = [line.removeprefix("- ") for line in lines[lines.index("Errors:") + 1 :] if line.startswith("- ")]
+        lines = [reason for reason in reasons if "NoneType" not in reason] or lines
+    return "\n".join(lines[:3])
+
+
+def of_system(error: OSError) -> str:
+    """One line on a file that could not be written or read, and the way out where the disk is full."""
+    where = f": {error.filename}" if error.filename else ""
+    text = f"{error.strerror or error}{where}."
+    if error.errno in FULL:
+        text += " What was written before is whole: free some space, then go on with `lit-peft fit --run RUN`."
+    return text
+
+
+def of_lightning(text: str) -> str:
+    """At most three lines on what Lightning, or we, raise."""
+    if match := re.search(r"No supported (\w+) backend found", text):
+        return f"trainer.accelerator: this machine has no {match[1].upper()}; use auto or cpu."
+    return shorten(text)
+
+
+# ------------------------------------------------------------------------------------------------ unknown options
+
+
+def _not_accepted(arguments: Sequence[str], name: str) -> str:
+    """A name that a class of the configuration does not have."""
+    section, source = _home(arguments, name)
+    known = _parameters(arguments, section) if section else []
+    full = f"{section}.{name}" if section else name
+    shown = _class_name(arguments, section) if section else "the class"
+    meant = ELSEWHERE.get(name)
+    hint = f" Here it is {meant!r}." if meant in known else nearest(name, known)
+    return f"{source}{full}: {shown} has no argument {name!r}.{hint}{_listed(known)}"
+
+
+def _unrecognized(arguments: Sequence[str], words: str) -> str:
+    """An option that the verb does not have."""
+    flag = words.split()[0]
+    name = flag.lstrip("-").partition("=")[0]
+    section, _, rest = name.partition(".")
+    if not flag.startswith("--"):
+        return f"{flag!r} belongs to no option; an option is --key value."
+    if rest and section in (*FIXED, *CLASSES):
+        known = _parameters(arguments, section)
+        return f"unknown option {flag}.{_nearest_option(section, rest, known)}{_listed(known)}"
+    sections = [*FLAGS, *CLASSES, *FIXED]
+    if rest and (close := nearest(section, [*CLASSES, *FIXED])):
+        return f"unknown option {flag}.{close.replace('?', '')}, as in --{close.split(chr(39))[1]}.{rest}?"
+    return f"unknown option {flag}.{nearest(name, sections)} There are: {', '.join(sections)}."
+
+
+def _subcommand(arguments: Sequence[str], verb: str, name: str) -> str:
+    """A key of a configuration file that the verb does not have."""
+    section, _, rest = name.partition(".")
+    file = next((f for f in values(arguments, "--config", "-c") if section in read_config(f)), "")
+    source = f"{file}: " if file else ""
+    if section in FIXED:
+        known = _parameters(arguments, section)
+        return f"{source}unknown key {name!r}.{_nearest_option(section, rest, known)}{_listed(known)}"
+    sections = [*CLASSES, *FIXED, *KEYS]
+    return f"{source}unknown key {section!r}.{nearest(section, sections)} Keys: {', '.join(sections)}."
+
+
+def _nearest_option(section: str, name: str, known: Iterable[str]) -> str:
+    return nearest(name, known).replace("'", f"'{section}.", 1)
+
+
+def _listed(known: Sequence[str], most: int = 14) -> str:
+    return f" It has {', '.join(known[:most])}{', …' if len(known) > most else ''}." if known else ""
+
+
+def _required(arguments: Sequence[str], names: str) -> str:
+    missing = [name.rpartition(".")[2] for name in names.split(", ")]
+    return (
+        f"nothing says which {', '.join(missing)} to use. Name a configuration, --config quickstart for "
+        f"instance, or give --{' … --'.join(missing)} ….\nConfigurations: {', '.join(configs())}."
+    )
+
+
+# --------------------------------------------------------------------------------------------------- wrong values
+
+
+def _value(arguments: Sequence[str], key: str, text: str) -> str:
+    """A value of the wrong type."""
+    given = _given(text)
+    section, source = (None, "") if "." in key or key in CLASSES else _home(arguments, key)
+    full = f"{section}.{key}" if section else key
+    if "class_path" in text or "dot import path" in text or "Import path" in text:
+        return source + _class(full, given, text)
+    text = re.sub(r"Given value type:.*|Subtypes:.*", "", text)
+    choices = [word for found in re.findall(r"Literal\[(.*?)\]", text) for word in re.findall(r"'([^']*)'", found)]
+    kinds = [TYPES[name] for name in dict.fromkeys(re.findall(r"<class '(\w+)'>", text)) if name in TYPES]
+    if choices:
+        expected = [f"one of {', '.join(dict.fromkeys(choices))}"]
+    elif kinds:
+        expected = [kind for kind in kinds if kind != "null"] + ["null"] * ("null" in kinds)
+    else:
+        return f"{source}{full}: {shorten(text)}"
+    return f"{source}{full}: expected {' or '.join(expected)}, not {given!r}.{nearest(given, choices)}"
+
+
+def _given(text: str) -> str:
+    match = re.search(r"(?:Given value|Got value): (.*)", text)
+    return match[1].strip() if match else ""
+
+
+def _class(key: str, name: str, text: str) -> str:
+    """A class that is not there or is of another kind."""
+    problem = re.search(r"Problem with given class_path '([^']+)':\s*\n\s*(.*)", text)
+    short = _short_names(key)
+    if problem is None and key == "method" and "dot import path" in text:
+        try:
+            find(name)
+        except ValueError as error:
+            return str(error)
+    if problem is not None:
+        name, reason = problem.groups()
+        return f"{key}: cannot use {name!r}: {reason.rstrip('.')}.{_near_in_module(name)}"
+    if "does not correspond to a subclass" in text:
+        kind = re.search(r"subclass of (\w+)", text)
+        return f"{key}: {name} is not a {kind[1] if kind else 'class of that kind'}."
+    match = re.search(r"dot import path string: (\S+)", text)
+    name = match[1] if match else name
+    known = f" {', '.join(short)}, or" if short else ""
+    return f"{key}: there is no class {name!r}.{nearest(name, short)} Expected{known} a path such as my_package.{name}."
+
+
+def _short_names(key: str) -> list[str]:
+    return {"model": lit_peft.tasks.__all__, "data": lit_peft.data.__all__, "method": list(available())}.get(key, [])
+
+
+def _near_in_module(class_path: str) -> str:
+    """The nearest class of the module that a path names, where that can be imported."""
+    module, _, name = class_path.rpartition(".")
+    if module not in sys.modules:
+        return ""
+    names = getattr(sys.modules[module], "__all__", None) or [
+        key for key, value in vars(sys.modules[module]).items() if inspect.isclass(value)
+    ]
+    return nearest(name, names)
+
+
+# ----------------------------------------------------------------------------------------------- where things are
+
+
+def _home(arguments: Sequence[str], name: str) -> tuple[str | None, str]:
+    """The section in which an argument of this bare name was given, and "FILE: " where a file gives it."""
+    for _, _, flag, _ in options(arguments):
+        if match := re.fullmatch(rf"--(\w+)\.(?:init_args\.)?{re.escape(name)}", flag):
+            return match[1], ""
+    for section in CLASSES:
+        for setting in reversed(settings(arguments, section)):
+            if name in setting.init_args:
+                return section, "" if setting.source.startswith("--") else f"{setting.source}: "
+    return None, ""
+
+
+def _class_name(arguments: Sequence[str], section: str) -> str:
+    if section in FIXED:
+        return FIXED[section].__name__
+    found = [s.class_path for s in settings(arguments, section) if s.class_path]
+    return found[-1].rpartition(".")[2] if found else section
+
+
+def _parameters(arguments: Sequence[str], section: str) -> list[str]:
+    """Names of the arguments of a section's class, those that it passes on to its base classes included."""
+    cls: Any = FIXED.get(section)
+    if cls is None:
+        found = [s.class_path for s in settings(arguments, section) if s.class_path]
+        module, _, name = (found[-1] if found else "").rpartition(".")
+        for home in filter(None, (module, "lit_peft.methods", "lit_peft.tasks", "lit_peft.data")):
+            try:
+                cls = cls or getattr(importlib.import_module(home), name, None)
+            except ImportError:
+                continue
+    names: dict[str, None] = {}
+    for base in cls.__mro__ if inspect.isclass(cls) else ():
+        parameters = inspect.signature(vars(base).get("__init__", object.__init__)).parameters.values()
+        names.update({p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)})
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    names.pop("self", None)
+    return list(names)
+
+
+_FORMS = (
+    (r"Option '([\w.]+)' is not accepted", _not_accepted),
+    (r"[Uu]nrecognized arguments: (.+)", _unrecognized),
+    (r"Subcommand '(\w+)' does not accept option '([\w.]+)'", _subcommand),
+    (r"the following arguments are required: (.+)", _required),
+    (r'Parser key "([^"]+)":(.*)', _value),
+)

@@ -1,0 +1,74 @@
+"""Folders of runs: <root>/version_N with config.yaml, checkpoints, adapter and metrics."""
+
+import os
+from pathlib import Path
+
+
+def claim_folder(root: Path) -> Path:
+    """Makes <root>/version_N, N the first number that is free, so that runs started together do not share one.
+
+    Further ranks of a run are started with its environment and take the folder that the first one claimed.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "LIT_PEFT_RUN" in os.environ:
+        return Path(os.environ["LIT_PEFT_RUN"])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"trainer.default_root_dir: {root} is a file, expected a folder.") from None
+    except OSError as error:
+        raise OSError(error.errno, f"trainer.default_root_dir: {error.strerror}", str(root)) from error
+    number = max((n for n, _ in _numbered(root)), default=-1) + 1
+    while True:
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run was faster
+            number += 1
+        else:
+            os.environ["LIT_PEFT_RUN"] = str(folder)
+            return folder
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    return sorted((int(p.name[8:]), p) for p in root.glob("version_*") if p.name[8:].isdigit())
+
+
+def run_folder(checkpoint: str | None) -> Path | None:
+    """The run that a checkpoint file belongs to, <run>/checkpoints/x.ckpt, or None."""
+    path = Path(checkpoint) if checkpoint else None
+    return path.parent.parent if path is not None and path.is_file() and path.parent.name == "checkpoints" else None
+
+
+def newest_checkpoint(root: Path, name: str) -> Path | None:
+    """`checkpoints/<name>.ckpt` of the newest run below a root that has one, None where none has."""
+    paths = (folder / "checkpoints" / f"{name}.ckpt" for _, folder in reversed(_numbered(root)))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def check_unoccupied(folder: Path) -> None:
+    """Raises FileExistsError for a folder that holds a run already, which a new one would write over."""
+    if (folder / "config.yaml").is_file() or (folder / "metrics.json").is_file():
+        raise FileExistsError(
+            f"{folder} holds a run already. Go on with it, lit-peft fit --run {folder}, or let the new one make a "
+            "folder of its own: leave out the logger's version."
+        )
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what a killed writer left beside the files of a run: `.NAME.….part`, see `atomic_path`."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def free_file(name: str | None, folder: Path) -> Path:
+    """The file that predictions go to: the one named, or predictions.jsonl in a folder, numbered where it exists.
+
+    Raises:
+        FileExistsError: When the file that was named exists: what is in it would be lost.
+    """
+    if name is not None:
+        if Path(name).exists():
+            raise FileExistsError(f"predictions: {name} exists; name another file, or remove it.")
+        return Path(name)
+    candidates = (folder / f"predictions{number}.jsonl" for number in ("", *(f"-{n}" for n in range(1, 1_000_000))))
+    return next(path for path in candidates if not path.exists())

@@ -1,0 +1,233 @@
+"""What people get wrong in their first hour: each mistake ends in one to three lines, status 2, and the way out.
+
+The table in docs/errors.md is made from these cases: `LIT_PEFT_WRITE_DOCS=1 pytest tests/test_mistakes.py`.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import SMALL, fit
+
+from lit_peft import cli
+
+DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
+QUICK = ["fit", "--config", "quickstart", *SMALL, "--base_test", "false", "--trainer.max_steps", "2"]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake: what was done, the arguments, in which {name} is a file of `files`, and words of the answer."""
+
+    what: str
+    arguments: list[str]
+    answer: str
+
+
+def quick(what: str, options: str, answer: str) -> Mistake:
+    return Mistake(what, [*QUICK, *options.split(" ")], answer)
+
+
+MISTAKES = [
+    # methods and their arguments
+    quick("a method in lower case", "--method lora", "no method named 'lora'. Did you mean LoRA?"),
+    quick("a method misspelt", "--method LoRAA", "no method named 'LoRAA'. Did you mean LoRA?"),
+    quick("rank 0", "--method.r 0", "r must be at least 1, not 0"),
+    quick("a negative rank", "--method.r -1", "r must be at least 1, not -1"),
+    quick("a rank above the layer's width", "--method.r 4096", "r = 4096 exceeds the smaller side of"),
+    quick("dropout of 2", "--method.dropout 2", "dropout must be at least 0 and below 1, not 2.0"),
+    quick("text for a number", "--method.alpha big", "method.alpha: expected a number or null, not 'big'"),
+    quick("a choice misspelt", "--method.bias al", "method.bias: expected one of none, all, lora_only, not 'al'"),
+    quick("Llama's names on DistilBERT", "--method.target_modules [q_proj]", "here named q_lin: use 'query'"),
+    quick("HF PEFT's name of an argument", "--method.lora_alpha 8", "no argument 'lora_alpha'. Here it is 'alpha'"),
+    # options, verbs and configurations
+    quick("an unknown argument", "--data.batchsize 8", "no argument 'batchsize'. Did you mean 'batch_size'?"),
+    quick("an abbreviated option", "--trainer.max_epoch 3", "Did you mean 'trainer.max_epochs'?"),
+    quick("an unknown section", "--datas.batch_size 8", "Did you mean 'data', as in --data.batch_size?"),
+    Mistake("another tool's verb", ["train", "--config", "quickstart"], "unknown verb 'train'. Did you mean 'fit'?"),
+    Mistake("no configuration", ["fit"], "nothing says which data, method, model to use"),
+    Mistake("a configuration misspelt", ["fit", "--config", "quickstrat"], "Did you mean 'quickstart'?"),
+    Mistake("broken YAML", ["fit", "--config", "{broken}"], "line 3, column 1: this is not YAML"),
+    Mistake("an unknown key in a file", ["fit", "--config", "{typo}", *QUICK[1:]], "Did you mean 'method'?"),
+    Mistake("a folder that is no run", ["predict", "--run", "{folder}"], "is not the folder of a run"),
+    Mistake("a verb without weights", ["test", "--config", "quickstart"], "test needs the weights of a run"),
+    quick("a class that is not there", "--model my_package.Net", "No module named 'my_package'"),
+    # data
+    quick("a missing file", "--data.path {folder}/trian.csv", "No such file or folder"),
+    quick("a missing column", "--data.path {csv} --data.text_column sentense", "No column 'sentense' in"),
+    quick("data without labels", "--data.path {unlabelled}", "have no label"),
+    # trainer
+    quick("a GPU that is not there", "--trainer.accelerator gpu", "this machine has no GPU; use auto or cpu"),
+    quick("a precision that is none", "--trainer.precision bf61-true", "Did you mean 'bf16-true'?"),
+    quick(
+        "an unknown monitor", "--checkpoint.monitor val/los", "validation logs no 'val/los'. Did you mean 'val/nll'?"
+    ),
+    quick("accuracy as a loss", "--early_stopping.monitor val/acc", "set early_stopping.mode to max"),
+    # checkpoints
+    quick("a missing checkpoint", "--ckpt_path {folder}/lost.ckpt", "No such file or folder"),
+    quick("a truncated checkpoint", "--ckpt_path {truncated}", "is no checkpoint, or is cut off"),
+    quick("a file that is no checkpoint", "--ckpt_path {csv}", "is no checkpoint, or is cut off"),
+    quick("a checkpoint of plain Lightning", "--ckpt_path {foreign}", "was not written by a lit-peft method"),
+    quick("a checkpoint of another base", "--ckpt_path {other_base}", "belongs to another base model"),
+    quick(
+        "a checkpoint of another method", "--ckpt_path {best} --method BitFit", "made with lit_peft.methods.LoRA, not"
+    ),
+    quick("a checkpoint of another rank", "--ckpt_path {best} --method.r 8", "made with LoRA(r=4), not 8"),
+    # files and disks
+    quick("a file where a folder belongs", "--trainer.default_root_dir {csv}", "is a file, expected a folder"),
+    quick(
+        "the folder of another run",
+        "--trainer.logger TensorBoardLogger --trainer.logger.save_dir {parent} --trainer.logger.name= "
+        "--trainer.logger.version {name}",
+        "holds a run already",
+    ),
+    Mistake(
+        "predictions over a file that exists",
+        ["predict", "--run", "{run}", "--predictions", "{csv}"],
+        "exists; name another file",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files that are right or wrong in one way each, by the names that the mistakes use."""
+    root = tmp_path_factory.mktemp("mistakes")
+    folder = root / "folder"
+    folder.mkdir()
+    (folder / "train.csv").write_text("sentence,label\na fine film,good\na dull film,bad\n" * 20)
+    (root / "unlabelled.csv").write_text("sentence,label\na fine film,\na dull film,\n")
+    (root / "broken.yaml").write_text("method:\n  class_path: [LoRA\n")
+    (root / "typo.yaml").write_text("methd:\n  class_path: LoRA\n")
+    run = fit(root / "runs", *QUICK[1:])
+    last = run / "checkpoints" / "last.ckpt"
+    (root / "truncated.ckpt").write_bytes(last.read_bytes()[:2000])
+    content = torch.load(last, weights_only=True)
+    torch.save({k: v for k, v in content.items() if k != "lit_peft"}, root / "foreign.ckpt")
+    name = next(iter(content["lit_peft"]["fingerprint"]))
+    content["lit_peft"]["fingerprint"][name] = content["lit_peft"]["fingerprint"][name][:-1] + "x"
+    torch.save(content, root / "other_base.ckpt")
+    return {
+        **{path.stem: str(path) for path in root.iterdir() if path.is_file()},
+        "csv": str(folder / "train.csv"),
+        "folder": str(folder),
+        "best": str(last),
+        "run": str(run),
+        "parent": str(run.parent),
+        "name": run.name,
+    }
+
+
+@pytest.fixture(scope="module")
+def answers() -> Iterator[dict[str, tuple[str, str]]]:
+    """Collects what each mistake prints; at the end the table in the docs must hold just that."""
+    found: dict[str, tuple[str, str]] = {}
+    yield found
+    if len(found) < len(MISTAKES):
+        return  # not all were run
+    table = "".join(f"| {what} | `{command}` | {answer} |\n" for what, (command, answer) in found.items())
+    text = DOCS.read_text() if DOCS.is_file() else ""
+    head = text.partition("|---|---|---|\n")[0] or HEAD
+    if os.environ.get("LIT_PEFT_WRITE_DOCS") == "1":
+        DOCS.write_text(f"{head}|---|---|---|\n{table}")
+    assert DOCS.read_text() == f"{head}|---|---|---|\n{table}", "docs/errors.md is old; see the top of this file"
+
+
+HEAD = """# Mistakes, and what `lit-peft` says of them
+
+Each ends the command with status 2; `LIT_PEFT_TRACEBACK=1` lets the exception through instead. `…` stands for
+`--config quickstart`, and names in capitals for files. The table is written by `tests/test_mistakes.py`.
+
+| mistake | command | answer |
+"""
+
+
+def told(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """What a mistake prints: one to three lines, after which the program ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "Traceback" not in error
+    lines = error[error.index("lit-peft: ") :].strip().splitlines()
+    assert 1 <= len(lines) <= 3
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
+def test_a_mistake_is_told_in_a_few_lines(
+    mistake: Mistake,
+    files: dict[str, str],
+    answers: dict[str, tuple[str, str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [word.format(**files) if "{" in word else word for word in mistake.arguments]
+    if mistake.arguments[0] in ("fit", "test") and "--trainer.default_root_dir" not in arguments:
+        arguments += ["--trainer.default_root_dir", str(tmp_path / "runs")] * (len(arguments) > 1)
+    answer = told(capsys, arguments)
+    assert mistake.answer in answer
+    answers[mistake.what] = _for_the_docs(mistake, answer, files)
+
+
+def _for_the_docs(mistake: Mistake, answer: str, files: dict[str, str]) -> tuple[str, str]:
+    """The command and the answer with what differs from machine to machine, or between runs, put in capitals."""
+    words = " ".join(["lit-peft", *mistake.arguments]).replace(" ".join(QUICK), "fit …")
+    command = re.sub(r"\{(\w+)\}", lambda match: match[1].upper(), words)
+    for name, path in sorted(files.items(), key=lambda item: -len(item[1])):
+        if "/" in path:
+            answer = answer.replace(path, name.upper())
+    answer = re.sub(r"\d[\d,]* bytes", "N bytes", answer)
+    return command, answer.removeprefix("lit-peft: ").replace("|", "\\|").replace("\n", "<br>")
+
+
+def test_the_environment_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIT_PEFT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"set early_stopping\.mode to max"):
+        cli.main([*QUICK, "--early_stopping.monitor", "val/acc", "--trainer.default_root_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="is not YAML"):
+        (tmp_path / "broken.yaml").write_text("a: [")
+        cli.main(["fit", "--config", str(tmp_path / "broken.yaml")])
+
+
+def mounted(folder: Path, *options: str) -> Callable[[], None] | None:
+    """Mounts a memory file system of 1 MB on a folder; what takes it off again, None where that is not allowed."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "tmpfs", str(folder)])
+    return None if done.returncode else lambda: subprocess.run(["umount", "-l", str(folder)], check=True) and None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="mounting needs root on Linux")
+@pytest.mark.parametrize(
+    ("options", "filled", "expected"),
+    [
+        (("ro",), 0, "trainer.default_root_dir: Read-only file system"),
+        ((), 700_000, "No space left on device"),
+    ],
+    ids=["a folder without write permission", "a full disk"],
+)
+def test_a_disk_that_takes_nothing(
+    options: tuple[str, ...], filled: int, expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    release = mounted(tmp_path / "disk", *options)
+    if release is None:
+        pytest.skip("mounting is not allowed here")
+    try:
+        if filled:
+            (tmp_path / "disk" / "other").write_bytes(bytes(filled))
+        arguments = [*QUICK, "--resume_every", "1", "--trainer.default_root_dir", str(tmp_path / "disk" / "runs")]
+        answer = told(capsys, arguments)
+        assert expected in answer
+        assert not list((tmp_path / "disk").rglob("*.part"))  # nothing half-written stays behind
+        for path in (tmp_path / "disk").rglob("*.ckpt"):
+            torch.load(path, weights_only=True)
+    finally:
+        release()
