@@ -217,6 +217,7 @@ class LitPeftCLI(LightningCLI):
                 "own configuration, --config <run>/config.yaml."
             )
         config["ckpt_path"] = str(best)
+        self._parse_ckpt_path()  # the model's arguments: what is predicted may not tell its classes
 
     def before_fit(self) -> None:
         if (

@@ -108,10 +108,12 @@ def test_two_examples_are_too_few_to_cut(tmp_path: Path, tokenizer: str) -> None
         (["train_a.csv", "train_b.csv", "my_test.csv"], {"train": 2}),
         (["a.csv", "b.csv"], {"train": 2}),
         (["mine.csv", "about.json"], {"train": 1}),
+        (["train/a.csv", "train/b.csv", "val/a.csv"], {"train": 2, "validation": 1}),
     ],
 )
 def test_names_of_files_in_a_folder(tmp_path: Path, names: list[str], splits: dict[str, int]) -> None:
     for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, rows(number))
     assert {split: part.num_rows for split, part in load_splits(str(tmp_path)).items()} == splits
 
@@ -370,12 +372,20 @@ def test_an_endless_text_is_refused_at_once(
     tmp_path: Path, tokenizer: str, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / f"x{suffix}", {"text": ["w1", "w " * 5_000_000, "w2"], "label": ["a", "b", "a"]})
-    data = module(path, tokenizer)
-    monkeypatch.setattr(data, "_tokenise", None)
+    monkeypatch.setattr("lit_peft.data.text_classification.tokenise", None)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"Row 2 of .* has 10,000,000 characters .*: a quote or a line break"):
-        data._checked("train")
+        module(path, tokenizer).setup("fit")
     assert time.perf_counter() - start < 5
+
+
+def test_files_of_one_split_must_have_the_same_columns(tmp_path: Path) -> None:
+    write(tmp_path / "train_a.csv", {"text": ["w1"], "label": [1]})
+    write(tmp_path / "train_b.csv", {"label": [1], "txt": ["w1"]})
+    with pytest.raises(ValueError, match=r"train_b.csv has the columns label, txt; .*train_a.csv, .* has label, text"):
+        load_splits(str(tmp_path))
+    write(tmp_path / "train_b.csv", {"label": [0], "text": ["w2"]})
+    assert load_splits(str(tmp_path))["train"].to_dict() == {"text": ["w1", "w2"], "label": ["1", "0"]}
 
 
 def test_every_cell_of_a_csv_file_is_a_text(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -38,10 +38,10 @@ def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
 
     Args:
         path: A file (.csv, .tsv, .json, .jsonl, .parquet), which is the split `train`; a folder of such files,
-            whose names tell their splits (`train.parquet`, `dev.tsv`, `trec_test.csv`,
-            `test-00000-of-00002.parquet`, ...; splits may differ in columns), or are all train if none does; a
-            folder laid out in any other way that `datasets.load_dataset` reads, or written by `save_to_disk`;
-            or a hub id.
+            whose names, or the folders that they are in, tell their splits (`train.parquet`, `dev.tsv`,
+            `trec_test.csv`, `test-00000-of-00002.parquet`, `train/a.csv`, ...; splits may differ in columns),
+            or are all train if none does; a folder laid out in any other way that `datasets.load_dataset`
+            reads, or written by `save_to_disk`; or a hub id.
         name: Configuration of a hub data set.
 
     Raises:
@@ -69,6 +69,12 @@ def _by_split(folder: Path) -> dict[str, list[Path]]:
     """Files of each split; none where the folder is laid out in some other way."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    folders = {entry: SPLIT_WORDS[entry.name] for entry in entries if entry.is_dir() and entry.name in SPLIT_WORDS}
+    nested = {
+        split: sorted(file for file in entry.iterdir() if file.suffix in SUFFIXES) for entry, split in folders.items()
+    }
+    if nested and all(nested.values()):
+        return nested
     for words in (1, None):  # the first word of a file's name, or for want of such names any word of it
         splits: dict[str, list[Path]] = {}
         for file in files:
@@ -96,8 +102,9 @@ def _read(files: list[Path]) -> Dataset:
                 raise FileError(f"{file} is empty: it has 0 bytes.")
         if suffix in SEPARATORS:
             # The data set is cached under these arguments: a file that changes must change them.
-            stamps = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-            arguments = {"files": sources, "separator": SEPARATORS[suffix], "stamps": stamps}
+            # Tuples: over lists, `from_generator` would call once for each item.
+            stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+            arguments = {"files": tuple(sources), "separator": SEPARATORS[suffix], "stamps": stamps}
             return Dataset.from_generator(csv_rows, gen_kwargs=arguments)
         if fault := next(filter(None, (_first_fault(file, parse=False) for file in files)), None):
             raise FileError(fault)  # the reader of JSON lets it pass, and a text fails when it is wanted
@@ -107,8 +114,8 @@ def _read(files: list[Path]) -> Dataset:
         return data
 
 
-def csv_rows(files: list[str], separator: str, stamps: Any = None) -> Iterator[dict[str, str]]:
-    """Rows of csv files as they are written: every cell is a text, and "NA" and "null" are words.
+def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterator[dict[str, str]]:
+    """Yield the rows of csv files as they are written: every cell is a text, and "NA" and "null" are words.
 
     Readers that guess types guess another one where a file, or only its next 10,000 rows, has other values; and
     those that forgive rows of a wrong length shift their cells in silence.
@@ -119,9 +126,10 @@ def csv_rows(files: list[str], separator: str, stamps: Any = None) -> Iterator[d
         stamps: Not used here; tells `datasets` whether its cached copy is up to date.
 
     Raises:
-        FileError: A file without rows, a row of a wrong length, or a quote that is never closed.
+        FileError: A file without rows or of other columns, a row of a wrong length, or a quote that is never closed.
     """
     limit = csv.field_size_limit(2**31 - 1)  # texts that are too long are told with their row, later
+    columns: list[str] = []
     try:
         for file in files:
             with Path(file).open(encoding="utf-8-sig", newline="") as lines:
@@ -138,6 +146,12 @@ def csv_rows(files: list[str], separator: str, stamps: Any = None) -> Iterator[d
                         header = [cell.strip() or f"unnamed {at}" for at, cell in enumerate(row)]
                         if double := next((cell for cell in header if header.count(cell) > 1), None):
                             raise FileError(f"{file} has two columns {double!r}.")
+                        columns = columns or sorted(header)
+                        if sorted(header) != columns:
+                            raise FileError(
+                                f"{file} has the columns {', '.join(sorted(header))}; "
+                                f"{files[0]}, of the same split, has {', '.join(columns)}."
+                            )
                     elif len(row) != len(header):
                         raise FileError(
                             f"{file}: the row of line {start} has {len(row)} cells, expected {len(header)} "
