@@ -211,6 +211,20 @@ def test_every_configuration_trains_two_steps_offline(name, tmp_path):
     assert (folder / "adapter").exists() == (name != "sst2/full")
 
 
+def test_own_data_are_trained_and_predicted(tmp_path, capsys):
+    rows = [f"{word} it is,{label}\n" for word, label in (("who", "HUM"), ("where", "LOC"), ("when", "NUM"))] * 30
+    (tmp_path / "my.csv").write_text("text,label\n" + "".join(rows))
+    (tmp_path / "new.csv").write_text("text\nwho it is\nwhere it is\n")
+    folder = fit(
+        *(tmp_path / "runs", "--config", "text_classification/lora", "--data.path", str(tmp_path / "my.csv")),
+        *("--model.backbone", "demo", "--data.batch_size", "8", "--trainer.max_epochs", "4"),
+    )
+    assert "Data: 72 to train, 9 to validate (cut from train), 9 to test (cut from train)" in capsys.readouterr().out
+    run(["predict", "--config", str(folder / "config.yaml"), "--data.path", str(tmp_path / "new.csv")])
+    predicted = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in predicted] == ["HUM", "LOC"]
+
+
 def test_every_key_of_every_configuration_has_a_comment():
     for path in configs().values():
         for line in path.read_text().splitlines():

@@ -90,7 +90,7 @@ def fit(
 ) -> tuple[list[Any], float]:
     """Batches seen and the final weight, of a run that may be interrupted."""
     model = Recorder(backbone, fail_at)
-    data = Data(batch_size=BATCH, val_split="validation", num_workers=workers, seed=3)
+    data = Data(batch_size=BATCH, num_workers=workers, seed=3)
     trainer = pl.Trainer(**{**QUIET, "max_epochs": 3, "callbacks": list(callbacks), **options})
     with contextlib.suppress(InterruptedError):
         trainer.fit(model, data, ckpt_path=resume)
@@ -250,7 +250,7 @@ def _train_on_one_rank(rank: int, tokenizer: str, use_distributed_sampler: bool)
             max_epochs=2,
             num_sanity_val_steps=0,
         )
-        model, data = Recorder(tokenizer), Data(batch_size=4, eval_batch_size=4, val_split="validation")
+        model, data = Recorder(tokenizer), Data(batch_size=4, eval_batch_size=4)
         trainer.fit(model, data)
         trainer.test(model, data, verbose=False)
         trainer.predict(model, data)

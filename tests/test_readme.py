@@ -46,6 +46,9 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if arguments[0] == "fit":
         offline = [] if "offline" in arguments else ["--config", "offline"]
+        if "my.csv" in arguments:
+            Path("my.csv").write_text("text,label\n" + "".join(f"number {n},class {n % 3}\n" for n in range(90)))
+            offline = ["--model.backbone", "demo"]
         arguments += [*offline, *SMALL, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
     cli.main(arguments)
     assert capsys.readouterr().out

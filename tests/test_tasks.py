@@ -18,7 +18,7 @@ from lit_peft.tasks.text_classification import load_classifier
 
 
 def data(**options) -> TextClassificationDataModule:
-    small = {"limit_train": 48, "limit_val": 16, "limit_test": 16, "batch_size": 16, "val_split": "validation"}
+    small = {"limit_train": 48, "limit_val": 16, "limit_test": 16, "batch_size": 16}
     return TextClassificationDataModule(path="demo", **{**small, **options})
 
 

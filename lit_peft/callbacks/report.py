@@ -24,7 +24,7 @@ from lit_peft.methods.seam import methods
 
 
 class RunReport(pl.Callback):
-    """Prints the table of sites when a fit starts; `finish` writes what a run leaves.
+    """Prints what the data are and the table of sites when a fit starts; `finish` writes what a run leaves.
 
     Args:
         folder: The run's folder; null: that of the trainer's logger, or the trainer's root.
@@ -48,7 +48,12 @@ class RunReport(pl.Callback):
         self.base = dict(state_dict["base"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not self.quiet and registry(pl_module) is not None:
+        if not trainer.is_global_zero or self.quiet:
+            return
+        describe = getattr(trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
+        for line in describe() if describe is not None else ():
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        if registry(pl_module) is not None:
             self.console.print(sites_table(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -219,3 +219,57 @@ def pad_batch(rows: pa.Table, *, padding: Mapping[str, int], max_length: int) ->
     if "labels" in rows.column_names:
         batch["labels"] = torch.from_numpy(rows["labels"].to_numpy().astype(np.int64))
     return batch
+
+
+def tokenise(
+    split: "datasets.Dataset",
+    codes: np.ndarray,
+    tokenizer: Any,
+    *,
+    columns: Sequence[str],
+    inputs: Sequence[str],
+    max_length: int,
+    processes: int,
+    desc: str,
+) -> "datasets.Dataset":
+    """What `pad_batch` takes, of the texts of a split; kept in the cache of `datasets`.
+
+    Args:
+        split: The rows.
+        codes: Their labels' codes, (rows,); "labels" are left out where one is negative.
+        tokenizer: A tokenizer of transformers.
+        columns: One column of texts, or two for pairs.
+        inputs: What to keep of what the tokenizer gives.
+        max_length: Tokens after which a text is cut off.
+        processes: Processes to share the work.
+        desc: What the progress bar says.
+    """
+    return split.map(
+        _encode,
+        with_indices=True,
+        batched=True,
+        remove_columns=split.column_names,
+        fn_kwargs={
+            "codes": codes if (codes >= 0).all() else None,
+            "tokenizer": tokenizer,
+            "columns": list(columns),
+            "inputs": list(inputs),
+            "max_length": max_length,
+        },
+        num_proc=processes if processes > 1 else None,
+        desc=desc,
+    )
+
+
+def _encode(
+    batch: Mapping[str, list[Any]],
+    rows: list[int],
+    codes: np.ndarray | None,
+    tokenizer: Any,
+    columns: list[str],
+    inputs: list[str],
+    max_length: int,
+) -> dict[str, Any]:
+    tokens = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+    encoded = {name: tokens[name] for name in inputs} | {"length": [len(ids) for ids in tokens["input_ids"]]}
+    return encoded if codes is None else encoded | {"labels": codes[rows]}

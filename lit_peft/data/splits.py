@@ -1,155 +1,213 @@
-"""From a path to named splits with checked columns, and fair subsets of them."""
+"""From a path to named splits, and fair subsets of them."""
 
-import difflib
+import csv
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from datasets.utils import logging
 
 from lit_peft import hub
 
-# Empty cells stay empty strings: pandas would turn the words "null" and "NA" into missing values.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-# First word of a file's name -> its split.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SUFFIXES = (*SEPARATORS, *BUILDERS)
+# Word in a file's name -> its split.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-UNLABELLED = frozenset({None, -1, ""})
+END = "\0end of file"  # read after a csv file's last line: if a quote is open, it lands inside a cell
+
+
+class FileError(ValueError):
+    """Something wrong with a file; says which and where."""
 
 
 def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
     """Read the splits of a data set.
 
     Args:
-        path: A file (.csv, .tsv, .json, .jsonl, .parquet), which is the split `train`; a folder with one file
-            a split (`train.parquet`, `dev.tsv`, `test-00000-of-00002.parquet`, ...; splits may differ in
-            columns), or laid out in any other way that `datasets.load_dataset` reads, or written by
-            `save_to_disk`; or a hub id.
+        path: A file (.csv, .tsv, .json, .jsonl, .parquet), which is the split `train`; a folder of such files,
+            whose names, or the folders that they are in, tell their splits (`train.parquet`, `dev.tsv`,
+            `trec_test.csv`, `test-00000-of-00002.parquet`, `train/a.csv`, ...; splits may differ in columns),
+            or are all train if none does; a folder laid out in any other way that `datasets.load_dataset`
+            reads, or written by `save_to_disk`; or a hub id.
         name: Configuration of a hub data set.
 
     Raises:
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set that can be neither reached nor found in the cache.
-        ValueError: A file of an unknown type.
+        ValueError: A file that is empty, broken or of an unknown type.
     """
     found = Path(hub.locate(path, what="dataset"))
     if found.is_file():
         return {"train": _read([found])}
     if found.is_absolute() and found.is_dir():
         if (found / "dataset_dict.json").exists() or (found / "state.json").exists():
-            data = load_from_disk(found)
+            with _explained(path):
+                data = load_from_disk(found)
             return {"train": data} if isinstance(data, Dataset) else dict(data)
-        files: dict[str, list[Path]] = {}
-        for file in sorted(found.iterdir()):
-            split = SPLIT_WORDS.get(re.split("[^a-z]", file.stem.lower())[0])
-            if split and file.suffix in READERS:
-                files.setdefault(split, []).append(file)
-        if files:
+        if files := _by_split(found):
             return {split: _read(parts) for split, parts in files.items()}
-    data = load_dataset(str(found), name)
+    with _explained(path):
+        data = load_dataset(str(found), name)
     assert isinstance(data, DatasetDict)
     return {str(split): part for split, part in data.items()}
 
 
+def _by_split(folder: Path) -> dict[str, list[Path]]:
+    """Files of each split; none where the folder is laid out in some other way."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    folders = {entry: SPLIT_WORDS[entry.name] for entry in entries if entry.is_dir() and entry.name in SPLIT_WORDS}
+    nested = {
+        split: sorted(file for file in entry.iterdir() if file.suffix in SUFFIXES) for entry, split in folders.items()
+    }
+    if nested and all(nested.values()):
+        return nested
+    for words in (1, None):  # the first word of a file's name, or for want of such names any word of it
+        splits: dict[str, list[Path]] = {}
+        for file in files:
+            named = [SPLIT_WORDS.get(word) for word in re.split("[^a-z]+", file.stem.lower())[:words]]
+            if split := next(filter(None, named), None):
+                splits.setdefault(split, []).append(file)
+        if splits:
+            return splits
+    # A .json beside folders describes them.
+    data = [file for file in files if file.suffix != ".json"]
+    plain = len({file.suffix for file in data}) == 1 and not any(entry.is_dir() for entry in entries)
+    return {"train": data} if plain else {}
+
+
 def _read(files: list[Path]) -> Dataset:
+    names = ", ".join(map(str, files))
     suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1 or not suffixes <= READERS.keys():
-        names = ", ".join(map(str, files))
-        raise ValueError(f"Cannot read {names}: expected files of one type, out of {', '.join(READERS)}.")
-    builder, options = READERS[suffixes.pop()]
-    return load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
+    if len(suffixes) > 1 or not suffixes <= set(SUFFIXES):
+        raise FileError(f"Cannot read {names}: expected files of one type, out of {', '.join(SUFFIXES)}.")
+    suffix = suffixes.pop()
+    sources = [str(file) for file in files]
+    with _explained(names, files):
+        for file in files:
+            if not file.stat().st_size:
+                raise FileError(f"{file} is empty: it has 0 bytes.")
+        if suffix in SEPARATORS:
+            # The data set is cached under these arguments: a file that changes must change them.
+            # Tuples: over lists, `from_generator` would call once for each item.
+            stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+            arguments = {"files": tuple(sources), "separator": SEPARATORS[suffix], "stamps": stamps}
+            return Dataset.from_generator(csv_rows, gen_kwargs=arguments)
+        if fault := next(filter(None, (_first_fault(file, parse=False) for file in files)), None):
+            raise FileError(fault)  # the reader of JSON lets it pass, and a text fails when it is wanted
+        data = load_dataset(BUILDERS[suffix], data_files=sources, split="train")
+        if not len(data):
+            raise FileError(f"{names} is empty: it has no rows.")
+        return data
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The second half of an error message: what there is, and which of it is closest to `name`."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f"there are: {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
+def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterator[dict[str, str]]:
+    """Yield the rows of csv files as they are written: every cell is a text, and "NA" and "null" are words.
 
-
-def check_text(split: Dataset, column: str, where: str) -> None:
-    """Check that a column is there and holds a text in every row.
-
-    Raises:
-        ValueError: The column is missing, of another type, or null in some row.
-    """
-    if column not in split.column_names:
-        raise ValueError(f"No column {column!r} in {where}; {nearest(column, split.column_names)}")
-    feature = split.features[column]
-    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
-        raise ValueError(f"Column {column!r} of {where} holds {getattr(feature, 'dtype', feature)}, expected text.")
-    if nulls := split.data.column(column).null_count:
-        first = split.data.column(column).is_null().index(True).as_py()
-        raise ValueError(f"Column {column!r} of {where} has {nulls} empty rows, the first is row {first}.")
-
-
-def label_codes(split: Dataset, column: str, where: str) -> tuple[dict[Any, int], list[str]]:
-    """Number the labels of a split.
-
-    Returns:
-        Code of each value of the column, and the classes' names in the order of their codes. A `ClassLabel`
-        column keeps its own; other values, whole numbers, booleans or texts, are sorted.
-
-    Raises:
-        ValueError: The column holds something else.
-    """
-    feature = split.features[column]
-    if isinstance(feature, ClassLabel):
-        return {i: i for i in range(feature.num_classes)}, list(feature.names)
-    if not (isinstance(feature, Value) and re.match("u?int|bool|(large_)?string", feature.dtype)):
-        raise ValueError(
-            f"Label column {column!r} of {where} holds {getattr(feature, 'dtype', feature)}, "
-            "expected class names or whole numbers."
-        )
-    values = sorted(set(split.unique(column)) - UNLABELLED)
-    return {value: code for code, value in enumerate(values)}, [str(value) for value in values]
-
-
-def encode_labels(split: Dataset, column: str, codes: Mapping[Any, int], where: str) -> np.ndarray:
-    """Codes of a split's labels, -1 where there is none (null, -1 or an empty text).
-
-    Raises:
-        ValueError: A label that `codes` does not know.
-    """
-    unknown = set(split.unique(column)) - UNLABELLED - codes.keys()
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} of the labels in {where} are not in train, such as {next(iter(unknown))!r}; "
-            f"in train {nearest(str(next(iter(unknown))), map(str, codes))}"
-        )
-    return np.array([codes.get(value, -1) for value in split[column]], dtype=np.int64)
-
-
-def check_labels(split: Dataset, column: str, codes: np.ndarray, where: str) -> None:
-    """Check that rows to learn from or to score have labels.
+    Readers that guess types guess another one where a file, or only its next 10,000 rows, has other values; and
+    those that forgive rows of a wrong length shift their cells in silence.
 
     Args:
-        split: The split that they are from.
-        column: Its label column.
-        codes: Codes of the rows' labels.
-        where: The split's name, for messages.
+        files: Paths, of the same columns.
+        separator: What stands between cells.
+        stamps: Not used here; tells `datasets` whether its cached copy is up to date.
 
     Raises:
-        ValueError: The column is missing, or some rows have no label.
+        FileError: A file without rows or of other columns, a row of a wrong length, or a quote that is never closed.
     """
-    if column not in split.column_names:
-        raise ValueError(f"No label column {column!r} in {where}; {nearest(column, split.column_names)}")
-    if missing := int((codes < 0).sum()):
-        raise ValueError(
-            f"{missing} of {len(codes)} examples in {where} have no label (-1, null or empty in {column!r}), "
-            "which only `predict` allows. The published test splits of GLUE are such: choose another split."
-        )
+    limit = csv.field_size_limit(2**31 - 1)  # texts that are too long are told with their row, later
+    columns: list[str] = []
+    try:
+        for file in files:
+            with Path(file).open(encoding="utf-8-sig", newline="") as lines:
+                rows = csv.reader(chain(lines, [END]), delimiter=separator)
+                header: list[str] = []
+                count, last = 0, 0
+                for row in rows:
+                    start, last = last + 1, rows.line_num
+                    if row and row[-1].endswith(END) and row != [END]:
+                        raise FileError(f"{file}: the quote opened in the row of line {start} is never closed.")
+                    if not row or row == [END]:
+                        continue
+                    if not header:
+                        header = [cell.strip() or f"unnamed {at}" for at, cell in enumerate(row)]
+                        if double := next((cell for cell in header if header.count(cell) > 1), None):
+                            raise FileError(f"{file} has two columns {double!r}.")
+                        columns = columns or sorted(header)
+                        if sorted(header) != columns:
+                            raise FileError(
+                                f"{file} has the columns {', '.join(sorted(header))}; "
+                                f"{files[0]}, of the same split, has {', '.join(columns)}."
+                            )
+                    elif len(row) != len(header):
+                        raise FileError(
+                            f"{file}: the row of line {start} has {len(row)} cells, expected {len(header)} "
+                            f"({', '.join(header)}). A text that holds {separator!r} must stand in double quotes."
+                        )
+                    else:
+                        count += 1
+                        yield dict(zip(header, row, strict=True))
+                if not count:
+                    raise FileError(f"{file} is empty: it has a header at most, and no rows.")
+    finally:
+        csv.field_size_limit(limit)
+
+
+@contextmanager
+def _explained(what: str, files: list[Path] | None = None) -> Iterator[None]:
+    """Turns what `datasets` and its readers raise into one sentence that names the file and the cause."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it logs the failure, too
+    try:
+        yield
+    except OSError:
+        raise
+    except (DatasetsError, pa.ArrowException, ValueError, TypeError, KeyError, StopIteration) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, FileError):
+            raise cause from None
+        fault = next(filter(None, map(_first_fault, files or [])), None)
+        if fault is None and ("corresponds to no data" in str(cause) or isinstance(cause, StopIteration)):
+            fault = f"{what} is empty: it has no rows."
+        line = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        raise FileError(fault or f"Cannot read {what}: {line}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _first_fault(file: Path, parse: bool = True) -> str | None:
+    """Where a text file is not UTF-8 or, if it is to be parsed, not JSON; None where that cannot be told."""
+    if file.suffix not in SUFFIXES or file.suffix == ".parquet":
+        return None
+    offset = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode()
+                if parse and file.suffix == ".jsonl" and text.strip():
+                    json.loads(text)
+            except UnicodeDecodeError as error:
+                where = f"byte 0x{line[error.start]:02x} at offset {offset + error.start:,}, in line {number}"
+                return f"{file} is not UTF-8: {where}. Save it as UTF-8."
+            except json.JSONDecodeError as error:
+                return f"{file}: line {number} is not JSON ({error.msg}, character {error.pos + 1})."
+            offset += len(line)
+    return None
 
 
 def stratified_subset(strata: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -37,8 +37,8 @@ class SST2DataModule(TextClassificationDataModule):
             label (parquet, csv, tsv, jsonl; GLUE's own download is one); or `demo`.
         text_column: Column of the text.
         test_split: Split to test on. On data with a labelled test split, such as the demo: `test`.
-        val_fraction: Share of the train split cut off for validation, in whole sentences, unless `val_split`
-            is set.
+        val_fraction: Share of the train split cut off for validation, in whole sentences, where `validation`
+            is the test and no `val_split` is set.
         kwargs: Arguments of `TextClassificationDataModule`.
     """
 

@@ -1,40 +1,22 @@
 """Text classification from a hub data set, local files, or the bundled demo."""
 
 import os
-from collections.abc import Mapping
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
 
-import lightning.pytorch as pl
 import numpy as np
 from datasets import Dataset
-from torch import cuda
-from torch.utils.data import DataLoader
 
 from lit_peft import hub
-from lit_peft.data.loaders import (
-    ArrowRows,
-    BucketBatchSampler,
-    ResumableLoader,
-    bucketed_order,
-    evaluation_loader,
-    pad_batch,
-)
-from lit_peft.data.splits import (
-    check_labels,
-    check_text,
-    encode_labels,
-    label_codes,
-    load_splits,
-    nearest,
-    stratified_subset,
-)
+from lit_peft.data.base import TextDataModule
+from lit_peft.data.columns import MISSING, SHOWN, Labels, check_text, has_labels, nearest
+from lit_peft.data.loaders import tokenise
+from lit_peft.data.splits import load_splits, stratified_subset
 
-STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 ROWS_PER_PROCESS = 25_000  # fewer, and starting a process costs more than it saves
 
 
-class TextClassificationDataModule(pl.LightningDataModule):
+class TextClassificationDataModule(TextDataModule):
     """Texts, or pairs of texts, with one label each.
 
     Batches are dicts of int64 tensors: `input_ids` and `attention_mask`, (batch, width), `token_type_ids`
@@ -42,25 +24,27 @@ class TextClassificationDataModule(pl.LightningDataModule):
     longest text of the batch, rounded up to a multiple of 8. Training batches hold texts of about equal
     length, in an order that follows from `seed` and the epoch alone; a resumed run, also from a checkpoint
     written in mid-epoch, sees exactly the batches that were left. Evaluation shows each example once, on one
-    rank, prediction in the order of the file. A label of -1, null or an empty text means that there is none, which only
-    prediction allows.
+    rank, prediction in the order of the file. Null, an empty text, and -1 where train has no such class beside
+    others, mean that there is no label, which only prediction allows; it never fails for a label.
 
     Args:
-        path: `demo` for the bundled reviews; a file (csv, tsv, json, jsonl, parquet); a folder with one file
-            a split; or a data set of the Hugging Face hub.
+        path: `demo` for the bundled reviews; a file (csv, tsv, json, jsonl, parquet), which is the split
+            `train`; a folder with one file a split; or a data set of the Hugging Face hub.
         name: Configuration of a hub data set that has several.
         text_column: Column of the text. The demo's text column goes by any name.
-        label_column: Column of the label: class names, or whole numbers. The demo's goes by any name too.
+        label_column: Column of the label: class names, whole numbers or booleans. The demo's goes by any name
+            too.
         text_pair_column: Column of a second text, for tasks on pairs.
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
         max_length: Tokens after which a text is cut off; never more than the tokenizer's own limit.
         batch_size: Training examples a step on each device.
         eval_batch_size: Examples a step on each device in evaluation; null: twice `batch_size`.
-        val_split: Split to validate on; null: cut from train.
-        test_split: Split to test on; null: cut from train.
-        predict_split: Split to predict; null: the test split, or the only one there is.
-        val_fraction: Share of the train split cut off for validation, and for the test where `test_split` is
-            null; labels keep their shares.
+        val_split: Split to validate on; null: `validation` where there is such a split with labels that is not
+            `test_split`, else cut from train.
+        test_split: Split to test on; null: `test`, or cut from train, likewise.
+        predict_split: Split to predict; null: the split to test on, else `test`, else the only one there is.
+        val_fraction: Share of the train split that is cut off for validation, and again for the test; labels
+            keep their shares.
         limit_train: Train on this many examples, a random choice in which labels keep their shares; null:
             all.
         limit_val: Validate on this many, chosen likewise.
@@ -70,8 +54,8 @@ class TextClassificationDataModule(pl.LightningDataModule):
         seed: Seed of the order, the cut and the subsets, not negative.
 
     Raises:
-        ValueError: An argument out of range; while loading: a missing split or column, an empty split, an
-            empty text, a label that is missing or unknown.
+        ValueError: An argument out of range; while loading: a file that is broken or empty, a missing split
+            or column, an empty or endless text, a label that is missing or unknown, one class alone.
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set or tokenizer that is neither in reach nor in the cache.
     """
@@ -88,7 +72,7 @@ class TextClassificationDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         val_split: str | None = None,
-        test_split: str | None = "test",
+        test_split: str | None = None,
         predict_split: str | None = None,
         val_fraction: float = 0.1,
         limit_train: int | None = None,
@@ -98,7 +82,7 @@ class TextClassificationDataModule(pl.LightningDataModule):
         num_proc: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, max_length, batch_size, eval_batch_size, num_workers, seed)
         for argument, value, least in (
             ("max_length", max_length, 1),
             ("batch_size", batch_size, 1),
@@ -120,33 +104,16 @@ class TextClassificationDataModule(pl.LightningDataModule):
         self.text_column = text_column
         self.label_column = label_column
         self.text_pair_column = text_pair_column
-        self.tokenizer_name = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.split_names = {"train": "train", "val": val_split, "test": test_split, "predict": predict_split}
         self.val_fraction = val_fraction
         self.limits = {"train": limit_train, "val": limit_val, "test": limit_test, "predict": None}
-        self.num_workers = num_workers
         self.num_proc = num_proc
-        self.seed = seed
-        # By tokenizer, because a data module may serve models of several backbones.
-        self._tokenizers: dict[str, Any] = {}
-        self._tokenised: dict[tuple[str, str], Dataset] = {}
-
-    def prepare_data(self) -> None:
-        """Load and tokenise on one process a node; the others then find the result in the cache."""
-        self.setup(self.trainer.state.fn if self.trainer else None)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load what `stage` needs, once; without a stage, whatever is asked for later is loaded then."""
-        for role in STAGES.get(stage or "", ()):
-            self._encoded(role)
+        self._given: Dataset | None = None
 
     @property
     def label_names(self) -> list[str]:
         """Names of the classes in the order of their codes; empty for data without labels."""
-        return self._labels[1]
+        return self._labels.names
 
     @property
     def num_labels(self) -> int:
@@ -164,24 +131,51 @@ class TextClassificationDataModule(pl.LightningDataModule):
         codes = self._codes("train")
         return np.bincount(codes[codes >= 0], minlength=self.num_labels).tolist()
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of transformers, with a padding token."""
-        name = self.tokenizer_name
-        if name is None and self.trainer:
-            name = getattr(self.trainer.lightning_module, "backbone", None)
-        if name is None:
-            raise ValueError(
-                "data.tokenizer is null and the model has no `backbone` to take it from: set data.tokenizer."
-            )
-        if name not in self._tokenizers:
-            from transformers import AutoTokenizer
+    def describe(self) -> list[str]:
+        """What a person should know before training: the classes, and where each role's rows come from."""
+        lines = []
+        if names := self.label_names:
+            counts = [f" ({count:,})" for count in self.class_counts] or [""] * len(names)
+            codes = [str(code) if name == str(code) else f"{code} {name}" for code, name in enumerate(names)]
+            shown = [code + count for code, count in zip(codes, counts, strict=True)][:SHOWN]
+            rest = [f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
+            lines.append(f"Classes: {', '.join(shown + rest)}")
+        parts = []
+        for role, verb in (("train", "train"), ("val", "validate"), ("test", "test")):
+            try:
+                split, rows = self._rows(role)
+            except ValueError:  # an error of the stage that needs it
+                parts.append(f"none to {verb}")
+                continue
+            origin = f"split {split}" if split != "train" else "cut from train" if self._sources[role] is None else ""
+            parts.append(f"{len(rows):,} to {verb}" + (f" ({origin})" if origin else ""))
+        return [*lines, f"Data: {', '.join(parts)}"]
 
-            tokenizer = AutoTokenizer.from_pretrained(hub.locate(name))
-            if tokenizer.pad_token_id is None:  # decoders have none; any will do, the attention mask hides it
-                tokenizer.pad_token = tokenizer.eos_token
-            self._tokenizers[name] = tokenizer
-        return self._tokenizers[name]
+    def use_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> None:
+        """Predict these texts, in this order, instead of a data set; `path` is then not read for prediction.
+
+        Args:
+            texts: The texts.
+            pairs: The second text of each, where there is a `text_pair_column`.
+
+        Raises:
+            ValueError: There are no texts, or one is blank or too long; `pairs` is missing, is not expected, or is
+                of another length.
+        """
+        if (pairs is None) != (self.text_pair_column is None):
+            has = "no pairs" if pairs is None else "pairs"
+            raise ValueError(f"use_texts was given {has}, but data.text_pair_column is {self.text_pair_column!r}.")
+        columns = {self.text_column: texts} | ({str(self.text_pair_column): pairs} if pairs is not None else {})
+        for name, values in columns.items():
+            if isinstance(values, str) or not values or not all(isinstance(value, str) for value in values):
+                raise ValueError(f"use_texts expects one text or more in a list, not {str(values)[:60]!r} as {name}.")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ValueError(f"use_texts was given {len(texts):,} texts and {len(pairs):,} pairs.")
+        given = Dataset.from_dict({name: list(values) for name, values in columns.items()})
+        for name in columns:
+            check_text(given, name, "the texts given")
+        self._given = given
+        self._tokenised = {key: value for key, value in self._tokenised.items() if key[0] != "predict"}
 
     def load(self) -> dict[str, Dataset]:
         """The splits as they come. For subclasses to override; called once."""
@@ -206,71 +200,6 @@ class TextClassificationDataModule(pl.LightningDataModule):
         """
         return stratified_subset(labels, size, rng)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Resumable loader of length-bucketed batches; see `BucketBatchSampler`."""
-        # Lightning replaces the sampler to repeat the same batches: give it a loader of the ordinary kind.
-        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return self._evaluation_loader("train")
-        dataset = self._encoded("train")
-        sampler = BucketBatchSampler(dataset["length"][:], self.batch_size, seed=self.seed, **self._replicas())
-        loader = ResumableLoader(ArrowRows(dataset), sampler=sampler, **self._loader_options())
-        if self.trainer:
-            loader.progress = partial(self._progress, loader)
-        return loader
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Loader of the validation examples, in batches of about equal length; see `evaluation_loader`."""
-        return self._evaluation_loader("val", bucketed=True)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Loader of the test examples, likewise."""
-        return self._evaluation_loader("test", bucketed=True)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Loader of the examples to predict, in the order of the file."""
-        return self._evaluation_loader("predict")
-
-    def _evaluation_loader(self, role: str, bucketed: bool = False) -> DataLoader[Any]:
-        size, dataset, replicas = self.eval_batch_size or 2 * self.batch_size, self._encoded(role), self._replicas()
-        if bucketed:
-            chunk = size * replicas.get("num_replicas", 1)
-            dataset = dataset.select(bucketed_order(dataset["length"][:], chunk, self.seed))
-        return evaluation_loader(ArrowRows(dataset), size, **replicas, **self._loader_options())
-
-    def _replicas(self) -> Mapping[str, int]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": partial(pad_batch, padding=self._padding, max_length=self._longest),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": cuda.is_available(),
-        }
-
-    def _progress(self, loader: ResumableLoader) -> tuple[int, int]:
-        """Epoch and batches done, from the trainer's books; a pass outside of the fit loop is a whole one."""
-        trainer = self.trainer
-        assert trainer is not None
-        # `ready` counts batches begun; when a pass starts, Lightning has set it to the number completed.
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return trainer.current_epoch, done if trainer.train_dataloader is loader else 0
-
-    @property
-    def _longest(self) -> int:
-        return min(self.max_length, self.tokenizer.model_max_length)
-
-    @property
-    def _padding(self) -> dict[str, int]:
-        """Padding value of each input."""
-        tokenizer = self.tokenizer
-        values = {
-            "input_ids": tokenizer.pad_token_id,
-            "attention_mask": 0,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
-        return {name: value for name, value in values.items() if name in tokenizer.model_input_names}
-
     @cached_property
     def _splits(self) -> dict[str, Dataset]:
         return self.load()
@@ -285,49 +214,71 @@ class TextClassificationDataModule(pl.LightningDataModule):
     def _where(self, split: str) -> str:
         return f"split {split!r} of {self.path}"
 
-    def _check_texts(self, split: str) -> None:
-        for column in filter(None, (self.text_column, self.text_pair_column)):
-            check_text(self._split(split), column, self._where(split))
+    @property
+    def _text_columns(self) -> list[str]:
+        return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
+
+    def _check_texts(self, split: str, numbers: bool = True) -> None:
+        for column in self._text_columns:
+            check_text(self._split(split), column, self._where(split), numbers=numbers)
 
     @cached_property
-    def _labels(self) -> tuple[dict[Any, int], list[str]]:
-        """Code of each label value, and the names; train decides where it has labels."""
+    def _sources(self) -> dict[str, str | None]:
+        """The split that each role reads; None: cut from train."""
+        sources: dict[str, str | None] = {"train": "train"}
+        for role, other, usual in (("val", "test", "validation"), ("test", "val", "test")):
+            sources[role] = self.split_names[role]
+            free = sources[role] is None and self.split_names[other] != usual
+            if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
+                sources[role] = usual
+        return sources
+
+    @cached_property
+    def _labels(self) -> Labels:
+        """The classes; train decides where it has labels."""
         for name in dict.fromkeys(("train", *self._splits)):
             if name in self._splits and self.label_column in self._splits[name].column_names:
-                return label_codes(self._splits[name], self.label_column, self._where(name))
-        return {}, []
+                labels = Labels.of(self._splits[name], self.label_column, self._where(name))
+                if labels.names:
+                    return labels
+        return Labels([])
 
     def _codes(self, split: str) -> np.ndarray:
-        """Label codes of all rows of a split, -1 for none."""
+        """Label codes of all rows of a split, negative for none."""
         data = self._split(split)
         if self.label_column not in data.column_names:
-            return np.full(len(data), -1)
-        return encode_labels(data, self.label_column, self._labels[0], self._where(split))
+            return np.full(len(data), MISSING)
+        return self._labels.encode(data, self.label_column)
 
     @cached_property
     def _cut(self) -> dict[str, np.ndarray]:
         """Rows of the train split for train, and for val and test where those have no split of their own."""
-        self._check_texts("train")
+        self._check_texts("train", numbers=False)
         train, codes = self._split("train"), self._codes("train")
-        check_labels(train, self.label_column, codes, self._where("train"))
+        self._labels.check(train, self.label_column, codes, self._where("train"))
         cut = {"train": np.arange(len(train))}
         for index, role in enumerate(("val", "test")):
-            if self.split_names[role] is None:
+            if self._sources[role] is None:
                 rows = cut["train"]
                 rng = np.random.default_rng((self.seed, index))
                 held = self.hold_out(
                     train.select(rows), codes[rows], max(1, round(self.val_fraction * len(train))), rng
                 )
                 cut |= {role: rows[held], "train": np.delete(rows, held)}
+        if not len(cut["train"]):
+            raise ValueError(f"{len(train)} examples in {self._where('train')} are too few to cut some off.")
         return cut
 
     def _rows(self, role: str) -> tuple[str, np.ndarray]:
         """The split that `role` reads, and the rows of it."""
-        name = self.split_names[role]
+        name = self.split_names["predict"] if role == "predict" else self._sources[role]
         if role == "predict" and name is None:
-            if self.split_names["test"] in self._splits or len(self._splits) > 1:
+            if "test" in self._splits and self._sources["test"] is None:
+                name = "test"
+            elif len(self._splits) > 1 or self._sources["test"] in self._splits:
                 return self._rows("test")
-            name = next(iter(self._splits))
+            else:
+                name = next(iter(self._splits))
         if name is None or role == "train":
             name, rows = "train", self._cut[role]
         else:
@@ -337,54 +288,35 @@ class TextClassificationDataModule(pl.LightningDataModule):
             rows = rows[stratified_subset(self._codes(name)[rows], limit, rng)]
         return name, rows
 
-    def _encoded(self, role: str) -> Dataset:
-        """Tokenised rows of "train", "val", "test" or "predict"."""
-        key = role, self.tokenizer.name_or_path
-        if key not in self._tokenised:
-            self._tokenised[key] = self._tokenise(role)
-        return self._tokenised[key]
-
     def _tokenise(self, role: str) -> Dataset:
-        name, rows = self._rows(role)
-        self._check_texts(name)
-        split, where = self._split(name), self._where(name)
-        codes = self._codes(name)[rows]
-        if role != "predict":
-            check_labels(split, self.label_column, codes, where)
-        if role == "train" and self.num_labels < 2:
-            raise ValueError(f"There is one class alone, {self.label_names[0]!r}, in {where}; expected two or more.")
-        if len(rows) < len(split):
-            split = split.select(rows)
-        processes = self.num_proc or min(os.cpu_count() or 1, len(split) // ROWS_PER_PROCESS)
-        return split.map(
-            _encode,
-            batched=True,
-            remove_columns=split.column_names,
-            fn_kwargs={
-                "tokenizer": self.tokenizer,
-                "columns": (self.text_column, self.text_pair_column),
-                "inputs": list(self._padding),
-                "max_length": self._longest,
-                "label_column": self.label_column if (codes >= 0).all() else None,
-                "label_codes": self._labels[0],
-            },
-            num_proc=processes if processes > 1 else None,
+        if role == "predict" and self._given is not None:
+            split, codes = self._given, np.full(len(self._given), MISSING)
+        else:
+            split, codes = self._checked(role)
+        return tokenise(
+            split,
+            codes,
+            self.tokenizer,
+            columns=self._text_columns,
+            inputs=list(self._padding),
+            max_length=self._longest,
+            processes=self.num_proc or min(os.cpu_count() or 1, len(split) // ROWS_PER_PROCESS),
             desc=f"Tokenising {role}",
         )
 
-
-def _encode(
-    batch: Mapping[str, list[Any]],
-    tokenizer: Any,
-    columns: tuple[str, str | None],
-    inputs: list[str],
-    max_length: int,
-    label_column: str | None,
-    label_codes: Mapping[Any, int],
-) -> dict[str, list[Any]]:
-    text, pair = columns
-    tokens = tokenizer(batch[text], batch[pair] if pair else None, truncation=True, max_length=max_length)
-    encoded = {name: tokens[name] for name in inputs} | {"length": [len(ids) for ids in tokens["input_ids"]]}
-    if label_column:
-        encoded["labels"] = [label_codes[value] for value in batch[label_column]]
-    return encoded
+    def _checked(self, role: str) -> tuple[Dataset, np.ndarray]:
+        """The rows of a role with the codes of their labels; prediction takes them without."""
+        name, rows = self._rows(role)
+        self._check_texts(name)
+        split, where = self._split(name), self._where(name)
+        try:
+            codes = self._codes(name)
+        except ValueError:
+            if role != "predict":
+                raise
+            codes = np.full(len(split), MISSING)
+        if role != "predict":
+            self._labels.check(split, self.label_column, codes, where)
+        if role == "train" and self.num_labels < 2:
+            raise ValueError(f"There is one class alone, {self.label_names[0]!r}, in {where}; expected two or more.")
+        return (split.select(rows) if len(rows) < len(split) else split), codes[rows]

@@ -42,8 +42,6 @@ class TextClassification(pl.LightningModule):
         compile: Compile the model in place for training; pays off when batches are large or epochs many.
     """
 
-    loss_weights: Tensor | None
-
     def __init__(
         self,
         backbone: str = hub.DEMO,
@@ -77,11 +75,17 @@ class TextClassification(pl.LightningModule):
         self.compiles = compile
         self.model: Any = None
         self.train_also: list[str] = []
+        self.loss_weights: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------- the model
 
     def setup(self, stage: str) -> None:
-        """Takes the classes from the data module, or holds it to the ones that are known."""
+        """Takes the classes from the data module, or holds it to the ones that are known.
+
+        To predict with known classes, the data need no labels, and what labels there are do not matter.
+        """
+        if stage == "predict" and self.label_names is not None:
+            return
         names = list(getattr(getattr(self.trainer, "datamodule", None), "label_names", None) or [])
         if self.label_names is None:
             if not names:
@@ -99,12 +103,9 @@ class TextClassification(pl.LightningModule):
             return
         if self.label_names is None:
             raise ValueError("The classes are unknown: give label_names when there is no trainer.")
-        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         classes = len(self.label_names)
         self.model, fresh = load_classifier(self.backbone, self.label_names, self.base_dtype)
         self.train_also = [f"model.{name}" for name in fresh]
-        weights = self._class_weights(getattr(data, "class_counts", None))
-        self.register_buffer("loss_weights", weights, persistent=False)
         self.val_metrics = classification_metrics(classes, "val/")
         self.test_metrics = classification_metrics(classes, "test/")
 
@@ -131,12 +132,14 @@ class TextClassification(pl.LightningModule):
     # --------------------------------------------------------------------------------------------- the loop
 
     def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        weights = self._class_weights(getattr(data, "class_counts", None))
+        self.loss_weights = None if weights is None else weights.to(self.device)
         if self.compiles:
             self.model.compile()  # in place, after attaching: torch.compile(model) would rename every parameter
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        weights = None if self.loss_weights is None else self.loss_weights.float()  # bf16-true casts buffers too
-        loss = F.cross_entropy(self(batch), batch["labels"], weight=weights)
+        loss = F.cross_entropy(self(batch), batch["labels"], weight=self.loss_weights)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
