@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from lit_peft.callbacks import (
     SpeedMonitor,
 )
 from lit_peft.callbacks.report import unlogged
+from lit_peft.class_path import find_fault
 from lit_peft.cli import fail, nearest
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available, find
@@ -53,6 +55,10 @@ def essence(message: str) -> str:
     """At most three lines of an error text: of jsonargparse's report on a union type, what was wrong with the value."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     if "Errors:" in lines:
+        paths = re.findall(r"(?:Given value: |class_path'?: ?'?)((?:\w+\.)+\w+)", message)
+        for path in paths:
+            if (fault := find_fault(path)) is not None:
+                return fault
         reasons = [line.removeprefix("- ") for line in lines[lines.index("Errors:") + 1 :] if line.startswith("- ")]
         reasons = [reason for reason in reasons if "NoneType" not in reason]
         unknown = next((r.rpartition(": ")[2] for r in reasons if r.startswith("Expected a dot import path")), None)
@@ -61,7 +67,7 @@ def essence(message: str) -> str:
                 find(unknown)
             except ValueError as error:
                 return str(error)
-        lines = reasons or lines
+        lines = [reason.replace("Import path does", f"{''.join(paths[:1])} does") for reason in reasons] or lines
     return "\n".join(lines[:3])
 
 
@@ -114,6 +120,10 @@ class LitPeftCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
+
+    def __deepcopy__(self, memo: Any) -> "LitPeftCLI":
+        """Itself: an `OptimizerCallable` of the command line refers to it, and weight averaging copies the module."""
+        return self
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = Parser(**kwargs)
@@ -314,6 +324,10 @@ def run_folder(checkpoint: str | None) -> Path | None:
 def run(arguments: list[str]) -> None:
     """Runs one verb of LightningCLI; a mistake in the arguments ends in one to three lines and status 2."""
     _quiet()
+    # As `python -m` does, and the console script does not: a module of the user's is found from its folder. Last, so
+    # that a folder named like an installed package, `datasets` for instance, does not take its place.
+    if not {"", str(Path.cwd())}.intersection(sys.path):
+        sys.path.append(str(Path.cwd()))
     # What is imported can be named without its module.
     for package in (lit_peft.data, lit_peft.tasks):
         for name in package.__all__:

@@ -25,7 +25,7 @@ class Tuned(Module):
     def train_dataloader(self):
         return DataLoader(loader().dataset, batch_size=self.batch_size)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = train_dataloader
 
     def training_step(self, batch, index):
         self.sizes.append(len(batch[0]))
@@ -100,3 +100,35 @@ def test_our_task_and_data_follow_the_finder(tmp_path, way, kind):
     assert peak is not None and (kind == "size" or peak != LoRA.learning_rate)
     assert start.sizes == [data.batch_size] * steps and data.batch_size == (size if kind == "rate" else 8)
     assert start.rates == pytest.approx([peak * (1 - i / steps) for i in range(steps)])
+
+
+@pytest.mark.parametrize("way", ["callback", "tuner"])
+@pytest.mark.parametrize("kind", ["rate", "size"])
+def test_a_method_prepares_itself_after_the_finder(tmp_path, way, kind):
+    class Prepared(LoRA):
+        def prepare(self, module, batches):
+            self.calls = getattr(self, "calls", 0) + 1
+
+    method = Prepared(r=2, target_modules=["first", "second"])
+    run = trainer(method, *[finder(kind)] * (way == "callback"), max_epochs=2, default_root_dir=tmp_path)
+    module = Tuned()
+    if way == "tuner":
+        tune(run, kind, module)
+        assert not hasattr(method, "calls")
+    run.fit(module)
+    assert method.calls == 1
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = Prepared(r=2, target_modules=["first", "second"])
+    trainer(again, max_epochs=3).fit(Tuned(), ckpt_path=tmp_path / "run.ckpt")
+    assert not hasattr(again, "calls")
+
+
+@pytest.mark.parametrize("kind", ["rate", "size"])
+def test_a_finder_in_a_resumed_fit_is_refused(tmp_path, kind):
+    """Lightning would lose the epoch, the optimizer's state and the loops, and train the weights from step 0."""
+    run = trainer(lora())
+    run.fit(Tuned())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="Finder would make the resumed fit start anew"):
+        trainer(lora(), finder(kind), max_epochs=3).fit(Tuned(), ckpt_path=tmp_path / "run.ckpt")
+    trainer(lora(), finder("size")).test(Tuned(), ckpt_path=tmp_path / "run.ckpt", verbose=False)

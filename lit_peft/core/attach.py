@@ -95,7 +95,7 @@ class Adapter:
     """Whether running statistics move in training although their layers are frozen."""
     trainable: bool = True
     prepared: bool = False
-    """Whether a fit has begun with it, so that `Method.prepare` must not start it again."""
+    """Whether a fit has begun with it or with its checkpoint, so that `Method.prepare` must not start it again."""
 
 
 @dataclass

@@ -178,7 +178,7 @@ class Method(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps: Counter[int] = Counter()
         adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
-        if trainer.ckpt_path is None and not adapter.prepared and _overrides(self, "prepare"):
+        if not adapter.prepared and _overrides(self, "prepare"):
             self.prepare(pl_module, trainer.train_dataloader or ())
         adapter.prepared = True
 

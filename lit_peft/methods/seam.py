@@ -7,6 +7,7 @@ weights -> precision's convert_module -> configure_optimizers -> on_fit_start ->
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -78,7 +79,8 @@ class AdaptedLightningModule(Swapped):
         if registry(module) is None:  # detached since: the whole model
             return
         leave_base_out(checkpoint, adapter_keys(module))
-        checkpoint["lit_peft"] = record(module)
+        prepared = [adapter.name for adapter in registry(module).adapters.values() if adapter.prepared]  # type: ignore[union-attr]
+        checkpoint["lit_peft"] = record(module) | {"prepared": prepared}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
@@ -88,6 +90,10 @@ class AdaptedLightningModule(Swapped):
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
         keys = checkpoint["state_dict"] if "state_dict" in checkpoint else adapter_keys(module)
         check_record(module, checkpoint.get("lit_peft"), keys, may_change)
+        for adapter in registry(module).adapters.values():  # type: ignore[union-attr]
+            adapter.prepared = adapter.name in checkpoint["lit_peft"].get("prepared", [adapter.name])
+        if module._trainer is not None:
+            _check_resume(module._trainer)
         put_base_in(checkpoint, module, fitting=module._trainer is not None and module._trainer.state.fn == "fit")
 
 
@@ -169,6 +175,17 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         module.__dict__["_lit_peft_strict"] = module.strict_loading
         module.strict_loading = False  # the base is not in the file; `on_load_checkpoint` is strict about the rest
     module.__dict__["_lit_peft_early"] = any(is_a(c, "WeightAveraging") for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _check_resume(trainer: pl.Trainer) -> None:
+    """Refuses a finder in a resumed fit: Lightning restores its checkpoint last, and counts from step 0."""
+    finders = [c for c in trainer.callbacks if is_a(c, "LearningRateFinder") or is_a(c, "BatchSizeFinder")]  # type: ignore[attr-defined]
+    own = Path(str(trainer.ckpt_path)).name.startswith((".lr_find_", ".scale_batch_size_"))
+    if finders and trainer.state.fn == "fit" and not own:
+        raise ValueError(
+            f"{type(finders[0]).__name__} would make the resumed fit start anew, from these weights: it puts a "
+            "checkpoint of its own in the place of yours. Leave it out, and set what it found before."
+        )
 
 
 def _uninstall(module: Any) -> None:
