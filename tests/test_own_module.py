@@ -136,8 +136,8 @@ def test_so_is_one_whose_arguments_are_given(folder, monkeypatch, capsys, way):
 
 
 def with_callback(root: Path, name: str, *arguments: str) -> Path:
-    epochs = ("--trainer.max_epochs", "4")
-    return fit(root, "--config", "quickstart", *SMALL, *epochs, "--trainer.callbacks", name, *arguments)
+    short = ("--trainer.max_epochs", "4", "--base_test", "false")
+    return fit(root, "--config", "quickstart", *SMALL, *short, "--trainer.callbacks", name, *arguments)
 
 
 def test_weight_averaging(tmp_path):
