@@ -80,6 +80,14 @@ def test_validation_within_a_fit_uses_the_average(tmp_path):
     assert_same(module.validated, torch.load(tmp_path / "epoch=0.ckpt")["state_dict"])
 
 
+def test_a_checkpoint_of_weights_alone_holds_the_average(tmp_path):
+    averaged = checkpoint(tmp_path / "full")
+    fit(Module(), lora(), ema(), ModelCheckpoint(tmp_path, "weights", save_weights_only=True))
+    content = torch.load(tmp_path / "weights.ckpt")
+    assert "current_model_state" not in content
+    assert_same(content["state_dict"], averaged)
+
+
 def test_a_checkpoint_without_average_goes_on_with_one(tmp_path):
     fit(Module(), lora()).save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.warns(UserWarning, match="not created with WeightAveraging"):

@@ -62,6 +62,17 @@ def copy_again(trainer: Any, module: Any) -> None:
         swap_class(callback._average_model, AveragedAdapters)
 
 
+def take_average(checkpoint: dict[str, Any], trainer: Any) -> None:
+    """Puts the average into a checkpoint of weights alone, for which Lightning does not ask its callbacks.
+
+    It would hold the current weights otherwise, chosen by the scores of the averaged ones.
+    """
+    for callback in trainer.callbacks:
+        average: Any = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedAdapters) and "current_model_state" not in checkpoint:
+            checkpoint["state_dict"] = average.module.state_dict()  # type: ignore[attr-defined]
+
+
 def leave_base_out(checkpoint: dict[str, Any], keep: set[str]) -> None:
     """Leaves the frozen base out of the averaged state and, where there is one, of the current state."""
     for name in ("state_dict", "current_model_state"):

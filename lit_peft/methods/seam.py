@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_record, record
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
-from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in
+from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in, take_average
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -78,6 +78,8 @@ class AdaptedLightningModule(Swapped):
         module: Any = self
         if registry(module) is None:  # detached since: the whole model
             return
+        if module.trainer.state.fn == "fit":
+            take_average(checkpoint, module.trainer)
         leave_base_out(checkpoint, adapter_keys(module))
         prepared = [adapter.name for adapter in registry(module).adapters.values() if adapter.prepared]  # type: ignore[union-attr]
         checkpoint["lit_peft"] = record(module) | {"prepared": prepared}
