@@ -65,8 +65,10 @@ def main(argv: list[str] | None = None) -> None:
             origin = "" if entry.package == "lit-peft" else f"  [{entry.package}]"
             print(f"{name:<{width}}{entry.summary()}{origin}")
     elif verb == "configs":
-        for name, path in configs().items():
-            print(f"{name:<22}{path}")
+        known = configs()
+        width = max(map(len, known)) + 2
+        for name, path in known.items():
+            print(f"{name:<{width}}{path}")
     elif not verb.startswith("-") and verb not in VERBS:
         meant = closest(verb, [*VERBS, *SYNONYMS])
         hint = f" Did you mean {SYNONYMS.get(meant, meant)!r}?" if meant else ""

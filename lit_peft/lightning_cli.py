@@ -82,6 +82,10 @@ class LitPeftCLI(LightningCLI):
             auto_configure_optimizers=False,
         )
 
+    def __deepcopy__(self, memo: Any) -> "LitPeftCLI":
+        """Itself: an `OptimizerCallable` of the command line refers to it, and weight averaging copies the module."""
+        return self
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = Parser(**kwargs, allow_abbrev=False)  # an abbreviation could mean another option tomorrow
         parser.add_argument("-c", "--config", action="config", help="Configuration: a name or a file; repeatable.")
@@ -268,6 +272,10 @@ class LitPeftCLI(LightningCLI):
 def run(arguments: list[str]) -> None:
     """Runs one verb of LightningCLI; a mistake in the arguments ends in one to three lines and status 2."""
     _quiet()
+    # As `python -m` does, and the console script does not: a module of the user's is found from its folder. Last, so
+    # that a folder named like an installed package, `datasets` for instance, does not take its place.
+    if not {"", str(Path.cwd())}.intersection(sys.path):
+        sys.path.append(str(Path.cwd()))
     # What is imported can be named without its module.
     for package in (lit_peft.data, lit_peft.tasks):
         for name in package.__all__:

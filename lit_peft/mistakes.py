@@ -4,7 +4,6 @@ import errno
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import configs, nearest, options, read_config, settings, values
+from lit_peft.class_path import find_fault
 from lit_peft.methods.registry import available, find
 
 CLASSES = ("model", "data", "method")
@@ -127,12 +127,11 @@ def _required(arguments: Sequence[str], names: str) -> str:
 
 def _value(arguments: Sequence[str], key: str, text: str) -> str:
     """A value of the wrong type."""
-    given = _given(text)
     section, source = (None, "") if "." in key or key in CLASSES else _home(arguments, key)
     full = f"{section}.{key}" if section else key
-    if "class_path" in text or "dot import path" in text or "Import path" in text:
-        return source + _class(full, given, text)
-    text = re.sub(r"Given value type:.*|Subtypes:.*", "", text)
+    if "class_path" in text or "dot import path" in text or re.search(r"<class '\w+\.", text):
+        return f"{source}{full}: {_class(key, text)}"
+    given, text = _given(text), re.sub(r"Given value type:.*|Subtypes:.*", "", text)
     choices = [word for found in re.findall(r"Literal\[(.*?)\]", text) for word in re.findall(r"'([^']*)'", found)]
     kinds = [TYPES[name] for name in dict.fromkeys(re.findall(r"<class '(\w+)'>", text)) if name in TYPES]
     if choices:
@@ -149,40 +148,31 @@ def _given(text: str) -> str:
     return match[1].strip() if match else ""
 
 
-def _class(key: str, name: str, text: str) -> str:
-    """A class that is not there or is of another kind."""
-    problem = re.search(r"Problem with given class_path '([^']+)':\s*\n\s*(.*)", text)
-    short = _short_names(key)
-    if problem is None and key == "method" and "dot import path" in text:
+def _class(key: str, text: str) -> str:
+    """A class that is not there, cannot be imported, or is of another kind."""
+    paths = re.findall(r"(?:Given value: |class_path'?: ?'?)((?:\w+\.)+\w+)", text)
+    for path in paths:
+        if (fault := find_fault(path)) is not None:
+            return fault
+    if "does not correspond to a subclass" in text:
+        kind = re.search(r"subclass of (\w+)", text)
+        return f"{''.join(paths[:1])} is not a {kind[1] if kind else 'class of that kind'}."
+    unknown = re.search(r"dot import path string: (\S+)", text)
+    if unknown is None:
+        return shorten(text)
+    name = unknown[1]
+    if key == "method":
         try:
             find(name)
         except ValueError as error:
             return str(error)
-    if problem is not None:
-        name, reason = problem.groups()
-        return f"{key}: cannot use {name!r}: {reason.rstrip('.')}.{_near_in_module(name)}"
-    if "does not correspond to a subclass" in text:
-        kind = re.search(r"subclass of (\w+)", text)
-        return f"{key}: {name} is not a {kind[1] if kind else 'class of that kind'}."
-    match = re.search(r"dot import path string: (\S+)", text)
-    name = match[1] if match else name
+    short = _short_names(key)
     known = f" {', '.join(short)}, or" if short else ""
-    return f"{key}: there is no class {name!r}.{nearest(name, short)} Expected{known} a path such as my_package.{name}."
+    return f"there is no class {name!r}.{nearest(name, short)} Expected{known} a path such as my_package.{name}."
 
 
 def _short_names(key: str) -> list[str]:
     return {"model": lit_peft.tasks.__all__, "data": lit_peft.data.__all__, "method": list(available())}.get(key, [])
-
-
-def _near_in_module(class_path: str) -> str:
-    """The nearest class of the module that a path names, where that can be imported."""
-    module, _, name = class_path.rpartition(".")
-    if module not in sys.modules:
-        return ""
-    names = getattr(sys.modules[module], "__all__", None) or [
-        key for key, value in vars(sys.modules[module]).items() if inspect.isclass(value)
-    ]
-    return nearest(name, names)
 
 
 # ----------------------------------------------------------------------------------------------- where things are

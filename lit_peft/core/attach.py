@@ -23,6 +23,7 @@ from lit_peft.core.swap import (
     restore_fast_path,
     restore_parameters,
     swap_class,
+    with_running_statistics,
 )
 from lit_peft.core.targets import Site
 
@@ -90,9 +91,11 @@ class Adapter:
     """Base parameters that this adapter trains."""
     head: list[str] = field(default_factory=list)
     """Those among them that `train_also` named."""
+    update_norm_stats: bool = False
+    """Whether running statistics move in training although their layers are frozen."""
     trainable: bool = True
     prepared: bool = False
-    """Whether a fit has begun with it, so that `Method.prepare` must not start it again."""
+    """Whether a fit has begun with it or with its checkpoint, so that `Method.prepare` must not start it again."""
 
 
 @dataclass
@@ -142,6 +145,7 @@ def attach(
     spec: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     keep_originals: bool = True,
+    update_norm_stats: bool = False,
 ) -> Adapter:
     """Attaches one adapter: swaps classes, casts, initialises, freezes the rest, and makes it active.
 
@@ -154,10 +158,12 @@ def attach(
         spec: Class path and arguments of the method, kept for checkpoints.
         dtype: Dtype of everything that trains.
         keep_originals: Whether to keep a host copy of the base parameters that train, for `detach`.
+        update_norm_stats: Whether frozen normalisation layers update their running statistics in training.
 
     Raises:
-        ValueError: When the name is taken or not a Python identifier, nothing would train, the module is
-            sharded already, or a site cannot carry an addition. The module is then as it was.
+        ValueError: When the name is taken or not a Python identifier, nothing would train, there are no running
+            statistics to update, the module is sharded already, or a site cannot carry an addition. The module
+            is then as it was.
     """
     check_attachable(module, name)
     pairs, base = list(additions), sorted(base)
@@ -165,6 +171,11 @@ def attach(
         _check_site(site)
     if not pairs and not base:
         raise ValueError(f"Adapter {name!r} trains nothing: no addition was built, no base parameter is trained.")
+    if update_norm_stats and not any(with_running_statistics(module)):
+        raise ValueError(
+            f"update_norm_stats: {type(module).__name__} has no layer with running statistics, as BatchNorm has; "
+            "leave it out."
+        )
     state = registry(module)
     if state is None:
         state = Registry(
@@ -172,9 +183,11 @@ def attach(
             fingerprint=fingerprint(module),
         )
         module.__dict__[_REGISTRY_KEY] = state
-    adapter = state.adapters[name] = Adapter(name, spec or {}, base=base, head=sorted(head))
+    adapter = state.adapters[name] = Adapter(
+        name, spec or {}, base=base, head=sorted(head), update_norm_stats=update_norm_stats
+    )
     if keep_originals:
-        for key in {*base, *buffers_beside(module, base)} - set(state.originals):
+        for key in {*base, *moving_buffers(module, [adapter])} - set(state.originals):
             tensor = attrgetter(key)(module)
             if not tensor.is_meta:
                 state.originals[key] = tensor.detach().to("cpu", copy=True)
@@ -246,19 +259,19 @@ def freeze(module: nn.Module) -> None:
     """Sets `requires_grad` of every parameter: the union of what the adapters train, and nothing else.
 
     Layers with running statistics and no parameter that trains are kept in evaluation mode, since their
-    statistics belong to the frozen base.
+    statistics belong to the frozen base, unless an adapter has `update_norm_stats`.
     """
     state = registry(module)
     trainable = state.trainable_names() if state is not None else set()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
-    for path, child in module.named_modules():
-        if getattr(child, "track_running_stats", False):
-            if any(p.requires_grad for p in child.parameters(recurse=False)):
-                _release_statistics(module, path)
-            else:
-                swap_class(child, FrozenStatistics)
-                child.eval()
+    released = state is not None and any(adapter.update_norm_stats for adapter in state.adapters.values())
+    for path, child in with_running_statistics(module):
+        if released or any(p.requires_grad for p in child.parameters(recurse=False)):
+            _release_statistics(module, path)
+        else:
+            swap_class(child, FrozenStatistics)
+            child.eval()
 
 
 def _release_statistics(module: nn.Module, path: str) -> None:
@@ -267,6 +280,18 @@ def _release_statistics(module: nn.Module, path: str) -> None:
     if isinstance(child, FrozenStatistics):
         restore_class(child, FrozenStatistics)
         child.train(module.get_submodule(path.rpartition(".")[0]).training)
+
+
+def moving_buffers(module: nn.Module, adapters: Iterable[Adapter]) -> set[str]:
+    """Names of saved buffers that training moves under these adapters, and that belong to them therefore.
+
+    Those beside a parameter that trains and, under `update_norm_stats`, those of all normalisation layers.
+    """
+    adapters = list(adapters)
+    names = {name for adapter in adapters for name in adapter.base}
+    if any(adapter.update_norm_stats for adapter in adapters):
+        names.update(f"{path}.running_mean".lstrip(".") for path, _ in with_running_statistics(module))
+    return buffers_beside(module, names)
 
 
 def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -298,7 +323,8 @@ def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
 def detach(module: nn.Module, name: str | None = None) -> None:
     """Takes adapters off again, all of them or the one named; the module is then what it was before.
 
-    Base parameters that trained get their first values back, unless `keep_originals` was off.
+    Base parameters that trained, and statistics that moved, get their first values back, unless `keep_originals`
+    was off.
 
     Raises:
         KeyError: For a name that no adapter has.
@@ -315,7 +341,7 @@ def detach(module: nn.Module, name: str | None = None) -> None:
     kept = {n for adapter in state.adapters.values() for n in adapter.base}
     names = {n for adapter in gone for n in adapter.base} - kept
     restore_parameters(module, names, state.originals)
-    for key in buffers_beside(module, names) - buffers_beside(module, kept):
+    for key in moving_buffers(module, gone) - moving_buffers(module, state.adapters.values()):
         if key in state.originals:
             attrgetter(key)(module).copy_(state.originals.pop(key))
     if state.adapters:

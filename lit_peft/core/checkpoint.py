@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_peft.core.attach import Registry, registry
+from lit_peft.core.attach import Registry, moving_buffers, registry
 from lit_peft.core.fingerprint import compare_fingerprints
-from lit_peft.core.swap import FrozenStatistics, buffers_beside
+from lit_peft.core.swap import FrozenStatistics
 
 FORMAT_VERSION = 1
 
@@ -25,12 +25,13 @@ class CheckpointMismatch(ValueError):
 def adapter_keys(module: nn.Module) -> set[str]:
     """State-dict keys that a checkpoint must hold: additions, base parameters that train, and their statistics.
 
-    Buffers are kept where they may have moved: beside a parameter that trains (a BatchNorm's running statistics)
-    and in modules that have no parameter of their own (a moving average, a queue).
+    Buffers are kept where they may have moved: beside a parameter that trains (a BatchNorm's running statistics),
+    in every normalisation layer under `update_norm_stats`, and in modules that have no parameter of their own (a
+    moving average, a queue).
     """
     state = _require(module)
-    base = {name for adapter in state.adapters.values() for name in adapter.base}
-    kept = base | buffers_beside(module, base)
+    adapters = state.adapters.values()
+    kept = {name for adapter in adapters for name in adapter.base} | moving_buffers(module, adapters)
     for path, child in module.named_modules():
         if not child._parameters and not isinstance(child, FrozenStatistics):
             saved = child._buffers.keys() - child._non_persistent_buffers_set

@@ -153,6 +153,11 @@ def buffers_beside(module: nn.Module, names: Iterable[str]) -> set[str]:
     return found
 
 
+def with_running_statistics(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and layer of each normalisation layer that keeps running statistics (BatchNorm and its like)."""
+    return ((path, child) for path, child in module.named_modules() if getattr(child, "track_running_stats", False))
+
+
 # --------------------------------------------------------------------- what would pass a swapped layer by
 
 

@@ -33,6 +33,8 @@ class Method(pl.Callback):
             under `precision: bf16-true`, which asks for bfloat16 throughout. The forward pass computes in the
             activations' dtype either way.
         name: Name of the adapter on the module; two methods on one module need two names.
+        update_norm_stats: Whether frozen normalisation layers update their running statistics in training, as they
+            do in a plain fine-tuning; the checkpoint then holds them. Otherwise they stay those of the base.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -43,12 +45,17 @@ class Method(pl.Callback):
     """Whether base parameters that train are copied first, so that `detach` can give them back."""
 
     def __init__(
-        self, train_also: str | Sequence[str] = (), adapter_dtype: AdapterDtype = "auto", name: str = "default"
+        self,
+        train_also: str | Sequence[str] = (),
+        adapter_dtype: AdapterDtype = "auto",
+        name: str = "default",
+        update_norm_stats: bool = False,
     ) -> None:
         check_choice("adapter_dtype", adapter_dtype, ("auto", *ADAPTER_DTYPES))
         self.train_also = [train_also] if isinstance(train_also, str) else list(train_also)
         self.adapter_dtype = adapter_dtype
         self.name = name
+        self.update_norm_stats = update_norm_stats
 
     # ------------------------------------------------------------------------------------------ the contract
 
@@ -125,6 +132,7 @@ class Method(pl.Callback):
             spec=self.spec(),
             dtype=dtype or ADAPTER_DTYPES.get(self.adapter_dtype, torch.float32),
             keep_originals=self.keep_originals,
+            update_norm_stats=self.update_norm_stats,
         )
 
     def detach(self, module: nn.Module) -> None:
@@ -175,7 +183,7 @@ class Method(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps: Counter[int] = Counter()
         adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
-        if trainer.ckpt_path is None and not adapter.prepared and _overrides(self, "prepare"):
+        if not adapter.prepared and _overrides(self, "prepare"):
             self.prepare(pl_module, trainer.train_dataloader or ())
         adapter.prepared = True
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import Adapter, detach, registry
+from lit_peft.core.attach import Adapter, detach, moving_buffers, registry
 from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, read_folder, record, write_folder
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.swap import buffers_beside
@@ -63,7 +63,8 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         ValueError: When there is no such adapter, or HF PEFT has no form for what it is or trains.
     """
     adapter = _adapter(module, name)
-    root = find_root(module, [*adapter.sites, *adapter.base])
+    moving = sorted(moving_buffers(module, [adapter]))
+    root = find_root(module, [*adapter.sites, *adapter.base, *moving])
     model, pairs = root.model, root.pairs(adapter)
     method: Any = _method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
     base = [root.inside(parameter) for parameter in adapter.base]
@@ -74,6 +75,10 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
             f"{type(method).__name__} trains every parameter of {type(model).__name__}: there is no adapter to save. "
             "The trainer's checkpoint holds the model."
         )
+    # Statistics that moved beside nothing that trains: HF PEFT keeps them with their layer.
+    beside = buffers_beside(model, base)
+    owners = {name.rpartition(".")[0]: None for name in map(root.inside, moving) if name not in beside}
+    whole += [path for path in owners if not is_inside(path, whole)]
     task = hf_peft.task_type(model, [site.path for site, _ in pairs])
     saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
     if not pairs:
@@ -249,7 +254,10 @@ def load(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         if more := set(adapter.base) - names:
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
         _fill_additions(method.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
-        _fill_base(root.model, trains, base)
+        moving = {root.inside(key) for key in moving_buffers(module, [adapter])}
+        if adapter.update_norm_stats and (lost := moving - base.keys()):
+            raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")
+        _fill_base(root.model, trains, base, moving)
     except Exception:
         detach(module, name)
         raise
@@ -315,14 +323,14 @@ def _fill_additions(own: Mapping[str, Tensor | list[Tensor]], changes: Mapping[s
             view.detach().copy_(tensor)
 
 
-def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor]) -> None:
-    """Writes what trains, with the buffers beside it; what the folder holds besides must be in the base already."""
+def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor], moving: set[str]) -> None:
+    """Writes what trains and the buffers that moved; what the folder holds besides must be in the base already."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained, beside = {id(parameters[name]) for name in trains}, buffers_beside(model, trains)
+    trained = {id(parameters[name]) for name in trains}
     own: dict[str, Tensor] = parameters | dict(model.named_buffers())
     for name, tensor in base.items():
         _check_shape(name, tensor, own[name].shape)
-        if id(own[name]) in trained or name in beside:
+        if id(own[name]) in trained or name in moving:
             own[name].detach().copy_(tensor)
         elif own[name].requires_grad:
             continue  # another adapter of this module trains it

@@ -10,19 +10,18 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_archive, check_record, record
-from lit_peft.core.swap import Swapped, restore_class, swap_class
+from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
+from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in, take_average
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -31,16 +30,25 @@ if TYPE_CHECKING:
 class AdaptedLightningModule(Swapped):
     """What a LightningModule becomes when a trainer brings it a method; its own hooks run inside these."""
 
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """From here on the module may be built."""
+        super().setup(*args, **kwargs)  # type: ignore[misc]
+        self.__dict__["_lit_peft_early"] = False
+
     def configure_model(self) -> None:
         """Builds (the module's own), attaches, shards. Runs again for every trainer call and does nothing then."""
-        super().configure_model()  # type: ignore[misc]
         module: Any = self
+        if module.__dict__.get("_lit_peft_early"):  # a WeightAveraging calls it in its own setup, before ours
+            return
+        super().configure_model()  # type: ignore[misc]
         for method in methods(module.trainer):
             state = registry(module)
             if state is None or method.name not in state.adapters:
                 method.attach(module, _dtype(module.trainer))
             else:
                 _check_same(method, state.adapters[method.name])
+        if registry(module) is not None:
+            copy_again(module.trainer, module)
         mesh = getattr(module, "device_mesh", None)
         if mesh is not None and hasattr(module, "shard") and not module.__dict__.get("_lit_peft_sharded"):
             module.shard(mesh)
@@ -73,9 +81,11 @@ class AdaptedLightningModule(Swapped):
         module: Any = self
         if registry(module) is None:  # detached since: the whole model
             return
-        keep = adapter_keys(module)
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in keep}
-        checkpoint["lit_peft"] = record(module)
+        if module.trainer.state.fn == "fit":
+            take_average(checkpoint, module.trainer)
+        leave_base_out(checkpoint, adapter_keys(module))
+        prepared = [adapter.name for adapter in registry(module).adapters.values() if adapter.prepared]  # type: ignore[union-attr]
+        checkpoint["lit_peft"] = record(module) | {"prepared": prepared}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
@@ -85,14 +95,19 @@ class AdaptedLightningModule(Swapped):
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
         keys = checkpoint["state_dict"] if "state_dict" in checkpoint else adapter_keys(module)
         check_record(module, checkpoint.get("lit_peft"), keys, may_change)
+        for adapter in registry(module).adapters.values():  # type: ignore[union-attr]
+            adapter.prepared = adapter.name in checkpoint["lit_peft"].get("prepared", [adapter.name])
+        if module._trainer is not None:
+            _check_resume(module._trainer)
+        put_base_in(checkpoint, module, fitting=module._trainer is not None and module._trainer.state.fn == "fit")
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(Swapped):
     """Lightning's checkpoint files, written beside their place and renamed: a killed run leaves no half of one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+            super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[misc]
             return
         with atomic_path(path) as part:
             try:
@@ -106,7 +121,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Refuses a file that is cut off, or no checkpoint, by name."""
         if "://" not in str(path):
             check_archive(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc]
 
 
 def methods(trainer: pl.Trainer) -> list["Method"]:
@@ -148,14 +163,15 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             raise ValueError(f"{names.count(name)} methods are named {name!r}; give each a `name` of its own.")
     last = trainer.callbacks.index(methods(trainer)[-1])  # type: ignore[attr-defined]
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging) or (isinstance(callback, WeightAveraging) and i < last):
-            way_out = "Put it after the methods" if isinstance(callback, WeightAveraging) else "Leave it out"
+        averages = is_a(callback, "WeightAveraging")
+        if is_a(callback, "StochasticWeightAveraging") or (averages and i < last):
+            way_out = "Put it after the methods" if averages else "Use EMAWeightAveraging, after the methods"
             raise ValueError(
                 f"{type(callback).__name__} copies the module before the adapters are there, so that it would average "
                 f"nothing. {way_out}."
             )
     plugin = trainer.strategy.precision_plugin
-    if isinstance(plugin, BitsandbytesPrecision):
+    if is_a(plugin, "BitsandbytesPrecision"):
         raise ValueError(
             "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head "
             "included, so that nothing trains. Remove the plugin and load the base itself in 4 bit."
@@ -167,17 +183,31 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "precision bf16-true casts everything to bfloat16, adapter_dtype float32 included; use bf16-mixed with "
             "a base loaded in bfloat16, or adapter_dtype auto."
         )
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    writer = type(trainer.strategy.checkpoint_io)
+    if writer.__name__ == "TorchCheckpointIO" and not issubclass(writer, AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io = swapped_class(AtomicCheckpointIO, writer)()
     if not isinstance(module, AdaptedLightningModule):
         swap_class(module, AdaptedLightningModule)
         module.__dict__["_lit_peft_strict"] = module.strict_loading
         module.strict_loading = False  # the base is not in the file; `on_load_checkpoint` is strict about the rest
+    module.__dict__["_lit_peft_early"] = any(is_a(c, "WeightAveraging") for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _check_resume(trainer: pl.Trainer) -> None:
+    """Refuses a finder in a resumed fit: Lightning restores its checkpoint last, and counts from step 0."""
+    finders = [c for c in trainer.callbacks if is_a(c, "LearningRateFinder") or is_a(c, "BatchSizeFinder")]  # type: ignore[attr-defined]
+    own = Path(str(trainer.ckpt_path)).name.startswith((".lr_find_", ".scale_batch_size_"))
+    if finders and trainer.state.fn == "fit" and not own:
+        raise ValueError(
+            f"{type(finders[0]).__name__} would make the resumed fit start anew, from these weights: it puts a "
+            "checkpoint of its own in the place of yours. Leave it out, and set what it found before."
+        )
 
 
 def _uninstall(module: Any) -> None:
     restore_class(module, AdaptedLightningModule)
     module.strict_loading = module.__dict__.pop("_lit_peft_strict")
+    module.__dict__.pop("_lit_peft_early", None)
 
 
 def _dtype(trainer: pl.Trainer) -> torch.dtype | None:

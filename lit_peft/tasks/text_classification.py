@@ -135,6 +135,10 @@ class TextClassification(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         weights = self._class_weights(getattr(data, "class_counts", None))
         self.loss_weights = None if weights is None else weights.to(self.device)
+        if self._scheduled != self._schedule_key():
+            # A LearningRateFinder or BatchSizeFinder has come in between: the schedule starts from another rate, or
+            # ends after another number of steps. Lightning itself sets the rate of the groups and nothing else.
+            self.trainer.strategy.setup_optimizers(self.trainer)
         if self.compiles:
             self.model.compile()  # in place, after attaching: torch.compile(model) would rename every parameter
 
@@ -164,7 +168,11 @@ class TextClassification(pl.LightningModule):
             for row in rows
         ]
 
+    def _schedule_key(self) -> tuple[float | None, float]:
+        return self.learning_rate, self.trainer.estimated_stepping_batches
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        self._scheduled = self._schedule_key()
         attached = methods(self.trainer)
         lr = self.learning_rate
         if lr is None:
