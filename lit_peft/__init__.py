@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_peft.core.addition import Addition, Delta
     from lit_peft.core.attach import detach, set_active
+    from lit_peft.methods.adapter_folder import AdapterFolder
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
-    from lit_peft.methods.folder import load, save
+    from lit_peft.methods.folder import attach, load, save
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
@@ -24,6 +25,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Addition": "core.addition",
     "Delta": "core.addition",
+    "AdapterFolder": "methods.adapter_folder",
+    "attach": "methods.folder",
     "detach": "core.attach",
     "set_active": "core.attach",
     "load": "methods.folder",
@@ -31,6 +34,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterFolder",
     "Addition",
     "BitFit",
     "Delta",
@@ -39,6 +43,7 @@ __all__ = [
     "LoRA",
     "Method",
     "TargetedMethod",
+    "attach",
     "detach",
     "load",
     "save",

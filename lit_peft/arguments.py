@@ -75,8 +75,8 @@ def configs() -> dict[str, Path]:
 def resolve(arguments: Sequence[str]) -> list[str]:
     """Puts files in the place of names: of each `--config NAME`, and of `--run FOLDER`.
 
-    A run stands for its configuration and a checkpoint, unless `--ckpt_path` names one: for `fit` the last one, so
-    that training goes on; for the other verbs the best.
+    A run stands for its configuration and a checkpoint, unless `--ckpt_path` or `--adapter` names another: for `fit`
+    the last one, so that training goes on; for the other verbs the best.
 
     Raises:
         FileNotFoundError: For what is neither a file nor a name, and for a folder that is no run.
@@ -86,7 +86,7 @@ def resolve(arguments: Sequence[str]) -> list[str]:
     if runs:
         run = _run(Path(runs[-1]))
         words[1:1] = ["--config", str(run / "config.yaml")]
-        if not values(words, "--ckpt_path"):
+        if not values(words, "--ckpt_path", "--adapter"):
             checkpoint = run / "checkpoints" / ("last.ckpt" if words[0] == "fit" else "best.ckpt")
             if not checkpoint.is_file() and words[0] != "fit":
                 checkpoint = checkpoint.with_name("last.ckpt")  # a run too short to be validated has no best

@@ -4,13 +4,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
+from datasets import disable_progress_bars
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -37,6 +38,7 @@ from lit_peft.runs import (
     remove_parts,
     run_folder,
 )
+from lit_peft.trying import TextPrinter, take_texts, use_adapter
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -69,9 +71,15 @@ class RunConfig(SaveConfigCallback):
 
 
 class LitPeftCLI(LightningCLI):
-    """LightningCLI that knows methods, keeps a run in one folder, and reports on it after a fit."""
+    """LightningCLI that knows methods, keeps a run in one folder, and reports on it after a fit.
 
-    def __init__(self) -> None:
+    Args:
+        texts: Texts to predict in the place of a data set, and to print the answers to.
+        pairs: The second text of each, for tasks on pairs.
+    """
+
+    def __init__(self, texts: Sequence[str] = (), pairs: Sequence[str] = ()) -> None:
+        self.texts, self.pairs = list(texts), list(pairs)
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -205,7 +213,9 @@ class LitPeftCLI(LightningCLI):
             LearningRateMonitor(),
             ReliabilityDiagram(),
         ]
-        if self.subcommand == "predict":
+        if self.texts:
+            watching.append(TextPrinter(self.texts))
+        elif self.subcommand == "predict":
             run = run_folder(self._get(self.config_init, "ckpt_path")) or Path()
             self.predictions = PredictionWriter(str(free_file(self._get(self.config_init, "predictions"), run)))
             watching.append(self.predictions)
@@ -264,14 +274,20 @@ class LitPeftCLI(LightningCLI):
             steps.append(f"tensorboard --logdir {trainer.default_root_dir}")
         self.report.finish(trainer, self.model, scores, best, steps)
 
+    def before_predict(self) -> None:
+        if not self.texts:
+            return
+        if not hasattr(self.datamodule, "use_texts"):
+            raise ValueError(f"--text: {type(self.datamodule).__name__} has no use_texts(texts, pairs) to take them.")
+        self.datamodule.use_texts(self.texts, self.pairs or None)
+
     def after_predict(self) -> None:
-        if self.predictions.written is not None and self.trainer.is_global_zero:
+        if not self.texts and self.predictions.written is not None and self.trainer.is_global_zero:
             print(f"Predictions: {self.predictions.written}")
 
 
 def run(arguments: list[str]) -> None:
     """Runs one verb of LightningCLI; a mistake in the arguments ends in one to three lines and status 2."""
-    _quiet()
     # As `python -m` does, and the console script does not: a module of the user's is found from its folder. Last, so
     # that a folder named like an installed package, `datasets` for instance, does not take its place.
     if not {"", str(Path.cwd())}.intersection(sys.path):
@@ -283,12 +299,14 @@ def run(arguments: list[str]) -> None:
     for entry in available().values():
         entry.load()
     RunReport.running = False
-    arguments, changes = change_method(arguments)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("\n".join(changes), end="\n" * bool(changes))
-    sys.argv[1:] = arguments  # not handed over: further ranks are started with the command line
     try:
-        LitPeftCLI()
+        words, texts, pairs = take_texts(arguments)
+        words, changes = change_method(words)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\n".join(changes), end="\n" * bool(changes))
+        sys.argv[1:] = use_adapter(words, texts)  # not handed over: further ranks start with the command line
+        _quiet(words[0], bool(texts))
+        LitPeftCLI(texts, pairs)
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
         # Once batches run, an error is the code's and not the command line's: its traceback is wanted.
         full = isinstance(error, OSError) and error.errno in FULL
@@ -309,11 +327,17 @@ def _without_notices() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _quiet() -> None:
-    """Silences what other packages print at every start and nobody can act on."""
+def _quiet(verb: str, answers_only: bool) -> None:
+    """Silences what other packages print at every start and nobody can act on; or all but what is asked for."""
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    if verb != "fit":
+        warnings.filterwarnings("ignore", ".*dirpath has changed.*")  # where checkpoints would go, if any were written
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        if answers_only:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    if answers_only:
+        disable_progress_bars()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

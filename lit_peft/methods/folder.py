@@ -18,7 +18,6 @@ holds a LoRA of rank 1 whose factors are zero, beside the base parameters that t
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,12 @@ from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, read_fo
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.swap import buffers_beside
 from lit_peft.core.targets import Site, make_site
-from lit_peft.methods import hf_peft
+from lit_peft.methods import hf_peft, seam
 from lit_peft.methods.base import Method
+from lit_peft.methods.checkpoint_file import load_checkpoint
 from lit_peft.methods.hf_peft import Root, find_root, is_inside
 from lit_peft.methods.lora import LoRA
-from lit_peft.methods.registry import available
+from lit_peft.methods.registry import available, method_class
 
 RECORD = "lit_peft"
 """Key of our own record in the metadata of the tensor file, where HF PEFT does not look."""
@@ -66,7 +66,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     moving = sorted(moving_buffers(module, [adapter]))
     root = find_root(module, [*adapter.sites, *adapter.base, *moving])
     model, pairs = root.model, root.pairs(adapter)
-    method: Any = _method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
+    method: Any = method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
     base = [root.inside(parameter) for parameter in adapter.base]
 
     whole = hf_peft.trained_whole(model, {id(model.get_parameter(parameter)) for parameter in base})
@@ -178,7 +178,9 @@ def _of_base(
 
 def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
     entry = record(module)
+    own = {key: value for key in ("backbone", "label_names") if (value := getattr(module, key, None)) is not None}
     return entry | {
+        "model": own,  # what `lit-peft predict --adapter` starts from, without the run
         "methods": {adapter.name: adapter.spec},
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
@@ -196,27 +198,46 @@ def _of_model(digests: Mapping[str, str], root: Root) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------- load
 
 
-def load(module: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
-    """Attaches the adapter of a folder, of ours or of one that HF PEFT wrote; nothing in it is ever unpickled.
+def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
+    """Attaches a saved adapter: of a folder of ours, of one that HF PEFT wrote, or of a run's checkpoint.
 
-    In float32 the outputs are bit for bit those at `save`. A folder of ours says which method made it and is
-    refused on another base; one of HF PEFT's becomes the method that has its equation, at the layers that its
-    tensors name. To train on, give the trainer the same method, `LoRA(**adapter.spec["init_args"])`.
+    In float32 the outputs are bit for bit those at `save`. A folder or checkpoint of ours says which method made it
+    and is refused on another base; a folder of HF PEFT's becomes the method that has its equation, at the layers
+    that its tensors name. Nothing in a folder is ever unpickled, and of a checkpoint only tensors and plain values.
+    To train on, give the trainer the same method, `LoRA(**adapter.spec["init_args"])`.
 
     Args:
-        module: A model, or a LightningModule that holds one, with the weights that the adapter was trained on.
-        folder: The folder.
-        name: Name that the adapter gets on the module.
+        module: A model, or a LightningModule that holds one, with the weights that the adapter was trained on; for
+            a checkpoint, the module that was trained. One that builds its layers in `configure_model` does so now.
+        path: The folder, or the `.ckpt` file.
+        name: Name that the adapter gets on the module; several in one checkpoint keep their names.
 
     Returns:
-        The registry's record: sites, base parameters that train.
+        The registry's record: sites, base parameters that train; of several adapters the first.
 
     Raises:
         FileNotFoundError: When a file is missing.
         CheckpointMismatch: When the folder is damaged, belongs to another base or holds what no method here has.
         ValueError: When the module cannot take an adapter of this name.
     """
-    config, tensors, metadata = read_folder(folder)
+    if Path(path).is_dir() or Path(path).suffix != ".ckpt":
+        read = read_folder(path)
+        seam.build(module)
+        return _load_folder(module, *read, name)
+    seam.build(module)
+    adapter = load_checkpoint(module, path, name)
+    seam.adapt(module)
+    return adapter
+
+
+def attach(module: nn.Module, method: Method) -> Adapter:
+    """Attaches a method to any module, in place, as `method.attach(module)` does; `detach` takes it off again."""
+    return method.attach(module)
+
+
+def _load_folder(
+    module: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str], name: str
+) -> Adapter:
     root = find_root(module)
     mine = _read_record(metadata, module, root)
     base, changes = hf_peft.split(root.model, tensors)
@@ -230,7 +251,7 @@ def load(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         arguments = {"target_modules": paths, "train_also": head}
     if missing := [key for key in trains if key not in base]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
-    cls: Any = _method_class(spec["class_path"])
+    cls: Any = method_class(spec["class_path"])
     read = {}
     if hasattr(cls, "from_hf_peft"):
         read = cls.from_hf_peft(hf_peft.read_options(config, cls.hf_options, cls.__name__), paths)
@@ -278,20 +299,6 @@ def _read_record(metadata: Mapping[str, str], module: nn.Module, root: Root) -> 
     if (difference := compare_fingerprints(mine["fingerprint"], found)) is not None:
         raise CheckpointMismatch(f"This adapter belongs to another base model: {difference}.")
     return mine
-
-
-def _method_class(class_path: str) -> type[Method]:
-    """The class that a folder names: a method that is installed, or one that the program has imported itself."""
-    for entry in available().values():
-        if entry.class_path == class_path:
-            return entry.load()
-    module, _, name = class_path.rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
-    if isinstance(cls, type) and issubclass(cls, Method):
-        return cls
-    raise CheckpointMismatch(
-        f"The adapter was made with {class_path}, which is not here: import {module or 'it'} first."
-    )
 
 
 def _reader(config: Mapping[str, Any]) -> str:

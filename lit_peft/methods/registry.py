@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import sys
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
@@ -72,3 +73,24 @@ def find(name: str) -> Entry:
     close = difflib.get_close_matches(name.lower(), list(folded), n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(folded[c] for c in close)}?" if close else ""
     raise ValueError(f"There is no method named {name!r}.{hint} Methods: {', '.join(methods)}.")
+
+
+def method_class(class_path: str) -> "type[Method]":
+    """The class that a checkpoint or folder names: of an installed method, or one that is imported already.
+
+    Raises:
+        CheckpointMismatch: When it is neither; what a file names is never imported.
+    """
+    from lit_peft.core.checkpoint import CheckpointMismatch
+    from lit_peft.methods.base import Method
+
+    for entry in available().values():
+        if entry.class_path == class_path:
+            return entry.load()
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    if isinstance(cls, type) and issubclass(cls, Method):
+        return cls
+    raise CheckpointMismatch(
+        f"The adapter was made with {class_path}, which is not here: import {module or 'it'} first."
+    )

@@ -5,8 +5,11 @@ weights -> precision's convert_module -> configure_optimizers -> on_fit_start ->
 """
 
 import errno
+import functools
+import importlib
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_peft.core.attach import Adapter, registry
-from lit_peft.core.checkpoint import adapter_keys, atomic_path, check_archive, check_record, record
+from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys, atomic_path, check_archive, check_record, record
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
 from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in, take_average
 
@@ -41,6 +44,8 @@ class AdaptedLightningModule(Swapped):
         if module.__dict__.get("_lit_peft_early"):  # a WeightAveraging calls it in its own setup, before ours
             return
         super().configure_model()  # type: ignore[misc]
+        if module._trainer is None:
+            return
         for method in methods(module.trainer):
             state = registry(module)
             if state is None or method.name not in state.adapters:
@@ -100,6 +105,22 @@ class AdaptedLightningModule(Swapped):
         if module._trainer is not None:
             _check_resume(module._trainer)
         put_base_in(checkpoint, module, fitting=module._trainer is not None and module._trainer.state.fn == "fit")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Strict about adapters, whatever `strict` says; a base that is not in the file is not missing.
+
+        Raises:
+            CheckpointMismatch: When a tensor of an adapter, or a place for one, is missing.
+        """
+        module: Any = self
+        if registry(module) is not None:
+            own = {key for key in adapter_keys(module) if ".peft." in f".{key}"}
+            lost = sorted(own.symmetric_difference(key for key in state_dict if ".peft." in f".{key}"))
+            if lost:
+                what = "lacks" if lost[0] in own else "holds, without a place for it,"
+                raise CheckpointMismatch(f"The state dict {what} {lost[0]}; {len(lost)} tensors of adapters differ.")
+            strict = strict and not adapter_keys(module).issuperset(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
 
 class AtomicCheckpointIO(Swapped):
@@ -186,11 +207,22 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     writer = type(trainer.strategy.checkpoint_io)
     if writer.__name__ == "TorchCheckpointIO" and not issubclass(writer, AtomicCheckpointIO):
         trainer.strategy.checkpoint_io = swapped_class(AtomicCheckpointIO, writer)()
-    if not isinstance(module, AdaptedLightningModule):
+    adapt(module)
+    module.__dict__["_lit_peft_early"] = any(is_a(c, "WeightAveraging") for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def adapt(module: Any) -> None:
+    """Gives a LightningModule its adapted class; nothing to a module of another kind."""
+    if is_a(module, "LightningModule") and not isinstance(module, AdaptedLightningModule):
         swap_class(module, AdaptedLightningModule)
         module.__dict__["_lit_peft_strict"] = module.strict_loading
         module.strict_loading = False  # the base is not in the file; `on_load_checkpoint` is strict about the rest
-    module.__dict__["_lit_peft_early"] = any(is_a(c, "WeightAveraging") for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def build(module: Any) -> None:
+    """Lets a LightningModule build the layers that it makes in `configure_model`, as its trainer would."""
+    if is_a(module, "LightningModule") and module._trainer is None:
+        module.configure_model()
 
 
 def _check_resume(trainer: pl.Trainer) -> None:
@@ -279,3 +311,38 @@ def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, s
     if dead and step == 1:
         shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
         warnings.warn(f"Trained, but without any gradient in the first two steps: {shown}.", stacklevel=2)
+
+
+def guard_load_from_checkpoint(saving: Any) -> None:
+    """Makes `Net.load_from_checkpoint(path)` say what to do with a checkpoint that holds adapters alone.
+
+    Lightning would ask for the whole base, or under `strict=False` drop the adapters with a warning, and it has no
+    hook on a class that knows nothing of us. The one place that all such loads pass is a private function; where a
+    release has it not, Lightning's own answer stays.
+
+    Args:
+        saving: The module `core.saving` of Lightning.
+    """
+    plain = getattr(saving, "_load_state", None)
+    if plain is None or hasattr(plain, "_lit_peft"):
+        return
+
+    @functools.wraps(plain)
+    def load_state(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "lit_peft" in checkpoint and any(base.__name__ == "LightningModule" for base in cls.__mro__):
+            made = ", ".join(
+                spec["class_path"].rpartition(".")[2] for spec in checkpoint["lit_peft"]["methods"].values()
+            )
+            raise CheckpointMismatch(
+                f"This checkpoint holds what {made} trained, and not the base: build {cls.__name__} with its base, "
+                "then lit_peft.load(module, path)."
+            )
+        return plain(cls, checkpoint, *args, **kwargs)
+
+    load_state._lit_peft = True  # type: ignore[attr-defined]
+    saving._load_state = load_state
+
+
+for _tree in ("lightning.pytorch", "pytorch_lightning"):
+    if _tree in sys.modules:
+        guard_load_from_checkpoint(importlib.import_module(f"{_tree}.core.saving"))

@@ -1,5 +1,6 @@
 """Sequence classification with any transformers model that has a head for it."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,12 +13,16 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lit_peft import hub
+from lit_peft.core.checkpoint import check_archive
 from lit_peft.methods.base import check_range
+from lit_peft.methods.folder import load
 from lit_peft.methods.seam import methods
 from lit_peft.metrics import classification_metrics
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 
 Batch = dict[str, Tensor]
+_LIGHTNINGS = {"map_location", "hparams_file", "strict", "weights_only"}
+"""Arguments of Lightning's own `load_from_checkpoint`."""
 
 
 class TextClassification(pl.LightningModule):
@@ -128,6 +133,36 @@ class TextClassification(pl.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits in float32, [batch, classes], of one batch of the data module; its labels are not looked at."""
         return self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rebuilds the task of a run: the base, the methods that the checkpoint records, and what they trained.
+
+        Args:
+            checkpoint_path: A run's `.ckpt`.
+            *args: Lightning's further arguments, for a checkpoint that no method wrote.
+            **kwargs: The same; and arguments of the task in the place of those that were saved, `backbone` where
+                the base lies elsewhere now.
+
+        Returns:
+            The task, on the CPU and in evaluation mode.
+
+        Raises:
+            FileNotFoundError: When there is no such file.
+            CheckpointMismatch: When the file is damaged, or the base is another.
+        """
+        check_archive(checkpoint_path)
+        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        if "lit_peft" not in content:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        known = inspect.signature(cls.__init__).parameters
+        saved = {key: value for key, value in content["hyper_parameters"].items() if key in known}
+        own = {key: value for key, value in kwargs.items() if key not in _LIGHTNINGS}
+        if unknown := sorted(own.keys() - known.keys()):
+            raise TypeError(f"{cls.__name__} has no argument {unknown[0]!r}; it has {', '.join(list(known)[1:])}.")
+        task = cls(**saved | own)
+        load(task, checkpoint_path)
+        return task.eval()
 
     # --------------------------------------------------------------------------------------------- the loop
 

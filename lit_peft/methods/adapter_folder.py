@@ -1,0 +1,45 @@
+"""An adapter that was saved, among a trainer's callbacks."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lit_peft.core.attach import Adapter
+from lit_peft.methods.base import Method
+from lit_peft.methods.folder import load
+
+
+class AdapterFolder(Method):
+    """Brings a saved adapter into a trainer that validates, tests or predicts.
+
+    It attaches the adapter when the model is configured, as the method that made it would, and needs no checkpoint
+    beside it. To train on, `load(module, path)` and give the trainer the method itself.
+
+    Args:
+        path: Folder of ours or of HF PEFT's, or a run's checkpoint; see `lit_peft.load`.
+        name: Name of the adapter on the module.
+    """
+
+    def __init__(self, path: str, name: str = "default") -> None:
+        super().__init__(name=name)
+        self.path = path
+        self._spec: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            raise ValueError(
+                f"AdapterFolder({self.path!r}) does not train: what its method does in training is not in a folder. "
+                "Attach it with lit_peft.load(module, path), and give the trainer that method."
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def attach(self, module: nn.Module, dtype: torch.dtype | None = None) -> Adapter:
+        adapter = load(module, self.path, self.name)
+        self._spec = adapter.spec
+        return adapter
+
+    def spec(self) -> dict[str, Any]:
+        """That of the adapter, once it is attached."""
+        return self._spec or super().spec()

@@ -1,0 +1,104 @@
+"""Trying a result on the command line: `predict --text`, and `--adapter` in the place of a run's checkpoint."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+import lit_peft.data
+import lit_peft.tasks
+from lit_peft.arguments import settings, take, values
+from lit_peft.core.checkpoint import read_folder
+from lit_peft.methods.folder import RECORD
+
+ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false", "enable_progress_bar": "false"}
+"""How a trainer runs over texts from the command line."""
+
+
+def take_texts(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Splits off `--text` and `--text_pair`, both of which may be repeated: (the other arguments, texts, pairs).
+
+    Raises:
+        ValueError: For a verb other than predict.
+    """
+    words, texts = take(arguments, "--text")
+    words, pairs = take(words, "--text_pair")
+    if pairs and not texts:
+        raise ValueError("--text_pair is the second of two texts; give the first, --text.")
+    if texts and words[0] != "predict":
+        raise ValueError(f"--text is for predict, not for {words[0]}.")
+    if texts:
+        words += [word for key, value in ALONE.items() for word in (f"--trainer.{key}", value)]
+    return words, texts, pairs
+
+
+def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Puts what `--adapter FOLDER` means in its place: the method, and model and data where nothing else says them.
+
+    Raises:
+        FileNotFoundError: When it is not the folder of an adapter.
+        ValueError: For fit; when the base, or what to predict, is not known.
+    """
+    words, folders = take(arguments, "--adapter")
+    if not folders:
+        return words
+    folder = folders[-1]
+    if words[0] == "fit":
+        raise ValueError(
+            "--adapter is for validate, test and predict. To train an adapter on, go on with its run, "
+            "lit-peft fit --run FOLDER, or use lit_peft.load in Python."
+        )
+    config, tensors, metadata = read_folder(folder)
+    known = json.loads(metadata[RECORD]).get("model", {}) if RECORD in metadata else {}
+    models = settings(words, "model")
+    task = next((s.class_path for s in reversed(models) if s.class_path), None)
+    said = {name for setting in models for name, value in setting.init_args.items() if value is not None}
+    more: list[str] = []
+    if task is None:
+        more += ["--model", "lit_peft.tasks.TextClassification"]
+        backbone = known.get("backbone") or config.get("base_model_name_or_path")
+        if "backbone" not in said:
+            if backbone is None:
+                raise ValueError(f"{folder} does not say which base it belongs to: give --model.backbone.")
+            more += ["--model.backbone", backbone]
+    if "label_names" not in said and (task is None or task.rpartition(".")[2] in lit_peft.tasks.__all__):
+        names = known.get("label_names") or (_numbered_labels(tensors) if texts else None)
+        more += ["--model.label_names", json.dumps(names)] if names else []
+    if not any(setting.class_path for setting in settings(words, "data")):
+        if not texts and not values(words, "--data.path"):
+            raise ValueError(f"Nothing says what to {words[0]}: give --data.path FILE, a configuration or a run.")
+        more += ["--data", "lit_peft.data.TextClassificationDataModule"]
+    method = {"class_path": "lit_peft.AdapterFolder", "init_args": {"path": folder, "name": "default"}}
+    at = 1 + 2 * (len(words) > 2 and words[1] in ("--config", "-c"))  # options of the user stand behind, and above
+    return [*words[:at], *more, *words[at:], "--method", json.dumps(method)]
+
+
+def _numbered_labels(tensors: dict[str, Tensor]) -> list[str]:
+    """Names for as many classes as the head in a folder of HF PEFT's has; as transformers numbers them."""
+    heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+    sizes = [len(tensor) for key, tensor in tensors.items() if key.endswith(heads) and "pre_classifier" not in key]
+    return [f"LABEL_{i}" for i in range(sizes[-1])] if sizes else []
+
+
+class TextPrinter(BasePredictionWriter):
+    """Prints what was predicted for each text from the command line: label and probability, or all of it as JSON.
+
+    Args:
+        texts: The texts, in the order of the predictions.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__(write_interval="epoch")
+        self.texts = list(texts)
+
+    def write_on_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Any
+    ) -> None:
+        rows = [row for batch in predictions for row in (batch.tolist() if isinstance(batch, Tensor) else batch)]
+        labels = [str(row["label"]) if isinstance(row, dict) and "label" in row else "" for row in rows]
+        width = max(map(len, labels))
+        for text, label, row in zip(self.texts, labels, rows, strict=True):
+            print(f"{label:<{width}}  {row['probability']:.4f}  {text}" if label else f"{json.dumps(row)}  {text}")
