@@ -59,7 +59,7 @@ def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
             return {"train": data} if isinstance(data, Dataset) else dict(data)
         if files := _by_split(found):
             return {split: _read(parts) for split, parts in files.items()}
-    with _explained(path):
+    with hub.explained(path, "dataset"), _explained(path):
         data = load_dataset(str(found), name)
     assert isinstance(data, DatasetDict)
     return {str(split): part for split, part in data.items()}

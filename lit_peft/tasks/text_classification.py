@@ -189,9 +189,13 @@ def load_classifier(backbone: str, label_names: Sequence[str], dtype: torch.dtyp
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with torch.device("cpu"):  # Lightning's context would place, and rename the hooks of, what is loaded
+    source = hub.locate(backbone)
+    with (
+        hub.explained(backbone),
+        torch.device("cpu"),
+    ):  # Lightning's context would place, and rename the hooks of, what is loaded
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            hub.locate(backbone, what="model"),
+            source,
             num_labels=len(label_names),
             id2label=dict(enumerate(label_names)),
             label2id={name: i for i, name in enumerate(label_names)},
