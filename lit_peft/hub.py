@@ -150,6 +150,14 @@ def existing(path: Path) -> Path:
     return path
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean the same data; where a path is not there, seen from here, those of one file name do."""
+    paths = [Path(name).expanduser() for name in (one, other)]
+    if all(path.exists() for path in paths):
+        return paths[0].samefile(paths[1])
+    return paths[0].name == paths[1].name
+
+
 def _not_found(path: Path) -> str:
     folder = next(p for p in path.absolute().parents if p.is_dir())
     missing = path.absolute().relative_to(folder).parts[0]

@@ -82,6 +82,7 @@ class TextClassification(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Takes the classes from the data module, or holds it to the ones that are known.
 
+        Our data modules encode labels by the known names; the order of another one's codes must be the model's.
         To predict with known classes, the data need no labels, and what labels there are do not matter.
         """
         if stage == "predict" and self.label_names is not None:
