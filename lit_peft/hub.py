@@ -159,6 +159,8 @@ def same_source(one: str, other: str) -> bool:
 
 
 def _not_found(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which is not there."
     folder = next(p for p in path.absolute().parents if p.is_dir())
     missing = path.absolute().relative_to(folder).parts[0]
     siblings = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))

@@ -49,6 +49,8 @@ def column(values: list[Any]) -> Dataset:
         (["01", "x"], ["01", "x"], ["01", "1"], [0, -2]),
         ([True, False], ["False", "True"], ["True", "False"], [1, 0]),
         ([2**62, 3], ["3", str(2**62)], [3], [0]),
+        (["9" * 30, "5" * 5000, "3"], ["3", "9" * 30, "5" * 5000], ["9" * 30, "5" * 5000], [1, 2]),
+        (["Good ", "good"], ["Good", "good"], ["good  ", "GOOD"], [1, -2]),  # spaces do not count, case does
     ],
 )
 def test_labels(train: list[Any], names: list[str], other: list[Any], codes: list[int]) -> None:

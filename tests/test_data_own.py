@@ -244,7 +244,7 @@ CSV = "text,label\nw1,a\nw2,b\n"
         ("x.csv", CSV.encode() + b'"w3\nw4",a\nw5\n', "x.csv: the row of line 6 has 1 cells, expected 2"),
         ("x.csv", b"text,label\nw1,w2,a\nw3,w4,b\n", "x.csv: the row of line 2 has 3 cells"),
         ("x.csv", CSV.encode() + b'"w3,a\nw4,b', "x.csv: the quote opened in the row of line 4 is never closed"),
-        ("x.csv", b"text,text\nw1,a\n", "x.csv has two columns 'text'"),
+        ("x.csv", b"text, text\nw1,a\n", "x.csv has two columns 'text'"),
         (
             "x.csv",
             b"text;label\nw1;a\n",
@@ -258,6 +258,7 @@ CSV = "text,label\nw1,a\nw2,b\n"
         ("x.csv", b"text,label\n1,a\n2.5,b\n", "holds numbers alone, such as 1, expected text"),
         ("x.jsonl", b'{"text": 1, "label": 1}\n{"text": 2, "label": 0}\n', "'text' .* holds int64, expected text"),
         ("x.jsonl", b'{"text": "a", "label": [1]}\n' * 2, r"Label column 'label' .* holds List.*, expected class"),
+        ("x.jsonl", b'{"text": "a", "label": 9223372036854775809}\n' * 2, "too large to be told apart, such as 9.22"),
         ("x.csv", b"text,label\nw1,0.5\nw2,1\n", "'label' .* holds fractions such as 0.5, expected class names"),
         ("x.csv", b"text,label\nw1,a\nw2,a\nw3,a\nw4,a\n", "one class alone, 'a'"),
         ("x.csv", b"text,label\nw1,a\nw2,\nw3,b\n", "1 of 3 examples .* have no label .*; the first is row 2"),

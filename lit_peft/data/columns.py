@@ -15,8 +15,10 @@ LONGEST = 1_000_000  # characters; a novel is shorter, and tokenising a broken f
 MISSING, UNKNOWN = -1, -2
 SHOWN = 20  # names in a message
 
-_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
+# Of at most 40 digits: longer ones are names, whatever they are meant to be.
+_WHOLE = re.compile(r"[+-]?\d{1,40}(\.0*)?")
+_NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.I)
+EXACT = 2**53  # whole numbers from here on are no longer all floats
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -119,7 +121,8 @@ class Labels:
         Numbers sort as numbers and come before words. -1 is a class where it stands beside other values.
 
         Raises:
-            ValueError: The column holds neither names nor whole numbers nor booleans.
+            ValueError: The column holds neither names nor whole numbers nor booleans, or numbers that reading has
+                rounded.
         """
         feature = split.features[column]
         if isinstance(feature, ClassLabel):
@@ -127,6 +130,11 @@ class Labels:
         if not all(isinstance(value, str | int | float | None) for value in split[column][:]):
             raise ValueError(
                 f"Label column {column!r} of {where} holds {_kind(feature)}, expected class names or whole numbers."
+            )
+        if rounded := next((v for v in split[column][:] if isinstance(v, float) and abs(v) >= EXACT), None):
+            raise ValueError(
+                f"Label column {column!r} of {where} holds numbers too large to be told apart, such as {rounded:.15g}: "
+                "write them as texts, in quotes."
             )
         words = {word for word in _words(split, column) if word is not None}
         if all(_NUMBER.fullmatch(word) for word in words):
@@ -153,7 +161,7 @@ class Labels:
             if word is None or unlabelled:
                 return MISSING
             number = _number(word)
-            if word not in known and number.isdecimal() and int(number) < len(self.declared):
+            if word not in known and number.isdecimal() and len(number) < 20 and int(number) < len(self.declared):
                 word = self.declared[int(number)]
             return known.get(word, known.get(number, MISSING if number == "-1" else UNKNOWN))
 

@@ -101,6 +101,10 @@ class TextClassificationDataModule(TextDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"data.{argument} is {value}, expected at least {least}.")
+        if not path:
+            raise ValueError(
+                "data.path is empty: give --data.path FILE (csv, tsv, json, jsonl or parquet), or a folder."
+            )
         if not 0 < val_fraction < 0.5:
             raise ValueError(f"data.val_fraction is {val_fraction}, expected a share between 0 and 0.5.")
         self.save_hyperparameters()
