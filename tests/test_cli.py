@@ -262,6 +262,14 @@ def test_files_of_some_of_the_classes_are_scored(own, verb, options, line, tmp_p
     assert re.search(rf"{role}/acc\W+1\.0\b", printed)
 
 
+def test_the_checkpoint_knows_the_file_that_was_trained_on(own, capsys):
+    """Another configuration names none: the run's own file is not scored whole, training rows included."""
+    best, path = own / "checkpoints" / "best.ckpt", own.parents[1] / "my.csv"
+    config = resolve(["test", "--config", "text_classification/lora"])
+    run([*config, "--ckpt_path", str(best), "--data.path", str(path)])
+    assert "Data: 9 to test (cut from train)\n" in capsys.readouterr().out
+
+
 def test_a_fit_tells_its_data_once_and_a_file_of_other_classes_is_not_scored(own, tmp_path, capsys):
     path = str(own.parents[1] / "my.csv")
     fit(
