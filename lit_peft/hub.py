@@ -3,32 +3,25 @@
 import difflib
 import os
 import re
-import socket
 import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+What = Literal["model", "dataset"]
+
 DEMO = "demo"
-HOST = "huggingface.co"
+BROKEN = {"TransportError", "ConnectionError", "TimeoutError", "LocalEntryNotFoundError", "HfHubHTTPError"}
+"""Names of exceptions of a hub that does not answer as it should."""
 PROBE_SECONDS = 3.0
-FILE_SUFFIXES = {
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".parquet",
-    ".arrow",
-    ".yaml",
-    ".yml",
-    ".gz",
-    ".zip",
-}
-FILE_SUFFIXES |= {".ckpt", ".safetensors", ".bin", ".pt", ".pth"}
+FILE = re.compile(
+    r".*\.(csv|tsv|txt|jsonl?|parquet|arrow|xlsx?|ya?ml|gz|zip|ckpt|safetensors|bin|pth?)", re.DOTALL | re.IGNORECASE
+)
 
 
-def locate(name: str, *, what: Literal["model", "dataset"] = "model") -> str:
+def locate(name: str, *, what: What = "model") -> str:
     """Decide what `name` means, within seconds even where the hub is out of reach.
 
     The first of these that holds:
@@ -39,9 +32,8 @@ def locate(name: str, *, what: Literal["model", "dataset"] = "model") -> str:
        than one `/`, or lies in an existing folder): an error;
     4. a hub id: itself where the hub can be reached, else the folder of its snapshot in the local cache.
 
-    `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE` rule the hub out. With `HF_ENDPOINT` or a proxy set, the hub
-    counts as
-    reachable: a plain connection would say nothing.
+    `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE` rule the hub out. Whether it can be reached is asked through
+    huggingface_hub's own session, which honours `HF_ENDPOINT` and proxies, for 3 s at most.
 
     Args:
         name: What the user wrote.
@@ -69,15 +61,70 @@ def locate(name: str, *, what: Literal["model", "dataset"] = "model") -> str:
         raise ValueError(f"{name!r} is neither an existing path nor a hub id such as 'namespace/name'.")
 
     offline = next((v for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_set(v)), None)
-    if not offline and _hub_is_reachable():
+    if not offline and _hub_answers(name, what):
         return name
     if cached := _cached(name, what):
         return cached
+    raise ConnectionError(_out_of_reach(name, what, f"{offline} is set" if offline else None))
+
+
+@contextmanager
+def explained(name: str, what: What = "model") -> Iterator[None]:
+    """Tells in one to three lines why what `locate` found cannot be loaded; for around `from_pretrained` and the like.
+
+    Args:
+        name: What the user wrote.
+        what: The kind of repository.
+
+    Raises:
+        ConnectionError: The hub went out of reach after `locate` had found it.
+        FileNotFoundError: The hub has no such repository, or not for this user.
+        ValueError: Whatever else the library that loads it raises as an OSError or a ValueError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system: a full disk is told elsewhere
+            raise
+        chain = [error]
+        while follower := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(follower)  # type: ignore[arg-type]
+        # By name: datasets, transformers and huggingface_hub each have their own, over different HTTP libraries.
+        kinds = {cls.__name__ for link in chain for cls in type(link).__mro__}
+        if "OfflineModeIsEnabled" in kinds:
+            raise ConnectionError(_out_of_reach(name, what, "HF_HUB_OFFLINE is set")) from error
+        if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+            raise FileNotFoundError(_no_repository(name, what, gated="gated" in str(error))) from error
+        if "RemoteEntryNotFoundError" not in kinds and kinds & BROKEN:
+            raise ConnectionError(_out_of_reach(name, what)) from error
+        if isinstance(error, OSError | ValueError):
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+            raise ValueError(line if name in line else f"Cannot load the {what} {name!r}: {line}") from error
+        raise
+
+
+def _out_of_reach(name: str, what: What, why: str | None = None) -> str:
+    if why is None:
+        from huggingface_hub import constants
+
+        proxy = " through your proxy" if {"http", "https", "all"} & urllib.request.getproxies().keys() else ""
+        why = f"{constants.ENDPOINT} cannot be reached{proxy}"
     key = "model.backbone" if what == "model" else "data.path"
-    why = f"{offline} is set" if offline else f"{HOST} cannot be reached"
-    raise ConnectionError(
+    return (
         f"There is no local path {name!r}, {why}, and the {what} is not in the Hugging Face cache.\n"
         f"Either use the bundled demo with `--config offline`, or set `{key}` to a local folder."
+    )
+
+
+def _no_repository(name: str, what: What, gated: bool) -> str:
+    from huggingface_hub import constants
+
+    page = f"{constants.ENDPOINT}/{'datasets/' if what == 'dataset' else ''}{name}"
+    if gated:
+        return f"The {what} {name!r} is gated: ask for access at {page}, then log in with `hf auth login`."
+    return (
+        f"There is no local path {name!r}, and no {what} of that name at {constants.ENDPOINT}, or it is private.\n"
+        f"Check the spelling at {page}; a private one needs `hf auth login`."
     )
 
 
@@ -90,7 +137,7 @@ def _is_local(name: str) -> bool:
     head, slash, rest = name.partition("/")
     return (
         name.startswith((".", "~", os.sep))
-        or Path(name).suffix.lower() in FILE_SUFFIXES
+        or FILE.fullmatch(name) is not None
         or "/" in rest
         or (bool(slash) and Path(head).is_dir())
     )
@@ -103,7 +150,17 @@ def existing(path: Path) -> Path:
     return path
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean the same data; where a path is not there, seen from here, those of one file name do."""
+    paths = [Path(name).expanduser() for name in (one, other)]
+    if all(path.exists() for path in paths):
+        return paths[0].samefile(paths[1])
+    return paths[0].name == paths[1].name
+
+
 def _not_found(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which is not there."
     folder = next(p for p in path.absolute().parents if p.is_dir())
     missing = path.absolute().relative_to(folder).parts[0]
     siblings = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
@@ -112,23 +169,29 @@ def _not_found(path: Path) -> str:
     return f"No such file or folder: {path} ({hint})."
 
 
-def _hub_is_reachable() -> bool:
-    if os.environ.get("HF_ENDPOINT") or urllib.request.getproxies():
-        return True
-    connected = threading.Event()
+def _hub_answers(name: str, what: What) -> bool:
+    """Whether anything but an error of a server or a proxy comes back when a file of the repository is asked for.
 
-    def connect() -> None:
-        try:
-            socket.create_connection((HOST, 443), PROBE_SECONDS).close()
-            connected.set()
-        except OSError:
-            pass
+    Not the start page: a mirror may have none, or have one and no way on to the repositories.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
-    # In a thread: name resolution knows no time limit, and each address of the host gets the whole of it.
-    probe = threading.Thread(target=connect, daemon=True)
+    file = "datasets/{}/resolve/main/README.md" if what == "dataset" else "{}/resolve/main/config.json"
+    url, session = f"{constants.ENDPOINT}/{file.format(name)}", get_session()
+    answered = threading.Event()
+
+    def ask() -> None:
+        # Whatever goes wrong, the hub is of no use; the libraries would try again for half a minute.
+        with suppress(Exception):
+            if session.head(url, timeout=PROBE_SECONDS).status_code < 500:
+                answered.set()
+
+    # In a thread: name resolution knows no time limit, and connecting, reading and each redirect get the whole of it.
+    probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
-    return connected.is_set()
+    return answered.is_set()
 
 
 def _cached(name: str, what: str) -> str | None:

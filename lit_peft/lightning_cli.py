@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from datasets import disable_progress_bars
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,7 +27,7 @@ from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, check
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path, check_archive
-from lit_peft.hub import existing
+from lit_peft.hub import existing, same_source
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_lightning, of_system
@@ -249,6 +250,26 @@ class LitPeftCLI(LightningCLI):
         ):
             with _without_notices():
                 self.report.measure_base(self.trainer, self.model, self.datamodule)
+
+    def before_validate(self) -> None:
+        self._score_whole("val_split")
+
+    def before_test(self) -> None:
+        self._score_whole("test_split")
+
+    def _score_whole(self, split: str) -> None:
+        """Nothing was ever cut from data that the run was not trained on; an option that names a split is obeyed."""
+        found = settings(sys.argv[1:], "data")
+        given = {name for setting in found if setting.source.startswith("--") for name in setting.init_args}
+        if "path" not in given or split in given or not hasattr(self.datamodule, "score_whole"):
+            return
+        trained = [s.init_args["path"] for s in found if "path" in s.init_args and not s.source.startswith("--")]
+        checkpoint = self._get(self.config_init, "ckpt_path")
+        if checkpoint is not None and Path(checkpoint).is_file():
+            content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+            trained.append(content.get("datamodule_hyper_parameters", {}).get("path", ""))
+        if not any(same_source(str(path), self.datamodule.path) for path in trained):
+            self.datamodule.score_whole()
 
     def after_fit(self) -> None:
         trainer = self.trainer

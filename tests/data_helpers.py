@@ -1,5 +1,6 @@
 """A tokenizer of a few words and texts whose tokens tell which example they are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,13 @@ def rows(*numbers: int) -> dict[str, list[Any]]:
 def numbers_of(*batches: dict[str, torch.Tensor]) -> list[int]:
     """Which examples some batches hold."""
     return [number for batch in batches for number in (batch["input_ids"][:, 1] - len(SPECIAL)).tolist()]
+
+
+def write(path: Path, columns: dict[str, list[Any]]) -> Path:
+    """A jsonl or csv file of these columns."""
+    lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if path.suffix == ".csv":
+        path.write_text("\n".join([",".join(columns), *(",".join(map(str, line.values())) for line in lines)]) + "\n")
+    else:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

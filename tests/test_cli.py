@@ -1,6 +1,7 @@
 """`lit-peft` as a user types it: fast answers, every configuration, what a run leaves."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -211,18 +212,76 @@ def test_every_configuration_trains_two_steps_offline(name, tmp_path):
     assert (folder / "adapter").exists() == (name != "sst2/full")
 
 
-def test_own_data_are_trained_and_predicted(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """The folder of a run on a file of three classes, `my.csv`, which is beside the runs."""
+    root = tmp_path_factory.mktemp("own data")
     rows = [f"{word} it is,{label}\n" for word, label in (("who", "HUM"), ("where", "LOC"), ("when", "NUM"))] * 30
-    (tmp_path / "my.csv").write_text("text,label\n" + "".join(rows))
-    (tmp_path / "new.csv").write_text("text\nwho it is\nwhere it is\n")
-    folder = fit(
-        *(tmp_path / "runs", "--config", "text_classification/lora", "--data.path", str(tmp_path / "my.csv")),
+    (root / "my.csv").write_text("text,label\n" + "".join(rows))
+    return fit(
+        *(root / "runs", "--config", "text_classification/lora", "--data.path", str(root / "my.csv")),
         *("--model.backbone", "demo", "--data.batch_size", "8", "--trainer.max_epochs", "4"),
     )
-    assert "Data: 72 to train, 9 to validate (cut from train), 9 to test (cut from train)" in capsys.readouterr().out
-    run(["predict", "--config", str(folder / "config.yaml"), "--data.path", str(tmp_path / "new.csv")])
-    predicted = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_own_data_are_predicted(own, tmp_path):
+    (tmp_path / "new.csv").write_text("text\nwho it is\nwhere it is\n")
+    run(["predict", "--config", str(own / "config.yaml"), "--data.path", str(tmp_path / "new.csv")])
+    predicted = [json.loads(line) for line in (own / "predictions.jsonl").read_text().splitlines()]
     assert [row["label"] for row in predicted] == ["HUM", "LOC"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "line"),
+    [
+        ("test", ["--data.path", "new.csv"], "Data: 3 to test"),
+        ("validate", ["--data.path", "new.csv"], "Data: 3 to validate"),
+        ("test", ["--data.path", "new.csv", "--data.limit_test", "2"], "Data: 2 of 3 to test"),
+        ("test", [], "Data: 9 to test (cut from train)"),
+        ("test", ["--data.path", "../my.csv"], "Data: 9 to test (cut from train)"),  # the run's own file
+        ("validate", ["--data.path", "../my.csv"], "Data: 9 to validate (cut from train)"),
+        ("test", ["--data.path", "more.csv", "--data.test_split", "cut"], "Data: 3 to test (cut from train)"),
+        ("test", ["--data.path", "folder"], "Data: 1 to test (split test)"),
+    ],
+)
+def test_files_of_some_of_the_classes_are_scored(own, verb, options, line, tmp_path, capsys, monkeypatch):
+    """All of another file, the rows that were cut off of the run's own; and that is told."""
+    new = "when it is,NUM\nwho it is,HUM\nwho it is,HUM\n"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "my.csv").symlink_to(own.parents[1] / "my.csv")
+    monkeypatch.chdir(tmp_path / "here")
+    Path("new.csv").write_text("text,label\n" + new)
+    Path("more.csv").write_text("text,label\n" + new * 10)
+    Path("folder").mkdir()
+    Path("folder/test.csv").write_text("text,label\nwho it is,HUM\n")
+    Path("folder/train.csv").write_text("text,label\n" + new)
+    run([*resolve([verb, "--run", str(own), *options])])
+    printed = capsys.readouterr().out
+    assert [text for text in printed.splitlines() if "Data: " in text] == [line]
+    role = "val" if verb == "validate" else "test"
+    assert re.search(rf"{role}/acc\W+1\.0\b", printed)
+
+
+def test_the_checkpoint_knows_the_file_that_was_trained_on(own, capsys):
+    """Another configuration names none: the run's own file is not scored whole, training rows included."""
+    best, path = own / "checkpoints" / "best.ckpt", own.parents[1] / "my.csv"
+    config = resolve(["test", "--config", "text_classification/lora"])
+    run([*config, "--ckpt_path", str(best), "--data.path", str(path)])
+    assert "Data: 9 to test (cut from train)\n" in capsys.readouterr().out
+
+
+def test_a_fit_tells_its_data_once_and_a_file_of_other_classes_is_not_scored(own, tmp_path, capsys):
+    path = str(own.parents[1] / "my.csv")
+    fit(
+        *(tmp_path, "--config", "text_classification/lora", "--data.path", path, "--model.backbone", "demo"),
+        *("--data.batch_size", "8", "--trainer.max_steps", "2", "--data.limit_val", "5"),
+    )
+    told = [line for line in capsys.readouterr().out.splitlines() if "Data: " in line]
+    assert told == ["Data: 72 to train, 5 of 9 to validate (cut from train), 9 to test (cut from train)"]
+    (tmp_path / "new.csv").write_text("text,label\nwho it is,HUM\nwhat it is,ABBR\n")
+    with pytest.raises(SystemExit):
+        cli.main(["test", "--run", str(own), "--data.path", str(tmp_path / "new.csv")])
+    assert "such as 'ABBR' in row 2; in the model there are: HUM, LOC, NUM" in capsys.readouterr().err
 
 
 def test_every_key_of_every_configuration_has_a_comment():

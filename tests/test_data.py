@@ -91,16 +91,41 @@ def test_folders_of_other_layouts(tmp_path: Path) -> None:
     assert load_splits(str(tmp_path))["train"]["text"][:] == [text(n) for n in (1, 2, 3)]
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"notes.txt: expected files of one type, out of .csv, .tsv"):
-        load_splits(str(tmp_path / "notes.txt"))
+@pytest.mark.parametrize(
+    "files, given, message",
+    [
+        (["notes.txt"], "notes.txt", r"notes.txt: expected a file of type .csv, .tsv, .json, .jsonl or .parquet\."),
+        (["notes"], "notes", "notes: expected a file of type .csv"),
+        (["train.csv", "train.parquet"], ".", r"train.csv, .*train.parquet as one split: expected files of one type"),
+        (["a.csv", "b.jsonl"], ".", r"a.csv, .*b.jsonl as one split: expected files of one type, or names such as"),
+        ([".hidden.csv"], ".", "no file in .*, expected .csv, .tsv, .json, .jsonl or .parquet"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, files: list[str], given: str, message: str) -> None:
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    for name in files:
+        (tmp_path / name).write_text("text,label\nw1,a\n")
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path / given))
+
+
+def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", rows(1))
-    write(tmp_path / "train.parquet", rows(1))
-    with pytest.raises(ValueError, match=r"train.csv, .*train.parquet: expected files of one type"):
-        load_splits(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"nearest: .*train\.csv"):
         load_splits(str(tmp_path / "trian.csv"))
+    (tmp_path / "dead.csv").symlink_to("gone.csv")
+    with pytest.raises(FileNotFoundError, match=r"dead\.csv is a link to gone\.csv, which is not there"):
+        load_splits(str(tmp_path / "dead.csv"))
+
+
+@pytest.mark.parametrize("name", ["a b/my file.csv", "TRAIN.CSV", "link.csv", "train[1].jsonl", "x*/[a].parquet"])
+def test_names_of_files(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    target = Path(write(tmp_path / f"target{path.suffix.lower()}", rows(1, 2)))
+    path.symlink_to(target) if name == "link.csv" else target.rename(path)
+    assert load_splits(str(path))["train"].num_rows == 2
+    assert name == "link.csv" or load_splits(str(path.parent))["train"].num_rows == 2
 
 
 # Labels
@@ -175,7 +200,8 @@ def test_predict_reads_the_test_split_or_the_only_one(folder: str, tmp_path: Pat
     assert predicted(folder, predict_split="validation") == list(range(90, 100))
     new = write(tmp_path / "new.csv", {"text": [text(3), text(1)]})
     assert predicted(new) == [3, 1]
-    assert TextClassificationDataModule(new).label_names == TextClassificationDataModule(new).class_counts == []
+    data = TextClassificationDataModule(new)
+    assert data.label_names == data.class_counts == []
 
 
 # Batches

@@ -1,4 +1,4 @@
-"""A user's own files: which split plays which role, what a label is, and what is wrong with a file."""
+"""A user's own files: which split plays which role, texts that are given, pairs, and what is wrong with a file."""
 
 import json
 import time
@@ -9,8 +9,7 @@ import datasets
 import lightning.pytorch as pl
 import pytest
 import torch
-from data_helpers import numbers_of, rows, save_tokenizer, text
-from datasets import ClassLabel, Dataset
+from data_helpers import numbers_of, rows, save_tokenizer, text, write
 from models import TINY
 
 from lit_peft import LoRA
@@ -36,16 +35,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def module(path: Path | str, tokenizer: str, **options: Any) -> TextClassificationDataModule:
     return TextClassificationDataModule(str(path), tokenizer=tokenizer, **options)
-
-
-def write(path: Path, columns: dict[str, list[Any]]) -> Path:
-    """A jsonl or csv file of these columns."""
-    lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if path.suffix == ".csv":
-        path.write_text("\n".join([",".join(columns), *(",".join(map(str, line.values())) for line in lines)]) + "\n")
-    else:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 # Roles
@@ -124,7 +113,7 @@ def test_describe(tmp_path: Path, tokenizer: str) -> None:
     )
     assert module(path, tokenizer, limit_val=100).describe() == [
         "Classes: 0 10 (375), 1 ABBR (375), 2 HUM (750)",
-        "Data: 1,200 to train, 100 to validate (cut from train), 150 to test (cut from train)",
+        "Data: 1,200 to train, 100 of 150 to validate (cut from train), 150 to test (cut from train)",
     ]
     write(tmp_path / "train.csv", {"text": [text(n) for n in range(100)], "label": [n % 25 for n in range(100)]})
     write(tmp_path / "dev.csv", {"text": ["w1"], "label": [3]})
@@ -139,7 +128,7 @@ def test_describe(tmp_path: Path, tokenizer: str) -> None:
 @pytest.mark.parametrize("quiet", [False, True])
 def test_the_report_begins_with_the_data(tmp_path: Path, quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "mine.csv", rows(*range(40)))
-    trainer = pl.Trainer(**QUIET, accelerator="cpu", max_steps=1, callbacks=[LoRA(r=2), RunReport(quiet)])
+    trainer = pl.Trainer(**QUIET, accelerator="cpu", max_steps=1, callbacks=[LoRA(r=2), RunReport(quiet=quiet)])
     trainer.fit(TextClassification(), TextClassificationDataModule(str(path)))
     printed = capsys.readouterr().out
     if quiet:
@@ -147,68 +136,6 @@ def test_the_report_begins_with_the_data(tmp_path: Path, quiet: bool, capsys: py
     else:
         assert printed.startswith("Classes: 0 bad (26), 1 good (14)\nData: 32 to train, 4 to validate (cut from train)")
         assert "What trains" in printed.partition("\nData: ")[2]
-
-
-# Labels
-
-
-def column(values: list[Any]) -> Dataset:
-    return Dataset.from_dict({"text": [text(n) for n in range(len(values))], "label": values})
-
-
-@pytest.mark.parametrize(
-    "train, names, other, codes",
-    [
-        ([-1, 1, -1], ["-1", "1"], [1, -1], [1, 0]),
-        ([1, 0, -1], ["-1", "0", "1"], [-1, -1], [-1, -1]),  # all -1: published without labels
-        ([0, 1, 1], ["0", "1"], [1, -1], [1, -1]),  # -1 is not a class in train
-        (["-1", "1"], ["-1", "1"], [1, -1], [1, 0]),
-        ([10, 9, 100], ["9", "10", "100"], ["100", "9"], [2, 0]),
-        (["10", "9", "x"], ["9", "10", "x"], [9, 10], [0, 1]),
-        (["b", "a", "a"], ["a", "b"], [" a ", None, ""], [0, -1, -1]),
-        ([0, 1, None, 0], ["0", "1"], [1.0, None], [1, -1]),  # a gap makes integers floats
-        (["01", "2"], ["1", "2"], [1, 2], [0, 1]),
-        (["01", "x"], ["01", "x"], ["01", "1"], [0, -2]),
-        ([True, False], ["False", "True"], ["True", "False"], [1, 0]),
-        ([2**62, 3], ["3", str(2**62)], [3], [0]),
-    ],
-)
-def test_labels(train: list[Any], names: list[str], other: list[Any], codes: list[int]) -> None:
-    data = TextClassificationDataModule("here")
-    data._splits = {"train": column(train), "other": column(other)}
-    assert data.label_names == names
-    assert data._codes("other").tolist() == codes
-
-
-@pytest.mark.parametrize(
-    "values, codes", [([1, -1, 0], [1, -1, 0]), (["bad", "good"], [0, 1]), (["1", "2"], [1, -2]), ([-1], [-1])]
-)
-def test_declared_classes_go_by_name_or_code_and_have_no_minus_one(values: list[Any], codes: list[int]) -> None:
-    data = TextClassificationDataModule("here")
-    declared = column([0, -1, 1]).cast_column("label", ClassLabel(names=["bad", "good"]))
-    swapped = column([0, 1]).cast_column("label", ClassLabel(names=["good", "bad"]))
-    data._splits = {"train": declared, "other": column(values), "swapped": swapped}
-    assert data.label_names == ["bad", "good"] and data._codes("train").tolist() == [0, -1, 1]
-    assert data._codes("other").tolist() == codes
-    assert data._codes("swapped").tolist() == [1, 0]
-
-
-def test_minus_one_is_trained_where_train_has_it(tmp_path: Path, tokenizer: str) -> None:
-    columns = {"text": [text(n) for n in range(40)], "label": [n % 2 * 2 - 1 for n in range(40)]}
-    data = module(write(tmp_path / "mine.csv", columns), tokenizer)
-    labels = torch.cat([batch["labels"] for batch in data.train_dataloader()])
-    assert labels.bincount().tolist() == [16, 16] and data.class_counts == [20, 20]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-@pytest.mark.parametrize("labels", [["new", "old"], [0.5, 0.7], [7, 8], ["", ""]])
-def test_labels_do_not_matter_to_predict(tmp_path: Path, suffix: str, labels: list[Any]) -> None:
-    """Neither what the file calls classes, nor how many, nor of what type."""
-    path = write(tmp_path / f"new{suffix}", {"text": ["w1 w2", "w3"], "label": labels})
-    model = TextClassification(label_names=["a", "b", "c"], class_weights="balanced")
-    trainer = pl.Trainer(**QUIET, accelerator="cpu", callbacks=[LoRA(r=2)])
-    (batch,) = trainer.predict(model, TextClassificationDataModule(str(path)))
-    assert [set(row["probabilities"]) for row in batch] == [{"a", "b", "c"}] * 2
 
 
 # Texts that are given
@@ -317,7 +244,7 @@ CSV = "text,label\nw1,a\nw2,b\n"
         ("x.csv", CSV.encode() + b'"w3\nw4",a\nw5\n', "x.csv: the row of line 6 has 1 cells, expected 2"),
         ("x.csv", b"text,label\nw1,w2,a\nw3,w4,b\n", "x.csv: the row of line 2 has 3 cells"),
         ("x.csv", CSV.encode() + b'"w3,a\nw4,b', "x.csv: the quote opened in the row of line 4 is never closed"),
-        ("x.csv", b"text,text\nw1,a\n", "x.csv has two columns 'text'"),
+        ("x.csv", b"text, text\nw1,a\n", "x.csv has two columns 'text'"),
         (
             "x.csv",
             b"text;label\nw1;a\n",
@@ -331,6 +258,7 @@ CSV = "text,label\nw1,a\nw2,b\n"
         ("x.csv", b"text,label\n1,a\n2.5,b\n", "holds numbers alone, such as 1, expected text"),
         ("x.jsonl", b'{"text": 1, "label": 1}\n{"text": 2, "label": 0}\n', "'text' .* holds int64, expected text"),
         ("x.jsonl", b'{"text": "a", "label": [1]}\n' * 2, r"Label column 'label' .* holds List.*, expected class"),
+        ("x.jsonl", b'{"text": "a", "label": 9223372036854775809}\n' * 2, "too large to be told apart, such as 9.22"),
         ("x.csv", b"text,label\nw1,0.5\nw2,1\n", "'label' .* holds fractions such as 0.5, expected class names"),
         ("x.csv", b"text,label\nw1,a\nw2,a\nw3,a\nw4,a\n", "one class alone, 'a'"),
         ("x.csv", b"text,label\nw1,a\nw2,\nw3,b\n", "1 of 3 examples .* have no label .*; the first is row 2"),

@@ -59,6 +59,7 @@ MISTAKES = [
     Mistake("a verb without weights", ["test", "--config", "quickstart"], "test needs the weights of a run"),
     quick("a class that is not there", "--model my_package.Net", "No module named 'my_package'"),
     # data
+    Mistake("no data", ["fit", "--config", "text_classification/lora"], "data.path is empty: give --data.path FILE"),
     quick("a missing file", "--data.path {folder}/trian.csv", "No such file or folder"),
     quick("a missing column", "--data.path {csv} --data.text_column sentense", "No column 'sentense' in"),
     quick("data without labels", "--data.path {unlabelled}", "have no label"),

@@ -26,6 +26,8 @@ from lit_peft.methods.seam import methods
 class RunReport(pl.Callback):
     """Prints what the data are and the table of sites when a fit starts; `finish` writes what a run leaves.
 
+    Validating and testing begin with what is scored, unless a fit on the same data has told it.
+
     Args:
         folder: The run's folder; null: that of the trainer's logger, or the trainer's root.
         quiet: Print nothing, write all the same.
@@ -40,6 +42,7 @@ class RunReport(pl.Callback):
         self.base: dict[str, float] = {}
         """Test metrics before training, `base/test/...`; a checkpoint carries them through a resume."""
         self.console = Console(soft_wrap=False)
+        self._described: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"base": self.base}
@@ -50,11 +53,24 @@ class RunReport(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or self.quiet:
             return
-        describe = getattr(trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
-        for line in describe() if describe is not None else ():
-            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._describe(trainer)
         if registry(pl_module) is not None:
             self.console.print(sites_table(pl_module))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._describe(trainer, ("val",))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._describe(trainer, ("test",))
+
+    def _describe(self, trainer: pl.Trainer, *roles: Any) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or self.quiet or data is self._described or not hasattr(data, "describe"):
+            return
+        if not roles:
+            self._described = data  # a fit validates it, and tests it afterwards
+        for line in data.describe(*roles):
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         RunReport.running = True

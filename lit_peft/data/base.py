@@ -76,7 +76,9 @@ class TextDataModule(pl.LightningDataModule):
         if name not in self._tokenizers:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(hub.locate(name))
+            source = hub.locate(name)
+            with hub.explained(name):
+                tokenizer = AutoTokenizer.from_pretrained(source)
             if tokenizer.pad_token_id is None:  # decoders have none; any will do, the attention mask hides it
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizers[name] = tokenizer

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ LONGEST = 1_000_000  # characters; a novel is shorter, and tokenising a broken f
 MISSING, UNKNOWN = -1, -2
 SHOWN = 20  # names in a message
 
-_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
+# Of at most 40 digits: longer ones are names, whatever they are meant to be.
+_WHOLE = re.compile(r"[+-]?\d{1,40}(\.0*)?")
+_NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.I)
+EXACT = 2**53  # whole numbers from here on are no longer all floats
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -104,11 +106,13 @@ class Labels:
 
     Attributes:
         names: Their names in the order of their codes.
-        declared: Whether a `ClassLabel` column declares them, instead of the values that occur.
+        declared: Names that a label's number stands for, unless it is a name itself: those of a `ClassLabel` column.
+        source: Whose they are, in messages.
     """
 
     names: list[str]
-    declared: bool = False
+    declared: Sequence[str] = ()
+    source: str = "train"
 
     @classmethod
     def of(cls, split: Dataset, column: str, where: str) -> "Labels":
@@ -117,14 +121,20 @@ class Labels:
         Numbers sort as numbers and come before words. -1 is a class where it stands beside other values.
 
         Raises:
-            ValueError: The column holds neither names nor whole numbers nor booleans.
+            ValueError: The column holds neither names nor whole numbers nor booleans, or numbers that reading has
+                rounded.
         """
         feature = split.features[column]
         if isinstance(feature, ClassLabel):
-            return cls(list(feature.names), declared=True)
+            return cls(list(feature.names), declared=feature.names)
         if not all(isinstance(value, str | int | float | None) for value in split[column][:]):
             raise ValueError(
                 f"Label column {column!r} of {where} holds {_kind(feature)}, expected class names or whole numbers."
+            )
+        if rounded := next((v for v in split[column][:] if isinstance(v, float) and abs(v) >= EXACT), None):
+            raise ValueError(
+                f"Label column {column!r} of {where} holds numbers too large to be told apart, such as {rounded:.15g}: "
+                "write them as texts, in quotes."
             )
         words = {word for word in _words(split, column) if word is not None}
         if all(_NUMBER.fullmatch(word) for word in words):
@@ -151,15 +161,15 @@ class Labels:
             if word is None or unlabelled:
                 return MISSING
             number = _number(word)
-            if self.declared and word not in known and number.isdecimal() and int(number) < len(self.names):
-                return int(number)
+            if word not in known and number.isdecimal() and len(number) < 20 and int(number) < len(self.declared):
+                word = self.declared[int(number)]
             return known.get(word, known.get(number, MISSING if number == "-1" else UNKNOWN))
 
         codes = {word: code(word) for word in set(words)}
         return np.array([codes[word] for word in words], dtype=np.int64)
 
     def check(self, split: Dataset, column: str, codes: np.ndarray, where: str) -> None:
-        """Check that all rows of a split have a label, and none that is not in train.
+        """Check that all rows of a split have a label, and none that is no class here.
 
         Args:
             split: Rows to learn from or to score.
@@ -168,7 +178,7 @@ class Labels:
             where: What `split` is called in messages.
 
         Raises:
-            ValueError: The column is missing, or some rows have no label, or one that is not in train.
+            ValueError: The column is missing, or some rows have no label, or one that is no class here.
         """
         if column not in split.column_names:
             raise ValueError(f"No label column {column!r} in {where}; {nearest(column, split.column_names)}")
@@ -181,6 +191,6 @@ class Labels:
         if len(unknown := np.flatnonzero(codes == UNKNOWN)):
             word = _words(split.select(unknown[:1]), column)[0]
             raise ValueError(
-                f"{len(unknown):,} of {len(codes):,} examples in {where} have labels that are not in train, such as "
-                f"{word!r} in row {unknown[0] + 1}; in train {nearest(str(word), self.names)}"
+                f"{len(unknown):,} of {len(codes):,} examples in {where} have labels that are not in {self.source}, "
+                f"such as {word!r} in row {unknown[0] + 1}; in {self.source} {nearest(str(word), self.names)}"
             )

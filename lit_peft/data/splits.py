@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lit_peft import hub
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SUFFIXES = (*SEPARATORS, *BUILDERS)
+READABLE = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 # Word in a file's name -> its split.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -59,7 +61,9 @@ def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
             return {"train": data} if isinstance(data, Dataset) else dict(data)
         if files := _by_split(found):
             return {split: _read(parts) for split, parts in files.items()}
-    with _explained(path):
+        if not any(file.is_file() for file in found.rglob("[!.]*")):
+            raise FileError(f"There is no file in {path}, expected {READABLE}.")
+    with hub.explained(path, "dataset"), _explained(path):
         data = load_dataset(str(found), name)
     assert isinstance(data, DatasetDict)
     return {str(split): part for split, part in data.items()}
@@ -68,10 +72,10 @@ def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
 def _by_split(folder: Path) -> dict[str, list[Path]]:
     """Files of each split; none where the folder is laid out in some other way."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    files = [entry for entry in entries if _suffix(entry) in SUFFIXES and entry.is_file()]
     folders = {entry: SPLIT_WORDS[entry.name] for entry in entries if entry.is_dir() and entry.name in SPLIT_WORDS}
     nested = {
-        split: sorted(file for file in entry.iterdir() if file.suffix in SUFFIXES) for entry, split in folders.items()
+        split: sorted(file for file in entry.iterdir() if _suffix(file) in SUFFIXES) for entry, split in folders.items()
     }
     if nested and all(nested.values()):
         return nested
@@ -84,17 +88,22 @@ def _by_split(folder: Path) -> dict[str, list[Path]]:
         if splits:
             return splits
     # A .json beside folders describes them.
-    data = [file for file in files if file.suffix != ".json"]
-    plain = len({file.suffix for file in data}) == 1 and not any(entry.is_dir() for entry in entries)
-    return {"train": data} if plain else {}
+    data = [file for file in files if _suffix(file) != ".json"]
+    kinds = {_suffix(file) for file in data}  # of several, which is told, `load_dataset` would read one in silence
+    return {"train": data} if len(kinds) > 1 or (data and not any(entry.is_dir() for entry in entries)) else {}
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()  # Windows may have written it in capitals
 
 
 def _read(files: list[Path]) -> Dataset:
     names = ", ".join(map(str, files))
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1 or not suffixes <= set(SUFFIXES):
-        raise FileError(f"Cannot read {names}: expected files of one type, out of {', '.join(SUFFIXES)}.")
-    suffix = suffixes.pop()
+    if unknown := next((file for file in files if _suffix(file) not in SUFFIXES), None):
+        raise FileError(f"Cannot read {unknown}: expected a file of type {READABLE}.")
+    suffix, *others = {_suffix(file) for file in files}
+    if others:
+        raise FileError(f"Cannot read {names} as one split: expected files of one type, or names such as test.csv.")
     sources = [str(file) for file in files]
     with _explained(names, files):
         for file in files:
@@ -108,7 +117,7 @@ def _read(files: list[Path]) -> Dataset:
             return Dataset.from_generator(csv_rows, gen_kwargs=arguments)
         if fault := next(filter(None, (_first_fault(file, parse=False) for file in files)), None):
             raise FileError(fault)  # the reader of JSON lets it pass, and a text fails when it is wanted
-        data = load_dataset(BUILDERS[suffix], data_files=sources, split="train")
+        data = load_dataset(BUILDERS[suffix], data_files=[*map(escape, sources)], split="train")
         if not len(data):
             raise FileError(f"{names} is empty: it has no rows.")
         return data
@@ -192,14 +201,14 @@ def _explained(what: str, files: list[Path] | None = None) -> Iterator[None]:
 
 def _first_fault(file: Path, parse: bool = True) -> str | None:
     """Where a text file is not UTF-8 or, if it is to be parsed, not JSON; None where that cannot be told."""
-    if file.suffix not in SUFFIXES or file.suffix == ".parquet":
+    if _suffix(file) not in SUFFIXES or _suffix(file) == ".parquet":
         return None
     offset = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode()
-                if parse and file.suffix == ".jsonl" and text.strip():
+                if parse and _suffix(file) == ".jsonl" and text.strip():
                     json.loads(text)
             except UnicodeDecodeError as error:
                 where = f"byte 0x{line[error.start]:02x} at offset {offset + error.start:,}, in line {number}"

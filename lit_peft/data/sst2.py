@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from lit_peft.data.columns import Labels
 from lit_peft.data.splits import stratified_subset
 from lit_peft.data.text_classification import TextClassificationDataModule
 
+NAMES = ["negative", "positive"]
 MIN_TOKENS = 4  # shorter phrases ("of the film") are shared by sentences that have nothing else in common
 
 
@@ -52,11 +54,11 @@ class SST2DataModule(TextClassificationDataModule):
     ) -> None:
         super().__init__(path=path, text_column=text_column, test_split=test_split, val_fraction=val_fraction, **kwargs)
 
-    @property
-    def label_names(self) -> list[str]:
-        """`negative` and `positive`, also where the file has only 0 and 1."""
-        names = super().label_names
-        return ["negative", "positive"] if names == ["0", "1"] else names
+    def _find_labels(self) -> Labels:
+        """`negative` and `positive`, also where the file has only 0 or 1."""
+        labels = super()._find_labels()
+        numbers = labels.names and set(labels.names) <= {"0", "1"}
+        return Labels(NAMES, declared=NAMES) if numbers else labels
 
     def hold_out(self, split: Dataset, labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """Rows of about `size` phrases in all that are the whole of some groups; see `group_phrases`.

@@ -13,7 +13,9 @@ from lit_peft.data.columns import MISSING, SHOWN, Labels, check_text, has_labels
 from lit_peft.data.loaders import tokenise
 from lit_peft.data.splits import load_splits, stratified_subset
 
+CUT = "cut"  # what names no split in `val_split` and `test_split`
 ROWS_PER_PROCESS = 25_000  # fewer, and starting a process costs more than it saves
+VERBS = {"train": "train", "val": "validate", "test": "test"}
 
 
 class TextClassificationDataModule(TextDataModule):
@@ -25,7 +27,9 @@ class TextClassificationDataModule(TextDataModule):
     length, in an order that follows from `seed` and the epoch alone; a resumed run, also from a checkpoint
     written in mid-epoch, sees exactly the batches that were left. Evaluation shows each example once, on one
     rank, prediction in the order of the file. Null, an empty text, and -1 where train has no such class beside
-    others, mean that there is no label, which only prediction allows; it never fails for a label.
+    others, mean that there is no label, which only prediction allows; it never fails for a label. Spaces around a
+    label do not count, upper and lower case do. Where the model knows its classes (`label_names`, also from a
+    checkpoint), labels are encoded by their names: data to score may lack some of them, and order them in any way.
 
     Args:
         path: `demo` for the bundled reviews; a file (csv, tsv, json, jsonl, parquet), which is the split
@@ -40,8 +44,8 @@ class TextClassificationDataModule(TextDataModule):
         batch_size: Training examples a step on each device.
         eval_batch_size: Examples a step on each device in evaluation; null: twice `batch_size`.
         val_split: Split to validate on; null: `validation` where there is such a split with labels that is not
-            `test_split`, else cut from train.
-        test_split: Split to test on; null: `test`, or cut from train, likewise.
+            `test_split`, else cut from train; cut: cut from train in any case.
+        test_split: Split to test on; null: `test`, or cut from train, likewise; cut: as above.
         predict_split: Split to predict; null: the split to test on, else `test`, else the only one there is.
         val_fraction: Share of the train split that is cut off for validation, and again for the test; labels
             keep their shares.
@@ -55,7 +59,8 @@ class TextClassificationDataModule(TextDataModule):
 
     Raises:
         ValueError: An argument out of range; while loading: a file that is broken or empty, a missing split
-            or column, an empty or endless text, a label that is missing or unknown, one class alone.
+            or column, an empty or endless text, a label that is missing or unknown, one class alone, or other
+            classes than those of the model to be trained.
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set or tokenizer that is neither in reach nor in the cache.
     """
@@ -96,6 +101,10 @@ class TextClassificationDataModule(TextDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"data.{argument} is {value}, expected at least {least}.")
+        if not path:
+            raise ValueError(
+                "data.path is empty: give --data.path FILE (csv, tsv, json, jsonl or parquet), or a folder."
+            )
         if not 0 < val_fraction < 0.5:
             raise ValueError(f"data.val_fraction is {val_fraction}, expected a share between 0 and 0.5.")
         self.save_hyperparameters()
@@ -109,10 +118,24 @@ class TextClassificationDataModule(TextDataModule):
         self.limits = {"train": limit_train, "val": limit_val, "test": limit_test, "predict": None}
         self.num_proc = num_proc
         self._given: Dataset | None = None
+        self._known: list[str] | None = None
+        self._whole = False
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what `stage` needs, with labels encoded by the classes of the trainer's model, where it knows them."""
+        names = getattr(self.trainer.lightning_module if self.trainer else None, "label_names", None)
+        before, self._known = self._known, None if names is None else list(names)
+        own = self._own_labels.names if "_own_labels" in vars(self) else None
+        if (self._known or own) != (before or own):
+            self._forget()
+        if stage == "fit" and self._known and {*self._own_labels.names} not in (set(), {*self._known}):
+            here, there = (", ".join(names[:SHOWN]) for names in (self._own_labels.names, self._known))
+            raise ValueError(f"The data's classes are {here}; this model's are {there}.")
+        super().setup(stage)
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes in the order of their codes; empty for data without labels."""
+        """Names of the classes in the order of their codes, the model's where it knows them; empty for none at all."""
         return self._labels.names
 
     @property
@@ -131,25 +154,44 @@ class TextClassificationDataModule(TextDataModule):
         codes = self._codes("train")
         return np.bincount(codes[codes >= 0], minlength=self.num_labels).tolist()
 
-    def describe(self) -> list[str]:
-        """What a person should know before training: the classes, and where each role's rows come from."""
+    def describe(self, roles: Sequence[str] = ("train", "val", "test")) -> list[str]:
+        """What a person should know before training: the classes, and where each role's rows come from.
+
+        Args:
+            roles: Out of "train", "val" and "test"; the classes are told with "train".
+
+        Returns:
+            Lines to print.
+        """
         lines = []
-        if names := self.label_names:
+        if "train" in roles and (names := self.label_names):
             counts = [f" ({count:,})" for count in self.class_counts] or [""] * len(names)
             codes = [str(code) if name == str(code) else f"{code} {name}" for code, name in enumerate(names)]
             shown = [code + count for code, count in zip(codes, counts, strict=True)][:SHOWN]
             rest = [f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
             lines.append(f"Classes: {', '.join(shown + rest)}")
         parts = []
-        for role, verb in (("train", "train"), ("val", "validate"), ("test", "test")):
+        for role in roles:
+            verb = VERBS[role]
             try:
-                split, rows = self._rows(role)
+                split, rows = self._rows(role, limited=False)
             except ValueError:  # an error of the stage that needs it
                 parts.append(f"none to {verb}")
                 continue
+            limit = self.limits[role] or len(rows)
+            count = f"{limit:,} of {len(rows):,}" if limit < len(rows) else f"{len(rows):,}"
             origin = f"split {split}" if split != "train" else "cut from train" if self._sources[role] is None else ""
-            parts.append(f"{len(rows):,} to {verb}" + (f" ({origin})" if origin else ""))
+            parts.append(f"{count} to {verb}" + (f" ({origin})" if origin else ""))
         return [*lines, f"Data: {', '.join(parts)}"]
+
+    def score_whole(self) -> None:
+        """Validate and test on every row of data that are one split alone: for data that were not trained on.
+
+        Of the data that a model was trained on, only what had been cut off may be scored. Data of several splits are
+        not changed by this: their roles are as in training.
+        """
+        self._whole = True
+        self._forget()
 
     def use_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> None:
         """Predict these texts, in this order, instead of a data set; `path` is then not read for prediction.
@@ -200,6 +242,12 @@ class TextClassificationDataModule(TextDataModule):
         """
         return stratified_subset(labels, size, rng)
 
+    def _forget(self) -> None:
+        """Drops what depends on the codes of labels and on the splits of roles, to be found anew."""
+        for name in ("_sources", "_cut"):
+            vars(self).pop(name, None)
+        self._tokenised.clear()
+
     @cached_property
     def _splits(self) -> dict[str, Dataset]:
         return self.load()
@@ -226,16 +274,27 @@ class TextClassificationDataModule(TextDataModule):
     def _sources(self) -> dict[str, str | None]:
         """The split that each role reads; None: cut from train."""
         sources: dict[str, str | None] = {"train": "train"}
+        if self._whole and len(self._splits) == 1:
+            return sources | dict.fromkeys(("val", "test"), next(iter(self._splits)))
         for role, other, usual in (("val", "test", "validation"), ("test", "val", "test")):
             sources[role] = self.split_names[role]
             free = sources[role] is None and self.split_names[other] != usual
             if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
                 sources[role] = usual
-        return sources
+        return {role: None if name == CUT else name for role, name in sources.items()}
+
+    @property
+    def _labels(self) -> Labels:
+        """The classes by which labels are encoded."""
+        own = self._own_labels
+        return own if self._known in (None, own.names) else Labels(self._known or [], own.declared, "the model")
 
     @cached_property
-    def _labels(self) -> Labels:
-        """The classes; train decides where it has labels."""
+    def _own_labels(self) -> Labels:
+        return self._find_labels()
+
+    def _find_labels(self) -> Labels:
+        """The classes of the data themselves; train decides where it has labels."""
         for name in dict.fromkeys(("train", *self._splits)):
             if name in self._splits and self.label_column in self._splits[name].column_names:
                 labels = Labels.of(self._splits[name], self.label_column, self._where(name))
@@ -269,21 +328,21 @@ class TextClassificationDataModule(TextDataModule):
             raise ValueError(f"{len(train)} examples in {self._where('train')} are too few to cut some off.")
         return cut
 
-    def _rows(self, role: str) -> tuple[str, np.ndarray]:
-        """The split that `role` reads, and the rows of it."""
+    def _rows(self, role: str, limited: bool = True) -> tuple[str, np.ndarray]:
+        """The split that `role` reads, and the rows of it, all or no more than its limit."""
         name = self.split_names["predict"] if role == "predict" else self._sources[role]
         if role == "predict" and name is None:
             if "test" in self._splits and self._sources["test"] is None:
                 name = "test"
             elif len(self._splits) > 1 or self._sources["test"] in self._splits:
-                return self._rows("test")
+                return self._rows("test", limited)
             else:
                 name = next(iter(self._splits))
         if name is None or role == "train":
             name, rows = "train", self._cut[role]
         else:
             rows = np.arange(len(self._split(name)))
-        if limit := self.limits[role]:
+        if limited and (limit := self.limits[role]):
             rng = np.random.default_rng((self.seed, 2 + list(self.limits).index(role)))
             rows = rows[stratified_subset(self._codes(name)[rows], limit, rng)]
         return name, rows
@@ -317,6 +376,7 @@ class TextClassificationDataModule(TextDataModule):
             codes = np.full(len(split), MISSING)
         if role != "predict":
             self._labels.check(split, self.label_column, codes, where)
-        if role == "train" and self.num_labels < 2:
-            raise ValueError(f"There is one class alone, {self.label_names[0]!r}, in {where}; expected two or more.")
+        if role == "train" and len(present := np.unique(codes)) < 2:
+            name = self.label_names[present[0]]
+            raise ValueError(f"There is one class alone, {name!r}, in {where}; expected two or more.")
         return (split.select(rows) if len(rows) < len(split) else split), codes[rows]

@@ -87,6 +87,7 @@ class TextClassification(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Takes the classes from the data module, or holds it to the ones that are known.
 
+        Our data modules encode labels by the known names; the order of another one's codes must be the model's.
         To predict with known classes, the data need no labels, and what labels there are do not matter.
         """
         if stage == "predict" and self.label_names is not None:
@@ -232,9 +233,13 @@ def load_classifier(backbone: str, label_names: Sequence[str], dtype: torch.dtyp
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with torch.device("cpu"):  # Lightning's context would place, and rename the hooks of, what is loaded
+    source = hub.locate(backbone)
+    with (
+        hub.explained(backbone),
+        torch.device("cpu"),
+    ):  # Lightning's context would place, and rename the hooks of, what is loaded
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            hub.locate(backbone, what="model"),
+            source,
             num_labels=len(label_names),
             id2label=dict(enumerate(label_names)),
             label2id={name: i for i, name in enumerate(label_names)},
