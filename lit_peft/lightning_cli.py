@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from datasets import disable_progress_bars
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -191,14 +191,15 @@ class LitPeftCLI(LightningCLI):
             config["logger"] = folder is not None and TensorBoardLogger(
                 str(folder.parent), name="", version=folder.name, default_hp_metric=False
             )
-        forced = [*self._callbacks(), stopper, self.best]
+        self.latest = LatestCheckpoint(self._get(self.config_init, "resume_every"))
+        forced = [*self._callbacks(), stopper, self.best, self.latest]  # the last one records what the others know
         if not config["logger"]:
             forced = [c for c in forced if not isinstance(c, LearningRateMonitor)]
         if config.get("enable_checkpointing") is False:
-            forced = [c for c in forced if not isinstance(c, ModelCheckpoint)]
+            forced = [c for c in forced if not isinstance(c, Checkpoint)]
         if self.folder is not None:
             for callback in forced:
-                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                if isinstance(callback, ModelCheckpoint | LatestCheckpoint) and callback.dirpath is None:
                     # Absolute: a resume that names the same folder in another way must find its best checkpoint.
                     callback.dirpath = str(self.folder.resolve() / "checkpoints")
             forced.append(RunConfig(self.folder, self._parser(self.subcommand), self.config[str(self.subcommand)]))
@@ -206,7 +207,6 @@ class LitPeftCLI(LightningCLI):
 
     def _callbacks(self) -> list[pl.Callback]:
         self.report = RunReport(None if self.folder is None else str(self.folder))
-        self.latest = LatestCheckpoint(self._get(self.config_init, "resume_every"))
         watching: list[pl.Callback] = [
             MonitorCheck(),
             ReproducibleSteps(),
@@ -220,7 +220,7 @@ class LitPeftCLI(LightningCLI):
             run = run_folder(self._get(self.config_init, "ckpt_path")) or Path()
             self.predictions = PredictionWriter(str(free_file(self._get(self.config_init, "predictions"), run)))
             watching.append(self.predictions)
-        return [*watching, self.report, self.latest]
+        return [*watching, self.report]
 
     def _folder(self, config: dict[str, Any]) -> Path:
         """The run's folder: that of a logger which the user brings, of the run that goes on, or a new one."""

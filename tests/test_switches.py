@@ -141,10 +141,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     from lit_peft.callbacks.checkpoints import LatestCheckpoint
 
     before = signal.getsignal(signal.SIGINT)
-    latest = LatestCheckpoint(every_n_train_steps=1)
-    latest.dirpath = str(tmp_path)
+    latest = LatestCheckpoint(every_n_train_steps=1, dirpath=str(tmp_path))
     with pytest.raises(SystemExit):
-        fit_toy(Module(), net_lora(), latest, Impatient())
+        fit_toy(Module(), net_lora(), latest, Impatient(), enable_checkpointing=True)
     assert not list(tmp_path.iterdir())
     signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
 

@@ -6,32 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from lit_peft.arguments import nearest
 
 HIGHER_IS_BETTER = {"acc", "accuracy", "f1", "mcc", "auroc", "precision", "recall"}
 
 
-class LatestCheckpoint(ModelCheckpoint):
+class LatestCheckpoint(Checkpoint):
     """Keeps last.ckpt, the state to go on from, up to date: every so many steps, on Ctrl-C, at the end of training.
 
-    It stands beside the best checkpoint, often enough that a killed run loses little. On one device the first Ctrl-C
-    lets the step in hand end, so that what is written is the state between two steps; a second one stops at once.
+    It stands beside the best checkpoint, often enough that a killed run loses little. Where a step is followed by a
+    validation, it is written after that, since a resumed fit does not make up for one that it was killed in. On one
+    device the first Ctrl-C lets the step in hand end, so that what is written is the state between two steps; a
+    second one stops at once.
 
     Args:
         every_n_train_steps: Optimizer steps between two writings.
+        dirpath: Folder of the file; null: nothing is written.
     """
 
-    def __init__(self, every_n_train_steps: int) -> None:
+    def __init__(self, every_n_train_steps: int, dirpath: str | None = None) -> None:
         if every_n_train_steps < 1:
             raise ValueError(f"resume_every must be at least 1, not {every_n_train_steps}.")
-        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+        self.every_n_train_steps = every_n_train_steps
+        self.dirpath = dirpath
         self.stopping = False
+        self._written = 0
         self._handler: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+        self._written = trainer.global_step
 
         def stop(number: int, frame: Any) -> None:
             if self.stopping:
@@ -43,17 +48,28 @@ class LatestCheckpoint(ModelCheckpoint):
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, stop)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        if self.stopping:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if fetcher is not None and not epoch._should_check_val_fx(fetcher):
+            self._step(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._step(trainer)
+
+    def _step(self, trainer: pl.Trainer) -> None:
+        """Writes if it is time to: between two steps, or between a validation and the next step."""
+        step = trainer.global_step
+        if self.stopping or (step // self.every_n_train_steps > self._written // self.every_n_train_steps):
             self._write(trainer)
+            self._written = step
+        if self.stopping:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
