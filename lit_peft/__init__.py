@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.rates import param_groups
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOME = {
     "detach": "core.attach",
     "set_active": "core.attach",
     "load": "methods.folder",
+    "param_groups": "methods.rates",
     "save": "methods.folder",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "TargetedMethod",
     "detach",
     "load",
+    "param_groups",
     "save",
     "set_active",
 ]

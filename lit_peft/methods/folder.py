@@ -66,7 +66,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     moving = sorted(moving_buffers(module, [adapter]))
     root = find_root(module, [*adapter.sites, *adapter.base, *moving])
     model, pairs = root.model, root.pairs(adapter)
-    method: Any = _method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
+    method: Any = method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
     base = [root.inside(parameter) for parameter in adapter.base]
 
     whole = hf_peft.trained_whole(model, {id(model.get_parameter(parameter)) for parameter in base})
@@ -182,6 +182,7 @@ def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
         "methods": {adapter.name: adapter.spec},
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
+        "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
         "fingerprint": _of_model(entry["fingerprint"], root),
     }
 
@@ -230,7 +231,7 @@ def load(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         arguments = {"target_modules": paths, "train_also": head}
     if missing := [key for key in trains if key not in base]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
-    cls: Any = _method_class(spec["class_path"])
+    cls: Any = method_class(spec["class_path"])
     read = {}
     if hasattr(cls, "from_hf_peft"):
         read = cls.from_hf_peft(hf_peft.read_options(config, cls.hf_options, cls.__name__), paths)
@@ -243,7 +244,8 @@ def load(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     # The places are those of the folder: what the arguments say of them may mean others from this root.
     canonical = {id(p): key for key, p in module.named_parameters()}
     names = {canonical[id(root.model.get_parameter(key))] for key in trains}
-    method.train_also = [f"re:{re.escape(root.outside(key))}" for key in head]
+    scales = (mine or {}).get("scales", {})
+    method.train_also = {f"re:{re.escape(root.outside(key))}": scales.get(key, 1.0) for key in head}
     method.trains = names.__contains__
     if paths and hasattr(cls, "to_hf_peft"):
         sites = [make_site(root.outside(path), root.model.get_submodule(path)) for path in paths]
@@ -280,7 +282,7 @@ def _read_record(metadata: Mapping[str, str], module: nn.Module, root: Root) -> 
     return mine
 
 
-def _method_class(class_path: str) -> type[Method]:
+def method_class(class_path: str) -> type[Method]:
     """The class that a folder names: a method that is installed, or one that the program has imported itself."""
     for entry in available().values():
         if entry.class_path == class_path:
