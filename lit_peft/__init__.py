@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.rates import param_groups
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "detach": "core.attach",
     "set_active": "core.attach",
     "load": "methods.folder",
+    "param_groups": "methods.rates",
     "save": "methods.folder",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "attach",
     "detach",
     "load",
+    "param_groups",
     "save",
     "set_active",
 ]

@@ -107,7 +107,9 @@ def _rows(module: nn.Module, adapter: Adapter) -> dict[Row, tuple[dict[str, None
         add(path, ops.size(layer) if ops is not None else (), settings + fused, count)
     for name in adapter.base:
         parameter = module.get_parameter(name)
-        add(name, parameter.shape, "itself (head)" if name in adapter.head else "itself", parameter.numel())
+        scale = f", rate x {adapter.scales[name]:g}" if name in adapter.scales else ""
+        what = ("itself (head)" if name in adapter.head else "itself") + scale
+        add(name, parameter.shape, what, parameter.numel())
     return rows
 
 

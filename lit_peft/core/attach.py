@@ -1,7 +1,7 @@
 """Attaching additions to a module: registry of adapters, freezing, which ones run; and the way back."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -91,6 +91,8 @@ class Adapter:
     """Base parameters that this adapter trains."""
     head: list[str] = field(default_factory=list)
     """Those among them that `train_also` named."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """Base parameter -> scale of its learning rate, where `train_also` gives one other than 1."""
     update_norm_stats: bool = False
     """Whether running statistics move in training although their layers are frozen."""
     trainable: bool = True
@@ -142,6 +144,7 @@ def attach(
     base: Iterable[str],
     *,
     head: Iterable[str] = (),
+    scales: Mapping[str, float] | None = None,
     spec: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     keep_originals: bool = True,
@@ -155,6 +158,7 @@ def attach(
         additions: Where each addition goes.
         base: Names of base parameters that this adapter trains.
         head: Those among them that `train_also` named.
+        scales: Base parameter -> scale of its learning rate, where that is not 1.
         spec: Class path and arguments of the method, kept for checkpoints.
         dtype: Dtype of everything that trains.
         keep_originals: Whether to keep a host copy of the base parameters that train, for `detach`.
@@ -184,7 +188,7 @@ def attach(
         )
         module.__dict__[_REGISTRY_KEY] = state
     adapter = state.adapters[name] = Adapter(
-        name, spec or {}, base=base, head=sorted(head), update_norm_stats=update_norm_stats
+        name, spec or {}, base=base, head=sorted(head), scales=dict(scales or {}), update_norm_stats=update_norm_stats
     )
     if keep_originals:
         for key in {*base, *moving_buffers(module, [adapter])} - set(state.originals):

@@ -16,6 +16,9 @@ from lit_peft.core.fingerprint import compare_fingerprints
 from lit_peft.core.swap import FrozenStatistics
 
 FORMAT_VERSION = 1
+RATES = ("train_also", "layer_decay")
+"""Arguments of a method that set learning rates, which do not change what the weights mean; `train_also` by its
+scales, while its patterns say what trains."""
 
 
 class CheckpointMismatch(ValueError):
@@ -55,6 +58,8 @@ def check_record(
     saved: Mapping[str, Any] | None,
     keys: Iterable[str],
     may_change: Mapping[str, frozenset[str]],
+    *,
+    resumes: bool = False,
 ) -> None:
     """Compares a checkpoint with the module it is about to be loaded into, before anything is changed.
 
@@ -63,6 +68,8 @@ def check_record(
         saved: The checkpoint's own record, None where it has none.
         keys: Keys of the tensors in it.
         may_change: Adapter name -> arguments that may differ.
+        resumes: Whether a fit goes on from the checkpoint. Rates must then be the same too: they are part of the
+            optimizer's state, which would not fit other groups, or put the old rates in the place of new ones.
 
     Raises:
         CheckpointMismatch: Naming the first thing that does not fit.
@@ -77,7 +84,7 @@ def check_record(
         raise CheckpointMismatch(
             f"This checkpoint has format version {saved['format_version']}; this release reads up to {FORMAT_VERSION}."
         )
-    _compare_methods(saved["methods"], state, may_change)
+    _compare_methods(saved["methods"], state, may_change, resumes)
     difference = compare_fingerprints(saved["fingerprint"], record(module)["fingerprint"])
     if difference is not None:
         raise CheckpointMismatch(f"This checkpoint belongs to another base model: {difference}.")
@@ -92,7 +99,21 @@ def check_record(
         raise CheckpointMismatch(f"The checkpoint's tensors do not fit this module: {' and '.join(parts)}.")
 
 
-def _compare_methods(saved: Mapping[str, Any], state: Registry, may_change: Mapping[str, frozenset[str]]) -> None:
+def differing(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: frozenset[str], *, rates: bool
+) -> Iterator[str]:
+    """Names of the arguments of a method that differ and must not; learning rates count only with `rates`."""
+    for argument in sorted({*old, *new} - may_change):
+        was, now = old.get(argument), new.get(argument)
+        if not rates and argument in RATES:
+            was, now = (list(v or ()) if argument == "train_also" else None for v in (was, now))
+        if was != now:
+            yield argument
+
+
+def _compare_methods(
+    saved: Mapping[str, Any], state: Registry, may_change: Mapping[str, frozenset[str]], resumes: bool
+) -> None:
     if set(saved) != set(state.adapters):
         raise CheckpointMismatch(
             f"The checkpoint holds the adapters {sorted(saved)}, the module {sorted(state.adapters)}."
@@ -101,11 +122,14 @@ def _compare_methods(saved: Mapping[str, Any], state: Registry, may_change: Mapp
         new = state.adapters[name].spec
         if old["class_path"] != new["class_path"]:
             raise CheckpointMismatch(f"The checkpoint was made with {old['class_path']}, not {new['class_path']}.")
-        for argument in sorted({*old["init_args"], *new["init_args"]} - may_change.get(name, frozenset())):
-            was, now = old["init_args"].get(argument), new["init_args"].get(argument)
-            if was != now:
-                method = new["class_path"].rpartition(".")[2]
-                raise CheckpointMismatch(f"The checkpoint was made with {method}({argument}={was!r}), not {now!r}.")
+        was, now, allowed = old["init_args"], new["init_args"], may_change.get(name, frozenset())
+        weights = set(differing(was, now, allowed, rates=False))
+        for argument in differing(was, now, allowed, rates=resumes):
+            hint = "" if argument in weights else " A fit that resumes goes on at the rates it began with."
+            raise CheckpointMismatch(
+                f"The checkpoint was made with {new['class_path'].rpartition('.')[2]}({argument}="
+                f"{was.get(argument)!r}), not {now.get(argument)!r}.{hint}"
+            )
 
 
 def _require(module: nn.Module) -> Registry:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +14,8 @@ from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods import seam
+from lit_peft.methods.averaging import is_a
+from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales
 
 AdapterDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -27,35 +29,44 @@ class Method(pl.Callback):
 
     Args:
         train_also: Patterns of base parameters or modules that train beside the adapters and are saved with them,
-            a new head for example; never targeted, never quantised. A LightningModule's own `train_also`
-            (our tasks': whatever `from_pretrained` reported as newly initialised) is added.
+            a new head for example; never targeted, never quantised. Or {pattern: scale of the learning rate}: the
+            first pattern that matches a parameter counts. A LightningModule's own `train_also` (our tasks': whatever
+            `from_pretrained` reported as newly initialised) is added, at scale 1 where no pattern says otherwise.
         adapter_dtype: Dtype of everything that trains. "auto": float32, whatever the base is stored in, except
             under `precision: bf16-true`, which asks for bfloat16 throughout. The forward pass computes in the
             activations' dtype either way.
         name: Name of the adapter on the module; two methods on one module need two names.
         update_norm_stats: Whether frozen normalisation layers update their running statistics in training, as they
             do in a plain fine-tuning; the checkpoint then holds them. Otherwise they stay those of the base.
+        layer_decay: Factor d, 0 < d <= 1, of the rate of pretrained base parameters from each block to the one below:
+            block k of n trains at `lr * d ** (n - 1 - k)`, embeddings at `lr * d ** n`, what stands above the blocks
+            and a head that the module itself names at `lr`; times the scale. Adapter tensors do not decay. Blocks
+            are counted over the whole module, stack after stack. Howard and Ruder 2018 (ULMFiT), section 3.2,
+            with 1 / 2.6; Clark et al. 2020 (ELECTRA), appendix B, with .8 for small and base models.
     """
 
     learning_rate: ClassVar[float] = 1e-3
     """The rate that a task uses when none is given."""
     may_change: ClassVar[frozenset[str]] = frozenset()
-    """Arguments that may differ between a checkpoint and the method it is loaded into."""
+    """Arguments that may differ between a checkpoint and the method it is loaded into. Rates may always, the scales
+    of `train_also` and `layer_decay`, except in a fit that resumes: they are the optimizer's, which is restored."""
     keep_originals: ClassVar[bool] = True
     """Whether base parameters that train are copied first, so that `detach` can give them back."""
 
     def __init__(
         self,
-        train_also: str | Sequence[str] = (),
+        train_also: str | Sequence[str] | Mapping[str, float] = (),
         adapter_dtype: AdapterDtype = "auto",
         name: str = "default",
         update_norm_stats: bool = False,
+        layer_decay: float = 1.0,
     ) -> None:
         check_choice("adapter_dtype", adapter_dtype, ("auto", *ADAPTER_DTYPES))
-        self.train_also = [train_also] if isinstance(train_also, str) else list(train_also)
+        self.train_also = check_patterns(train_also)
         self.adapter_dtype = adapter_dtype
         self.name = name
         self.update_norm_stats = update_norm_stats
+        self.layer_decay = check_layer_decay(layer_decay)
 
     # ------------------------------------------------------------------------------------------ the contract
 
@@ -93,7 +104,10 @@ class Method(pl.Callback):
         return None
 
     def param_groups(self, named: Sequence[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
-        """Splits trainable parameters into optimizer groups: dicts with `params`, a list of names, and `lr`."""
+        """Splits the adapter's tensors into optimizer groups: dicts with `params`, a list of names, and `lr`.
+
+        Rates are multiples of `lr`. See `lit_peft.param_groups`, which adds the base parameters that train.
+        """
         return [{"params": [name for name, _ in named], "lr": lr}]
 
     def lacks_gradient(self, name: str) -> bool:
@@ -129,6 +143,7 @@ class Method(pl.Callback):
             additions,
             base | also.names,
             head=also.names,
+            scales=find_scales(module, self.train_also),
             spec=self.spec(),
             dtype=dtype or ADAPTER_DTYPES.get(self.adapter_dtype, torch.float32),
             keep_originals=self.keep_originals,
@@ -181,6 +196,8 @@ class Method(pl.Callback):
         seam.check_optimizers(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(is_a(callback, "LearningRateFinder") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            check_rates(trainer, pl_module)  # it has given all groups one rate, unless the module made them anew
         self._steps: Counter[int] = Counter()
         adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
         if not adapter.prepared and _overrides(self, "prepare"):

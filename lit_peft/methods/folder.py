@@ -184,6 +184,7 @@ def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
         "methods": {adapter.name: adapter.spec},
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
+        "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
         "fingerprint": _of_model(entry["fingerprint"], root),
     }
 
@@ -264,7 +265,8 @@ def _load_folder(
     # The places are those of the folder: what the arguments say of them may mean others from this root.
     canonical = {id(p): key for key, p in module.named_parameters()}
     names = {canonical[id(root.model.get_parameter(key))] for key in trains}
-    method.train_also = [f"re:{re.escape(root.outside(key))}" for key in head]
+    scales = (mine or {}).get("scales", {})
+    method.train_also = {f"re:{re.escape(root.outside(key))}": scales.get(key, 1.0) for key in head}
     method.trains = names.__contains__
     if paths and hasattr(cls, "to_hf_peft"):
         sites = [make_site(root.outside(path), root.model.get_submodule(path)) for path in paths]

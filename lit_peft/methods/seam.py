@@ -22,8 +22,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_peft.core.attach import Adapter, registry
-from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys, atomic_path, check_archive, check_record, record
+from lit_peft.core.checkpoint import (
+    RATES,
+    CheckpointMismatch,
+    adapter_keys,
+    atomic_path,
+    check_archive,
+    check_record,
+    differing,
+    record,
+)
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
+from lit_peft.methods import rates
 from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in, take_average
 
 if TYPE_CHECKING:
@@ -52,6 +62,7 @@ class AdaptedLightningModule(Swapped):
                 method.attach(module, _dtype(module.trainer))
             else:
                 _check_same(method, state.adapters[method.name])
+                _take_rates(module, method, state.adapters[method.name])
         if registry(module) is not None:
             copy_again(module.trainer, module)
         mesh = getattr(module, "device_mesh", None)
@@ -64,7 +75,7 @@ class AdaptedLightningModule(Swapped):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the methods' penalties to the loss."""
         output = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        for method in _methods_of(self):
+        for method in methods_of(self):
             # None: the module skips this batch.
             penalty = None if output is None else method.penalty(self)  # type: ignore[arg-type]
             if penalty is not None:
@@ -77,7 +88,7 @@ class AdaptedLightningModule(Swapped):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the methods act once the parameters have moved."""
         super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        for method in _methods_of(self):
+        for method in methods_of(self):
             method.after_optimizer_step(self)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -95,16 +106,17 @@ class AdaptedLightningModule(Swapped):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        may_change = {method.name: method.may_change for method in _methods_of(self)}
+        may_change = {method.name: method.may_change for method in methods_of(self)}
         module: Any = self
+        fitting = module._trainer is not None and module._trainer.state.fn == "fit"
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
         keys = checkpoint["state_dict"] if "state_dict" in checkpoint else adapter_keys(module)
-        check_record(module, checkpoint.get("lit_peft"), keys, may_change)
+        check_record(module, checkpoint.get("lit_peft"), keys, may_change, resumes=fitting)
         for adapter in registry(module).adapters.values():  # type: ignore[union-attr]
             adapter.prepared = adapter.name in checkpoint["lit_peft"].get("prepared", [adapter.name])
         if module._trainer is not None:
             _check_resume(module._trainer)
-        put_base_in(checkpoint, module, fitting=module._trainer is not None and module._trainer.state.fn == "fit")
+        put_base_in(checkpoint, module, fitting=fitting)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Strict about adapters, whatever `strict` says; a base that is not in the file is not missing.
@@ -152,7 +164,7 @@ def methods(trainer: pl.Trainer) -> list["Method"]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
 
 
-def _methods_of(module: Any) -> list["Method"]:
+def methods_of(module: Any) -> list["Method"]:
     """The methods of the module's trainer; none while it has no trainer, as a copy of it has not."""
     return [] if module._trainer is None else methods(module._trainer)
 
@@ -160,15 +172,22 @@ def _methods_of(module: Any) -> list["Method"]:
 def _check_same(method: "Method", adapter: Adapter) -> None:
     """Raises ValueError when a method comes to a module that another one was attached to under its name."""
     old, new = adapter.spec, method.spec()
-    names = set(new["init_args"]) - method.may_change
     if old["class_path"] != new["class_path"] or any(
-        old["init_args"].get(name) != new["init_args"][name] for name in names
+        differing(old["init_args"], new["init_args"], method.may_change, rates=False)
     ):
         arguments = ", ".join(f"{key}={value!r}" for key, value in old["init_args"].items())
         raise ValueError(
             f"This module has an adapter {method.name!r} already, another than {method!r}: "
             f"{old['class_path'].rpartition('.')[2]}({arguments}). Detach it, or give the new one another `name`."
         )
+
+
+def _take_rates(module: Any, method: "Method", adapter: Adapter) -> None:
+    """Lets the next fit train at the rates of its own method; a folder's patterns may be meant from another root."""
+    given, arguments = method.arguments(), adapter.spec["init_args"]
+    if arguments["train_also"] != given["train_also"]:
+        adapter.scales = rates.find_scales(module, method.train_also)
+    arguments |= {argument: given[argument] for argument in RATES}
 
 
 def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -265,6 +284,7 @@ def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
     Raises:
         RuntimeError: When a parameter would never be optimised, as with an optimizer built before attaching.
+        ValueError: When the methods ask for rates that the optimizers do not have.
     """
     held: set[int] = set()
     for optimizer in trainer.optimizers:
@@ -278,6 +298,7 @@ def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "before the method was attached. Build it in configure_optimizers from self.parameters() (with "
             "LightningCLI: take an OptimizerCallable, auto_configure_optimizers=False)."
         )
+    rates.check_rates(trainer, module)
 
 
 def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, step: int) -> None:

@@ -1,7 +1,6 @@
 """Optimizer groups and learning-rate schedules of the tasks."""
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -9,14 +8,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_peft.methods.base import Method
+from lit_peft.methods.rates import param_groups
 
 Schedule = Literal["linear", "cosine", "constant"]
 
 
 def build_optimizer(
     module: nn.Module,
-    methods: Iterable[Method],
     optimizer: OptimizerCallable,
     lr: float,
     weight_decay: float,
@@ -24,32 +22,28 @@ def build_optimizer(
 ) -> Optimizer:
     """Makes the optimizer from the parameters that train and from nothing else.
 
-    Each method groups the tensors of its own adapter (`Method.param_groups`); what belongs to none trains at `lr`.
-    Weights decay by `weight_decay`, tensors of adapters by `adapter_weight_decay`; vectors (biases, norms) never.
+    Its groups are those of `lit_peft.param_groups`, split by weight decay: weights decay by `weight_decay`, tensors of
+    adapters by `adapter_weight_decay`; vectors (biases, norms) never.
 
     Args:
         module: Holds the parameters; frozen ones are passed over.
-        methods: The attached methods.
         optimizer: Called with the list of groups.
         lr: Learning rate.
         weight_decay: Decay of base weights that train, a head or the whole model.
         adapter_weight_decay: Decay of adapter tensors.
     """
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    left = dict(parameters)
-    groups: list[dict[str, Any]] = []
-    for method in methods:
-        own = [(name, p) for name, p in left.items() if f".peft.{method.name}." in name]
-        groups += method.param_groups(own, lr) if own else []
-        left = {name: p for name, p in left.items() if f".peft.{method.name}." not in name}
-    groups.append({"params": list(left), "lr": lr})
+    names = {id(p): name for name, p in module.named_parameters()}
     decayed: list[dict[str, Any]] = []
-    for group in groups:
+    for group in param_groups(module, lr):
         by_decay: dict[float, list[nn.Parameter]] = {}
-        for name in group["params"]:
-            decay = adapter_weight_decay if ".peft." in name else weight_decay
-            by_decay.setdefault(decay if parameters[name].ndim > 1 else 0.0, []).append(parameters[name])
-        decayed += [{**group, "params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+        for p in group["params"]:
+            decay = adapter_weight_decay if ".peft." in f".{names[id(p)]}" else weight_decay
+            by_decay.setdefault(decay if p.ndim > 1 else 0.0, []).append(p)
+        for decay, params in by_decay.items():
+            part = {**group, "params": params, "weight_decay": decay}
+            if "name" in group and len(by_decay) > 1 and decay == 0.0:
+                part["name"] += "_no_decay"
+            decayed.append(part)
     return optimizer(decayed)
 
 

@@ -168,6 +168,7 @@ class TextClassification(pl.LightningModule):
     # --------------------------------------------------------------------------------------------- the loop
 
     def on_fit_start(self) -> None:
+        self.model.train()  # `load_from_checkpoint` gives evaluation mode, which Lightning keeps: no dropout
         data = getattr(self.trainer, "datamodule", None)
         weights = self._class_weights(getattr(data, "class_counts", None))
         self.loss_weights = None if weights is None else weights.to(self.device)
@@ -213,7 +214,7 @@ class TextClassification(pl.LightningModule):
         lr = self.learning_rate
         if lr is None:
             lr = attached[0].learning_rate if attached else 5e-5
-        optimizer = build_optimizer(self, attached, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay)
+        optimizer = build_optimizer(self, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay)
         schedule = warmup_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
