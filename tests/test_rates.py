@@ -219,9 +219,9 @@ def test_a_schedule_or_a_finder_that_levels_the_rates_is_refused():
         fit(Foreign(schedule=one_cycle), SEVERAL["scale"]())
     exponential = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # noqa: E731
     fit(Foreign(schedule=exponential), SEVERAL["scale"](), max_epochs=2)
-    finder = LearningRateFinder(num_training_steps=14, early_stop_threshold=None)
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
     with pytest.raises(ValueError, match="and without LearningRateFinder, which gives all of them one rate"):
-        fit(Foreign(), SEVERAL["scale"](), finder)
+        fit(Foreign(), SEVERAL["scale"](), finder, max_epochs=5)
 
 
 def test_groups_without_a_trainer_and_of_two_methods():
