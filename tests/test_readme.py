@@ -38,6 +38,10 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         dry = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert {"quickstart": "lit-peft fit --config quickstart", "check": "-m pytest"}[arguments[0]] in dry
         return
+    if program == "python" and arguments[0].startswith("examples/"):
+        subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:]], cwd=tmp_path, check=True)
+        assert (tmp_path / arguments[1]).stat().st_size > 10_000
+        return
     if program == "python":
         # It needs a package index; what it makes is tested in test_make_minilm.py.
         subprocess.run([sys.executable, ROOT / arguments[0], "--help"], capture_output=True, check=True)
@@ -46,10 +50,14 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if arguments[0] == "fit":
         offline = [] if "offline" in arguments else ["--config", "offline"]
-        if "my.csv" in arguments:
-            Path("my.csv").write_text("text,label\n" + "".join(f"number {n},class {n % 3}\n" for n in range(90)))
+        if "--data.path" in arguments:
+            file = Path(arguments[arguments.index("--data.path") + 1])
+            file.write_text("text,label\n" + "".join(f"number {n},class {n % 3}\n" for n in range(90)))
             offline = ["--model.backbone", "demo"]
         arguments += [*offline, *SMALL, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    if any(word.startswith("runs/quickstart/version_0") for word in arguments):
+        cli.main(["fit", "--config", "quickstart", *SMALL, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"])
+        capsys.readouterr()
     cli.main(arguments)
     assert capsys.readouterr().out
     assert arguments[0] != "fit" or list(tmp_path.rglob("metrics.json"))
