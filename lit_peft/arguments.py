@@ -197,7 +197,10 @@ def settings(arguments: Sequence[str], section: str) -> list[Setting]:
 def _setting(start: int, end: int, source: str, content: Any) -> Setting:
     if not isinstance(content, dict):
         return Setting(start, end, source, None if content is None else str(content), {})
-    return Setting(start, end, source, content.get("class_path"), dict(content.get("init_args") or {}))
+    arguments = content.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{source}: init_args must be a mapping of arguments, not {arguments!r}.")
+    return Setting(start, end, source, content.get("class_path"), dict(arguments))
 
 
 def _plain(value: str) -> Any:
@@ -239,14 +242,18 @@ def change_method(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             given |= setting.init_args
             old = old if setting.class_path is None else setting  # a class that is not there is the parser's to tell
             continue
-        name, defaults = method.__name__, {k: p.default for k, p in method.parameters().items()}
-        usual = before().arguments()
+        name, parameters = method.__name__, method.parameters()
+        defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+        try:
+            usual = before().arguments()
+        except TypeError:  # it has arguments without a default
+            usual = {key: p.default for key, p in before.parameters().items()}
         chosen = {k: v for k, v in given.items() if k not in setting.init_args and not _equal(v, usual.get(k))}
         lines.append(f"Method: {name} with its own defaults, instead of {before.__name__}.")
         for key, value in chosen.items():
-            what = "carried over" if key in defaults else f"dropped, {name} has no such argument"
+            what = "carried over" if key in parameters else f"dropped, {name} has no such argument"
             lines.append(f"  method.{key} {json.dumps(value)}: {what}")
-        carried = {key: value for key, value in chosen.items() if key in defaults}
+        carried = {key: value for key, value in chosen.items() if key in parameters}
         # The parser keeps what the old method was given wherever the new one has the name: all of it is set again.
         again = {key: value for key, value in defaults.items() if key in given} | carried | setting.init_args
         insert = ["--method", json.dumps({"class_path": setting.class_path, "init_args": again})]
@@ -262,22 +269,25 @@ def change_method(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _method(class_path: str) -> Any:
-    """The class of a method; None where there is none, which the parser tells."""
+    """The class of a method; None where there is none that can be used, which the parser tells."""
+    from lit_peft.methods.base import Method
     from lit_peft.methods.registry import available
 
     known = available()
     module, _, name = class_path.rpartition(".")
     try:
-        return known[class_path].load() if class_path in known else getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+        found = known[class_path].load() if class_path in known else getattr(import_module(module), name)
+    except Exception:  # whatever the user's module raises is told, with its place, by `class_path.find_fault`
         return None
+    return found if isinstance(found, type) and issubclass(found, Method) else None
 
 
 def _equal(value: Any, default: Any) -> bool:
     """Whether a value from YAML, where 1e-3 is a text and every sequence a list, is this default."""
     if isinstance(value, str) and isinstance(default, float):
         return re.fullmatch(r"[-+]?\d+\.?\d*e[-+]?\d+", value, re.IGNORECASE) is not None and float(value) == default
-    return bool(value == default or (isinstance(value, list) and value == list(default or ())))
+    sequence = default is None or isinstance(default, list | tuple)
+    return bool(value == default or (isinstance(value, list) and sequence and value == list(default or ())))
 
 
 def _rate_beside(arguments: Sequence[str], method: Setting) -> Any:

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         try:
             arguments = resolve(arguments)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
                 raise
             fail(str(error))

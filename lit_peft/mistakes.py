@@ -75,6 +75,8 @@ def _not_accepted(arguments: Sequence[str], name: str) -> str:
     shown = _class_name(arguments, section) if section else "the class"
     meant = ELSEWHERE.get(name)
     hint = f" Here it is {meant!r}." if meant in known else nearest(name, known)
+    if name in known:
+        return f"{source}{full} stands before what names its class: put it behind --config and --{section}."
     return f"{source}{full}: {shown} has no argument {name!r}.{hint}{_listed(known)}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lit_peft.data
 import lit_peft.tasks
-from lit_peft.arguments import settings, take, values
+from lit_peft.arguments import CONFIG_FLAGS, options, settings, take, values
 from lit_peft.core.checkpoint import read_folder
 from lit_peft.methods.folder import RECORD
 
@@ -72,7 +72,9 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
             raise ValueError(f"Nothing says what to {words[0]}: give --data.path FILE, a configuration or a run.")
         more += ["--data", "lit_peft.data.TextClassificationDataModule"]
     method = {"class_path": "lit_peft.AdapterFolder", "init_args": {"path": folder, "name": "default"}}
-    at = 1 + 2 * (len(words) > 2 and words[1] in ("--config", "-c"))  # options of the user stand behind, and above
+    # Behind what names the class, and before the options of the user, which stand above.
+    configs = [end for _, end, flag, _ in options(words) if flag in CONFIG_FLAGS]
+    at = max(configs, default=1) if task is not None else 1
     return [*words[:at], *more, *words[at:], "--method", json.dumps(method)]
 
 

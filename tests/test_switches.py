@@ -19,6 +19,7 @@ from toys import fit as fit_toy
 
 from lit_peft import cli
 from lit_peft.arguments import change_method, resolve
+from lit_peft.callbacks.checkpoints import LatestCheckpoint
 from lit_peft.lightning_cli import run
 
 QUICK = [
@@ -138,14 +139,26 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    from lit_peft.callbacks.checkpoints import LatestCheckpoint
-
     before = signal.getsignal(signal.SIGINT)
     latest = LatestCheckpoint(every_n_train_steps=1, dirpath=str(tmp_path))
     with pytest.raises(SystemExit):
         fit_toy(Module(), net_lora(), latest, Impatient(), enable_checkpointing=True)
     assert not list(tmp_path.iterdir())
     signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+
+
+def test_ctrl_c_lets_a_step_of_several_batches_end(tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index) -> None:
+            if index == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    latest = LatestCheckpoint(every_n_train_steps=100, dirpath=str(tmp_path))
+    with pytest.raises(SystemExit):
+        fit_toy(Module(), net_lora(), latest, Interrupt(), enable_checkpointing=True, accumulate_grad_batches=2)
+    signal.signal(signal.SIGINT, before)
+    assert steps_of(tmp_path / "last.ckpt") == 1
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
@@ -238,6 +251,8 @@ def test_a_changed_method_gets_its_own_defaults_and_every_choice_is_told(tmp_pat
         (["--method", "LoRA"], []),  # the same one
         (["--method.r", "8"], []),
         (["--method", "NoSuch"], []),  # the parser says so
+        (["--method", "os.getcwd"], []),
+        (["--method", "torch.nn.Linear"], []),
         (["--method=BitFit", "--model.learning_rate", "0.1"], ["method.r 4: dropped"]),
         (["--config", "sst2/bitfit"], ["method.r 4: dropped"]),  # its rate is its own
         (["--method", "lit_peft.methods.BitFit"], ["method.r 4: dropped", "learning_rate 2e-3: dropped"]),

@@ -60,10 +60,12 @@ class LatestCheckpoint(Checkpoint):
     def _step(self, trainer: pl.Trainer) -> None:
         """Writes if it is time to: between two steps, or between a validation and the next step."""
         step = trainer.global_step
-        if self.stopping or (step // self.every_n_train_steps > self._written // self.every_n_train_steps):
+        # Inside a step, between the batches that it accumulates, a checkpoint would lose their gradients.
+        stops = self.stopping and not trainer.fit_loop.epoch_loop._should_accumulate()
+        if stops or (step // self.every_n_train_steps > self._written // self.every_n_train_steps):
             self._write(trainer)
             self._written = step
-        if self.stopping:
+        if stops:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -75,6 +75,15 @@ class RunReport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         RunReport.running = True
 
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        RunReport.running = RunReport.running or not trainer.sanity_checking
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        RunReport.running = True
+
+    def on_predict_batch_start(self, *args: Any) -> None:
+        RunReport.running = True
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and not self.quiet:
             folder = self._folder(trainer)
