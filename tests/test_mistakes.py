@@ -57,7 +57,7 @@ MISTAKES = [
     Mistake("an unknown key in a file", ["fit", "--config", "{typo}", *QUICK[1:]], "Did you mean 'method'?"),
     Mistake("a folder that is no run", ["predict", "--run", "{folder}"], "is not the folder of a run"),
     Mistake("a verb without weights", ["test", "--config", "quickstart"], "test needs the weights of a run"),
-    quick("a class that is not there", "--model my_package.Net", "No module named 'my_package'"),
+    quick("a class that is not there", "--model my_package.Net", "There is no module 'my_package'"),
     # data
     Mistake("no data", ["fit", "--config", "text_classification/lora"], "data.path is empty: give --data.path FILE"),
     quick("a missing file", "--data.path {folder}/trian.csv", "No such file or folder"),
@@ -186,6 +186,7 @@ def _for_the_docs(mistake: Mistake, answer: str, files: dict[str, str]) -> tuple
     for name, path in sorted(files.items(), key=lambda item: -len(item[1])):
         if "/" in path:
             answer = answer.replace(path, name.upper())
+    answer = answer.replace(str(Path.cwd()), "HERE")
     answer = re.sub(r"\d[\d,]* bytes", "N bytes", answer)
     return command, answer.removeprefix("lit-peft: ").replace("|", "\\|").replace("\n", "<br>")
 
