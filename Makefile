@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+# Two workers; the tests of a file stay on one, whose fixtures they share (tests/conftest.py).
+SHARED := -n 2 --dist loadgroup
 
 .PHONY: help quickstart test check check-all format clean
 
@@ -21,19 +23,19 @@ quickstart: $(READY)  ## train the bundled demo: about a minute on two cores, no
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/lit-peft fit --config quickstart
 
 test: $(READY)    ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 check: $(READY)   ## what CI runs: format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 check-all: $(READY)  ## check, and the slow tests too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 format: $(READY)  ## write what `check` asks for
 	$(BIN)/ruff format .

@@ -88,9 +88,9 @@ def resolve(arguments: Sequence[str]) -> list[str]:
         words[1:1] = ["--config", str(run / "config.yaml")]
         if not values(words, "--ckpt_path", "--adapter"):
             checkpoint = run / "checkpoints" / ("last.ckpt" if words[0] == "fit" else "best.ckpt")
-            if not checkpoint.is_file() and words[0] != "fit":
+            if not checkpoint.exists() and words[0] != "fit":
                 checkpoint = checkpoint.with_name("last.ckpt")  # a run too short to be validated has no best
-            if not checkpoint.is_file():
+            if not checkpoint.exists():
                 raise FileNotFoundError(f"--run: {run} holds no checkpoint, so that there is nothing to {words[0]}.")
             words += ["--ckpt_path", str(checkpoint)]
     resolved = list(words)

@@ -35,6 +35,7 @@ from lit_peft.runs import (
     check_unoccupied,
     claim_folder,
     free_file,
+    is_first_rank,
     newest_checkpoint,
     remove_parts,
     run_folder,
@@ -131,12 +132,21 @@ class LitPeftCLI(LightningCLI):
     # ------------------------------------------------------------------------------------ checkpoints to start from
 
     def _parse_ckpt_path(self) -> None:
-        """Finds the checkpoint, and takes from it what it recorded of the model and no option says."""
+        """Finds the checkpoint, and takes from it what it recorded of the model.
+
+        What options say is kept, and what a configuration says that stands behind the run's own: `--run R --config
+        more.yaml`. Another configuration gives way, as it does with Lightning.
+        """
         config = self.config[self.config.subcommand]
         config["ckpt_path"] = self._checkpoint(self.config.subcommand, config)
         given = (config.get("model") or {}).get("init_args") or {}
-        options = [s for s in settings(sys.argv[1:], "model") if s.source.startswith("--")]
-        said = {name: given[name] for option in options for name in option.init_args if name in given}
+        run = run_folder(config["ckpt_path"])
+        said: dict[str, Any] = {}
+        behind = False
+        for setting in settings(sys.argv[1:], "model"):
+            if behind or setting.source.startswith("--"):
+                said |= {name: given[name] for name in setting.init_args if name in given}
+            behind = behind or (run is not None and Path(setting.source) == run / "config.yaml")
         super()._parse_ckpt_path()
         for name, value in said.items():
             self.config[self.config.subcommand].model.init_args[name] = value
@@ -156,13 +166,13 @@ class LitPeftCLI(LightningCLI):
             print(f"ckpt_path {given}: {found or 'none yet, the run starts anew'}")
             return None if found is None else str(found)
         if given is not None:
-            if given != "hpc" and "://" not in str(given):
-                check_archive(existing(Path(str(given))))
+            if given != "hpc" and "://" not in str(given) and not existing(Path(str(given))).is_dir():
+                check_archive(given, contents=True)  # a folder is a sharding strategy's to read
             return str(given)
         if verb == "fit" or config.method.class_path.endswith(".AdapterFolder"):
             return None
         runs = [Path(str(path)).parent for path in config.get("config") or []]
-        best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in reversed(runs)) if b.is_file()), None)
+        best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in reversed(runs)) if b.exists()), None)
         if best is None:
             raise ValueError(
                 f"{verb} needs the weights of a run: --run FOLDER, a checkpoint of it, --ckpt_path "
@@ -235,7 +245,7 @@ class LitPeftCLI(LightningCLI):
                 return Path(folder)
         if run is None and given == "hpc" and (last := newest_checkpoint(root, "last")) is not None:
             run = last.parent.parent  # the same job, started again
-        if run is not None:
+        if run is not None and is_first_rank():
             remove_parts(run)
         return run or claim_folder(root)
 
@@ -266,7 +276,7 @@ class LitPeftCLI(LightningCLI):
         trained = [s.init_args["path"] for s in found if "path" in s.init_args and not s.source.startswith("--")]
         checkpoint = self._get(self.config_init, "ckpt_path")
         if checkpoint is not None and Path(checkpoint).is_file():
-            content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+            content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)  # checked before
             trained.append(content.get("datamodule_hyper_parameters", {}).get("path", ""))
         if not any(same_source(str(path), self.datamodule.path) for path in trained):
             self.datamodule.score_whole()
@@ -323,7 +333,7 @@ def run(arguments: list[str]) -> None:
     try:
         words, texts, pairs = take_texts(arguments)
         words, changes = change_method(words)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_rank():
             print("\n".join(changes), end="\n" * bool(changes))
         sys.argv[1:] = use_adapter(words, texts)  # not handed over: further ranks start with the command line
         _quiet(words[0], bool(texts))

@@ -3,14 +3,25 @@
 import os
 from pathlib import Path
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables in which a launcher says which rank a process is, the first that is set."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of a run, by what its launcher says before any process group is there."""
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    return rank == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
 
 def claim_folder(root: Path) -> Path:
     """Makes <root>/version_N, N the first number that is free, so that runs started together do not share one.
 
-    Further ranks of a run are started with its environment and take the folder that the first one claimed.
+    Further ranks make none. Those that Lightning starts have the first one's environment and find its folder there;
+    those that torchrun or srun starts cannot know it yet and take <root>/version_of_rank_0, in which nothing is
+    written: the checkpoint callbacks take rank 0's folder as soon as there is a process group.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and "LIT_PEFT_RUN" in os.environ:
-        return Path(os.environ["LIT_PEFT_RUN"])
+    if not is_first_rank():
+        return Path(os.environ.get("LIT_PEFT_RUN", root / "version_of_rank_0"))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -34,15 +45,15 @@ def _numbered(root: Path) -> list[tuple[int, Path]]:
 
 
 def run_folder(checkpoint: str | None) -> Path | None:
-    """The run that a checkpoint file belongs to, <run>/checkpoints/x.ckpt, or None."""
+    """The run that a checkpoint belongs to, <run>/checkpoints/x.ckpt, or None."""
     path = Path(checkpoint) if checkpoint else None
-    return path.parent.parent if path is not None and path.is_file() and path.parent.name == "checkpoints" else None
+    return path.parent.parent if path is not None and path.exists() and path.parent.name == "checkpoints" else None
 
 
 def newest_checkpoint(root: Path, name: str) -> Path | None:
     """`checkpoints/<name>.ckpt` of the newest run below a root that has one, None where none has."""
     paths = (folder / "checkpoints" / f"{name}.ckpt" for _, folder in reversed(_numbered(root)))
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if path.exists()), None)  # a folder, where a strategy writes shards
 
 
 def check_unoccupied(folder: Path) -> None:

@@ -8,15 +8,40 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's package is imported
+
+import datasets
+import torch
+from data_helpers import save_tokenizer
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a file's tests on one worker, whose fixtures they share, and those on two ranks on one, with one pair."""
+    for item in items:
+        group = "two_ranks" if "two_ranks" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Data sets are prepared in a folder of the tests', not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tokenizer of a few words."""
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def _worker(rank: int, port: int, pipe: Any) -> None:

@@ -1,10 +1,13 @@
 """Tiny random models of the supported architectures, built from their configurations alone."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers as tf
 from torch import nn
+
+from lit_peft.demo import ENCODER
 
 TINY: dict[str, Callable[[], nn.Module]] = {
     "distilbert": lambda: tf.DistilBertForSequenceClassification(
@@ -80,3 +83,17 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 def logits(model: nn.Module, name: str) -> torch.Tensor:
     """The model's logits on `inputs`."""
     return model(**inputs(name)).logits
+
+
+def hf_peft_classifier(folder: Path) -> nn.Module:
+    """The demo's encoder with a LoRA of HF PEFT's that does something, as it is after it was saved to a folder."""
+    import peft
+
+    base = tf.AutoModelForSequenceClassification.from_pretrained(ENCODER, num_labels=2)
+    config = peft.LoraConfig(r=4, target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model

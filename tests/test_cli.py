@@ -1,7 +1,9 @@
 """`lit-peft` as a user types it: fast answers, every configuration, what a run leaves."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -179,6 +181,39 @@ def test_runs_started_together_do_not_share_a_folder(tmp_path, monkeypatch):
     assert [claim_folder(tmp_path).name for _ in range(3)] == ["version_0", "version_1", "version_2"]
     monkeypatch.setenv("LOCAL_RANK", "1")  # a further rank goes where the first one went
     assert claim_folder(tmp_path).name == "version_2"
+    monkeypatch.delenv("LIT_PEFT_RUN")  # one that torchrun started cannot know, and makes none
+    assert claim_folder(tmp_path).name == "version_of_rank_0"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert claim_folder(tmp_path).name == "version_of_rank_0"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_share_a_folder(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lit_peft.cli", "fit"]
+    options = ["--config", "quickstart", *SMALL, "--trainer.max_epochs", "1", "--base_test", "false"]
+    options += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    options += ["--trainer.default_root_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command, *options], env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    assert {path.name for path in tmp_path.iterdir()} == {"version_0"}
+    names = {str(path.relative_to(tmp_path / "version_0")) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
+    assert done.stdout.decode().count("test accuracy") == 1
+
+
+def test_a_configuration_behind_a_run_changes_its_model(quick, tmp_path):
+    """The checkpoint brings what the run's own configuration left open, the classes for instance, and no more."""
+    folder = tmp_path / "version_0"
+    shutil.copytree(quick, folder)
+    (tmp_path / "more.yaml").write_text("model:\n  init_args:\n    schedule: cosine\n    weight_decay: 0.25\n")
+    options = ["--config", str(tmp_path / "more.yaml"), "--model.weight_decay", "0.5", "--trainer.max_epochs", "3"]
+    fit(tmp_path, "--run", str(folder), *options)
+    model = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
+    assert (model["schedule"], model["weight_decay"]) == ("cosine", 0.5)
+    assert model["label_names"] == ["negative", "positive"]
 
 
 def test_tensorboard_holds_curves_diagram_and_hyperparameters(quick):

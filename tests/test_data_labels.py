@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning.pytorch as pl
 import pytest
 import torch
-from data_helpers import save_tokenizer, text, write
+from data_helpers import text, write
 from datasets import ClassLabel, Dataset
 
 from lit_peft import LoRA
@@ -16,18 +15,6 @@ from lit_peft.data import SST2DataModule, TextClassificationDataModule
 from lit_peft.tasks import TextClassification
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def column(values: list[Any]) -> Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from data_helpers import numbers_of, rows, save_tokenizer
+from data_helpers import numbers_of, rows
 from datasets import Dataset
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -73,11 +73,6 @@ class Kill(pl.Callback):
     def on_train_batch_end(self, trainer: Any, model: Any, *_: Any) -> None:
         if len(model.seen["train"]) == self.after:
             raise InterruptedError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def fit(

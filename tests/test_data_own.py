@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -19,18 +18,6 @@ from lit_peft.data.splits import load_splits
 from lit_peft.tasks import TextClassification
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def module(path: Path | str, tokenizer: str, **options: Any) -> TextClassificationDataModule:

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from data_helpers import save_tokenizer
@@ -15,13 +14,6 @@ from lit_peft.data import SST2DataModule, TextClassificationDataModule
 from lit_peft.data.sst2 import group_phrases
 
 SHARED = Path(os.environ.get("LIT_PEFT_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "sst2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 def treebank(sentences: int, seed: int = 0) -> dict[str, list[Any]]:

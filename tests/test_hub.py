@@ -136,6 +136,9 @@ def test_existing_path_becomes_absolute(tmp_path: Path, name: str) -> None:
         ("x.csv", "a/x.csv", True),  # named from another folder, where it may have been this one
         ("y.csv", "a/x.csv", False),
         ("org/thing", "a/x.csv", False),
+        ("org/thing", "org/thing", True),
+        ("org/thing", "else/thing", False),  # ids of the hub, not paths
+        ("org/x.csv", "a/x.csv", True),
     ],
 )
 def test_the_same_data_by_other_names(tmp_path: Path, one: str, other: str, same: bool) -> None:

@@ -5,6 +5,7 @@ import importlib
 import lightning.pytorch as pl
 import pytest
 import torch
+from models import hf_peft_classifier
 from test_cli import SMALL, fit
 from torch import nn
 from toys import LORA_KEYS, Module, adapters, loader, net_lora, saved, trainer
@@ -54,6 +55,10 @@ def test_a_task_is_rebuilt_from_its_checkpoint(run, tmp_path):
     more = trainer(max_steps=1)
     more.fit(model, data)
     more.save_checkpoint(tmp_path / "more.ckpt")
+    usual = TextClassification.load_from_checkpoint(path, learning_rate=None)
+    more = trainer(max_steps=1)
+    more.fit(usual, data)  # at the rate of the method that made the checkpoint
+    assert more.optimizers[0].param_groups[0]["initial_lr"] == (1e-3 if "LoRA" in str(run) else 5e-5)
     assert torch.load(tmp_path / "more.ckpt")["state_dict"].keys() == content["state_dict"].keys()
 
 
@@ -229,16 +234,7 @@ def test_a_folder_as_a_callback(run):
 
 
 def test_a_folder_of_hf_peft_as_a_callback(tmp_path):
-    import peft
-    from transformers import AutoModelForSequenceClassification
-
-    base = AutoModelForSequenceClassification.from_pretrained(ENCODER, num_labels=2)
-    config = peft.LoraConfig(r=4, target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS")
-    theirs = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    theirs.save_pretrained(tmp_path)
+    theirs = hf_peft_classifier(tmp_path)
     data = lit_peft.data.TextClassificationDataModule(path="demo", limit_test=32)
     model = TextClassification(label_names=["negative", "positive"])
     rows = [row for batch in trainer(lit_peft.AdapterFolder(str(tmp_path))).predict(model, data) for row in batch]

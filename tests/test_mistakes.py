@@ -5,6 +5,7 @@ The table in docs/errors.md is made from these cases: `LIT_PEFT_WRITE_DOCS=1 pyt
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_cli import SMALL, fit
 
 from lit_peft import cli
+from lit_peft.demo import ENCODER
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 QUICK = ["fit", "--config", "quickstart", *SMALL, "--base_test", "false", "--trainer.max_steps", "2"]
@@ -73,9 +76,14 @@ MISTAKES = [
     # checkpoints
     quick("a missing checkpoint", "--ckpt_path {folder}/lost.ckpt", "No such file or folder"),
     quick("a truncated checkpoint", "--ckpt_path {truncated}", "is no checkpoint, or is cut off"),
+    quick("a damaged checkpoint", "--ckpt_path {damaged}", "is damaged inside, in "),
     quick("a file that is no checkpoint", "--ckpt_path {csv}", "is no checkpoint, or is cut off"),
     quick("a checkpoint of plain Lightning", "--ckpt_path {foreign}", "was not written by a lit-peft method"),
-    quick("a checkpoint of another base", "--ckpt_path {other_base}", "belongs to another base model"),
+    quick(
+        "a base of the same shape, not that of the checkpoint",
+        "--ckpt_path {best} --model.backbone {base}",
+        "belongs to another base model",
+    ),
     quick(
         "a checkpoint of another method", "--ckpt_path {best} --method BitFit", "made with lit_peft.methods.LoRA, not"
     ),
@@ -111,11 +119,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "truncated.ckpt").write_bytes(last.read_bytes()[:2000])
     content = torch.load(last, weights_only=True)
     torch.save({k: v for k, v in content.items() if k != "lit_peft"}, root / "foreign.ckpt")
-    name = next(iter(content["lit_peft"]["fingerprint"]))
-    content["lit_peft"]["fingerprint"][name] = content["lit_peft"]["fingerprint"][name][:-1] + "x"
-    torch.save(content, root / "other_base.ckpt")
+    damaged = bytearray(last.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (root / "damaged.ckpt").write_bytes(damaged)
+    shutil.copytree(ENCODER, root / "base")
+    weights = load_file(root / "base" / "model.safetensors")
+    next(iter(weights.values())).flatten()[0] += 1
+    save_file(weights, root / "base" / "model.safetensors", {"format": "pt"})
     return {
         **{path.stem: str(path) for path in root.iterdir() if path.is_file()},
+        "base": str(root / "base"),
         "csv": str(folder / "train.csv"),
         "folder": str(folder),
         "best": str(last),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import hf_peft_classifier
 from test_cli import SMALL, fit
-from torch import nn
 
 from lit_peft import cli
 from lit_peft.demo import ENCODER
@@ -28,18 +28,11 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> tuple[Path, list[float]]:
     """A folder that HF PEFT wrote, and the probabilities of the second class that it gives to the texts."""
-    import peft
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(ENCODER, num_labels=2)
-    config = peft.LoraConfig(r=4, target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS")
-    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    model = hf_peft_classifier(folder)
     inputs = AutoTokenizer.from_pretrained(ENCODER)(TEXTS, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model.eval()(**{key: inputs[key] for key in ("input_ids", "attention_mask")}).logits

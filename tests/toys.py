@@ -42,8 +42,11 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-class Module(pl.LightningModule):
-    """Builds its layers where it is told to, and hands all its parameters to the optimizer, as users do."""
+class Steps:
+    """What a user's module does: it builds its layers where it is told to, and hands all parameters to the optimizer.
+
+    For a LightningModule of either package.
+    """
 
     def __init__(self, built: str = "init", seed: int = 0) -> None:
         super().__init__()
@@ -77,6 +80,10 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class Module(Steps, pl.LightningModule):
+    pass
 
 
 def loader() -> DataLoader:

@@ -35,6 +35,9 @@ class LatestCheckpoint(Checkpoint):
         self._written = 0
         self._handler: Any = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)  # only rank 0 may know it, as with ModelCheckpoint
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._written = trainer.global_step
 
@@ -82,9 +85,9 @@ class LatestCheckpoint(Checkpoint):
 
     @property
     def path(self) -> Path | None:
-        """The file, None where it was not written."""
+        """The file, or the folder of a sharding strategy; None where it was not written."""
         path = Path(self.dirpath or "") / "last.ckpt"
-        return path if self.dirpath is not None and path.is_file() else None
+        return path if self.dirpath is not None and path.exists() else None
 
 
 class MonitorCheck(pl.Callback):

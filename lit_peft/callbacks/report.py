@@ -89,7 +89,7 @@ class RunReport(pl.Callback):
             folder = self._folder(trainer)
             steps = f"{trainer.global_step} of {trainer.estimated_stepping_batches:.0f} steps"
             self.console.print(f"Interrupted after {steps}. Not written: metrics.json, adapter/.", highlight=False)
-            if (folder / "checkpoints" / "last.ckpt").is_file() and (folder / "config.yaml").is_file():
+            if (folder / "checkpoints" / "last.ckpt").exists() and (folder / "config.yaml").is_file():
                 self.console.print(f"  lit-peft fit --run {shown(folder)}", soft_wrap=True, highlight=False)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
@@ -129,7 +129,7 @@ class RunReport(pl.Callback):
             metrics["time/train_s"] = speed.train_s
             metrics["throughput/examples_per_s"] = speed.examples_per_s
             metrics["memory/peak_bytes"] = speed.peak_bytes
-        metrics["checkpoint/bytes"] = checkpoint.stat().st_size if checkpoint is not None else None
+        metrics["checkpoint/bytes"] = _size(checkpoint) if checkpoint is not None else None
         metrics["adapter/bytes"] = None
         nothing = "not written: fast_dev_run keeps nothing" if trainer.fast_dev_run else None  # type: ignore[attr-defined]
         notes["checkpoint"] = nothing or (str(checkpoint) if checkpoint else "not written: checkpoints are off")
@@ -145,7 +145,7 @@ class RunReport(pl.Callback):
                 except ValueError as error:
                     notes["adapter"] = f"not written: {error}"
                 else:
-                    size = sum(file.stat().st_size for file in target.iterdir())
+                    size = _size(target)
                     metrics["adapter/bytes"] = (metrics["adapter/bytes"] or 0) + size
                     notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
@@ -209,6 +209,11 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 def shown(path: Path) -> Path:
     """A path as a user would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_peft.core.attach import Registry, moving_buffers, registry
@@ -139,24 +141,46 @@ def _require(module: nn.Module) -> Registry:
     return state
 
 
-def check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises for a file that cannot be a whole checkpoint; cheap, since an archive's directory stands at its end.
+def check_archive(path: str | os.PathLike[str], *, contents: bool = False) -> None:
+    """Raises for a file that cannot be a whole checkpoint.
+
+    Args:
+        path: The file.
+        contents: Whether to read it all and compare checksums, which `torch.load` does not: a flipped bit would
+            become another weight. Otherwise cheap, since an archive's directory stands at its end.
 
     Raises:
         FileNotFoundError: When there is no such file.
-        CheckpointMismatch: When it is cut off, or is something else.
+        CheckpointMismatch: When it is cut off, is something else, or is damaged inside.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
-    if zipfile.is_zipfile(path):
+    size = f"({path.stat().st_size:,} bytes). Use another one of the run, last.ckpt or best.ckpt."
+    try:
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("data.pkl") for name in archive.namelist()):
-                return
-    raise CheckpointMismatch(
-        f"{path} is no checkpoint, or is cut off ({path.stat().st_size:,} bytes). Use another one of the run, "
-        "last.ckpt or best.ckpt."
-    )
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise CheckpointMismatch(f"{path} is no checkpoint, or is cut off {size}")
+            damaged = archive.testzip() if contents else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
+        raise CheckpointMismatch(f"{path} is no checkpoint, or is cut off {size}") from error
+    if damaged is not None:
+        raise CheckpointMismatch(f"{path} is damaged inside, in {damaged} {size}")
+
+
+def read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint file, its tensors on the host; only tensors and plain values are unpickled.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        CheckpointMismatch: When it is cut off, is something else, or is damaged inside.
+        UnpicklingError: When it holds objects of other classes, which loading would run.
+    """
+    check_archive(path, contents=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise CheckpointMismatch(f"{path} holds a {type(content).__name__}; a checkpoint holds a dict.")
+    return content
 
 
 @contextmanager

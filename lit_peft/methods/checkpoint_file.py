@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.attach import Adapter, detach, moving_buffers, registry
-from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, adapter_keys, check_archive
+from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, adapter_keys, read_archive
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.methods.registry import method_class
 
@@ -19,11 +19,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: When there is no such file.
-        CheckpointMismatch: When it is cut off, is no checkpoint, or no method wrote it.
+        CheckpointMismatch: When it is damaged, is no checkpoint, or no method wrote it.
     """
-    check_archive(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or "lit_peft" not in content:
+    content = read_archive(path)
+    if "lit_peft" not in content:
         raise CheckpointMismatch(f"{path} was not written by a lit-peft method: it has no 'lit_peft' entry.")
     if (version := content["lit_peft"]["format_version"]) > FORMAT_VERSION:
         raise CheckpointMismatch(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}.")

@@ -159,6 +159,12 @@ def _named(group: dict[str, Any], lr: float, name: str) -> dict[str, Any]:
     return dict(group) if group["lr"] == lr else {"name": name, **group}
 
 
+def methods_on(module: nn.Module) -> list["Method"]:
+    """The methods of the adapters that a module has, whether or not they are among its trainer's callbacks."""
+    state = registry(module)
+    return [_method(module, adapter) for adapter in state.adapters.values()] if state is not None else []
+
+
 def _method(module: nn.Module, adapter: Adapter) -> "Method":
     """The method of an adapter: the trainer's own, which may have planned by its sites, or one made from the record."""
     from lit_peft.methods.registry import method_class

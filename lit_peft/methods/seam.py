@@ -151,9 +151,9 @@ class AtomicCheckpointIO(Swapped):
                 raise
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Refuses a file that is cut off, or no checkpoint, by name."""
-        if "://" not in str(path):
-            check_archive(path)
+        """Refuses a file that is damaged, or no checkpoint, by name; a folder is a strategy's to read."""
+        if "://" not in str(path) and not Path(path).is_dir():
+            check_archive(path, contents=True)
         return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lit_peft import hub
-from lit_peft.core.checkpoint import check_archive
+from lit_peft.core.checkpoint import read_archive
 from lit_peft.methods.base import check_range
 from lit_peft.methods.folder import load
-from lit_peft.methods.seam import methods
+from lit_peft.methods.rates import methods_on
 from lit_peft.metrics import classification_metrics
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 
@@ -152,8 +152,7 @@ class TextClassification(pl.LightningModule):
             FileNotFoundError: When there is no such file.
             CheckpointMismatch: When the file is damaged, or the base is another.
         """
-        check_archive(checkpoint_path)
-        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        content = read_archive(checkpoint_path)
         if "lit_peft" not in content:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         known = inspect.signature(cls.__init__).parameters
@@ -210,9 +209,9 @@ class TextClassification(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self._scheduled = self._schedule_key()
-        attached = methods(self.trainer)
         lr = self.learning_rate
         if lr is None:
+            attached = methods_on(self)
             lr = attached[0].learning_rate if attached else 5e-5
         optimizer = build_optimizer(self, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay)
         schedule = warmup_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup)
