@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
-# Two workers; the tests of a file stay on one, whose fixtures they share (tests/conftest.py).
-SHARED := -n 2 --dist loadgroup
+# Two workers; the tests of a file stay on one, whose fixtures they share.
+SHARED := -n 2 --dist loadfile
 
 .PHONY: help quickstart test check check-all format clean
 

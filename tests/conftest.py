@@ -18,13 +18,6 @@ from data_helpers import save_tokenizer
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a file's tests on one worker, whose fixtures they share, and those on two ranks on one, with one pair."""
-    for item in items:
-        group = "two_ranks" if "two_ranks" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

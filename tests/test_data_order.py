@@ -11,9 +11,7 @@ import pytest
 import torch
 from data_helpers import numbers_of, rows
 from datasets import Dataset
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lit_peft.data import TextClassificationDataModule
 from lit_peft.data.loaders import BucketBatchSampler, ResumableLoader, evaluation_loader
@@ -221,49 +219,3 @@ def test_more_ranks_than_examples() -> None:
         BucketBatchSampler([5], 4, num_replicas=2)
     with pytest.raises(ValueError, match="1 examples cannot be shared by 2 ranks"):
         evaluation_loader(range(1), 4, num_replicas=2)
-
-
-class Indices(BasePredictionWriter):
-    def write_on_epoch_end(self, trainer: Any, model: Any, predictions: Any, indices: Any) -> None:
-        self.rows, self.numbers = indices[0], predictions
-
-
-def _train_on_one_rank(rank: int, tokenizer: str, use_distributed_sampler: bool) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        for name, value in ranks.items():
-            patch.setenv(name, str(value))
-        writer = Indices("epoch")
-        trainer = pl.Trainer(
-            **QUIET,
-            strategy=DDPStrategy(process_group_backend="gloo"),
-            devices=2,
-            plugins=[TorchElasticEnvironment()],
-            use_distributed_sampler=use_distributed_sampler,
-            callbacks=[writer],
-            enable_checkpointing=False,
-            max_epochs=2,
-            num_sanity_val_steps=0,
-        )
-        model, data = Recorder(tokenizer), Data(batch_size=4, eval_batch_size=4)
-        trainer.fit(model, data)
-        trainer.test(model, data, verbose=False)
-        trainer.predict(model, data)
-    return {**model.seen, "rows": writer.rows, "predicted": writer.numbers}
-
-
-@pytest.mark.parametrize("use_distributed_sampler", [True, False])
-def test_lightning_on_two_ranks(two_ranks: Any, tokenizer: str, use_distributed_sampler: bool) -> None:
-    first, second = two_ranks(_train_on_one_rank, tokenizer, use_distributed_sampler)
-    for epoch in range(2):
-        steps = [[numbers for e, _, numbers in rank["train"] if e == epoch] for rank in (first, second)]
-        assert list(map(len, steps[0])) == list(map(len, steps[1])) and len(steps[0]) == 6
-        assert sorted(sum((sum(rank, []) for rank in steps), [])) == list(range(EXAMPLES))  # noqa: RUF017
-    assert first["train"][0] != first["train"][6]
-    # 15 examples: 8 and 7, both in 2 steps of at most 4; in predict the rows are known to a writer
-    assert first["predicted"] == [[100, 102, 104, 106], [108, 110, 112, 114]]
-    assert second["predicted"] == [[101, 103, 105, 107], [109, 111, 113]]
-    assert sorted(sum((*first["test"], *second["test"]), [])) == list(range(100, 115))  # noqa: RUF017
-    assert [len(batch) for rank in (first, second) for batch in rank["test"]] == [4, 4, 4, 3]
-    assert first["val"][-2:] == first["test"]
-    assert second["rows"] == [[1, 3, 5, 7], [9, 11, 13]]

@@ -67,8 +67,11 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_an_uninterrupted_one(tmp_
             text=True,
         )
         if kills < KILLS:
-            _wait_for_steps(process, last)
-            time.sleep(rng.uniform(0.0, 0.6))
+            if last.is_file() and rng.random() < 0.3:  # while it starts, reads the checkpoint, or makes its first steps
+                time.sleep(rng.uniform(0.0, 8.0))
+            else:
+                _wait_for_steps(process, last)
+                time.sleep(rng.uniform(0.0, 0.6))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += process.returncode == -signal.SIGKILL

@@ -76,7 +76,7 @@ MISTAKES = [
     # checkpoints
     quick("a missing checkpoint", "--ckpt_path {folder}/lost.ckpt", "No such file or folder"),
     quick("a truncated checkpoint", "--ckpt_path {truncated}", "is no checkpoint, or is cut off"),
-    quick("a damaged checkpoint", "--ckpt_path {damaged}", "is damaged inside, in "),
+    quick("a damaged checkpoint", "--ckpt_path {damaged}", "is damaged inside: its checksums do not match"),
     quick("a file that is no checkpoint", "--ckpt_path {csv}", "is no checkpoint, or is cut off"),
     quick("a checkpoint of plain Lightning", "--ckpt_path {foreign}", "was not written by a lit-peft method"),
     quick(

@@ -282,14 +282,16 @@ def test_a_head_that_the_task_names_may_have_a_scale_and_never_decays():
     assert {g["lr"] for g in lit_peft.param_groups(module, 1.0)} == {1.0, 10.0}  # no blocks here
 
 
-def test_the_table_shows_scales():
+def test_the_table_shows_scales_and_decay():
     module = Module()
-    net_lora(train_also={"head.weight": 0.1, "head": 1}).attach(module)
+    net_lora(train_also={"head.weight": 0.1, "head": 1}, layer_decay=0.9).attach(module)
     from rich.console import Console
 
     console = Console(width=200, record=True, quiet=False, file=io.StringIO())
     console.print(sites_table(module))
-    rows = {line.split()[0]: line for line in console.export_text().splitlines() if "head" in line and "itself" in line}
+    text = console.export_text()
+    assert "rates of base parameters fall by x 0.9." in text
+    rows = {line.split()[0]: line for line in text.splitlines() if "head" in line and "itself" in line}
     assert "itself (head), rate x 0.1 " in rows["net.head.weight"]
     assert "rate" not in rows["net.head.bias"]
 

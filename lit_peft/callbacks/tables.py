@@ -80,7 +80,13 @@ def sites_table(module: nn.Module) -> Group:
         f"{counts.trainable:,} of {counts.total:,} parameters train ({counts.share:.2%}), in {', '.join(dtypes)}: "
         f"{counts.adapter:,} of the method, {counts.head:,} of the head."
     )
-    return Group(table, Text(line))
+    decays = [adapter.spec.get("init_args", {}).get("layer_decay", 1.0) for adapter in state.adapters.values()]
+    fall = [
+        f"From block to block towards the embeddings, rates of base parameters fall by x {d:g}."
+        for d in decays
+        if d != 1
+    ]
+    return Group(table, *map(Text, [line, *fall]))
 
 
 Row = tuple[str, str, str]

@@ -165,7 +165,7 @@ def check_archive(path: str | os.PathLike[str], *, contents: bool = False) -> No
     except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
         raise CheckpointMismatch(f"{path} is no checkpoint, or is cut off {size}") from error
     if damaged is not None:
-        raise CheckpointMismatch(f"{path} is damaged inside, in {damaged} {size}")
+        raise CheckpointMismatch(f"{path} is damaged inside: its checksums do not match {size}")
 
 
 def read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""What must hold on two ranks; all in one file, so that one worker runs them on one pair of processes."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from test_contract import IN, METHODS, OUT, perturb
+from test_data_order import EXAMPLES, QUIET, Data, Recorder
+from torch import nn
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def sharded_step(rank: int, name: str) -> tuple[float, dict[str, float], float]:
+    """Largest difference between one process and two sharded ones: output, then gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def build():
+        torch.manual_seed(0)
+        module = Two()
+        METHODS[name](target_modules=["a", "b"]).attach(module)
+        perturb(module)
+        return module
+
+    x = torch.randn(4, IN, generator=torch.Generator().manual_seed(3))
+    alone, sharded = build(), build()
+    expected = alone(x)
+    expected.square().mean().backward()
+    mesh = init_device_mesh("cpu", (2,))
+    for child in (sharded.a, sharded.b):
+        fully_shard(child, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    half = sharded(x[2 * rank : 2 * rank + 2])
+    half.square().mean().backward()
+    gradients = {}
+    for (key, mine), reference in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+        assert (mine.grad is None) == (reference.grad is None), key
+        if mine.grad is not None:
+            gradients[key] = (mine.grad.full_tensor() - reference.grad).abs().max().item()
+    return (
+        (half - expected[2 * rank : 2 * rank + 2]).abs().max().item(),
+        gradients,
+        expected.abs().max().item(),
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_under_fsdp2_equal_one(two_ranks, name):
+    for output, gradients, scale in two_ranks(sharded_step, name):
+        assert scale > 0.1
+        assert output < 1e-6
+        assert gradients and max(gradients.values()) < 1e-6
+
+
+class Indices(BasePredictionWriter):
+    def write_on_epoch_end(self, trainer: Any, model: Any, predictions: Any, indices: Any) -> None:
+        self.rows, self.numbers = indices[0], predictions
+
+
+def _train_on_one_rank(rank: int, tokenizer: str, use_distributed_sampler: bool) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        for name, value in ranks.items():
+            patch.setenv(name, str(value))
+        writer = Indices("epoch")
+        trainer = pl.Trainer(
+            **QUIET,
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=2,
+            plugins=[TorchElasticEnvironment()],
+            use_distributed_sampler=use_distributed_sampler,
+            callbacks=[writer],
+            enable_checkpointing=False,
+            max_epochs=2,
+            num_sanity_val_steps=0,
+        )
+        model, data = Recorder(tokenizer), Data(batch_size=4, eval_batch_size=4)
+        trainer.fit(model, data)
+        trainer.test(model, data, verbose=False)
+        trainer.predict(model, data)
+    return {**model.seen, "rows": writer.rows, "predicted": writer.numbers}
+
+
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
+def test_lightning_on_two_ranks(two_ranks: Any, tokenizer: str, use_distributed_sampler: bool) -> None:
+    first, second = two_ranks(_train_on_one_rank, tokenizer, use_distributed_sampler)
+    for epoch in range(2):
+        steps = [[numbers for e, _, numbers in rank["train"] if e == epoch] for rank in (first, second)]
+        assert list(map(len, steps[0])) == list(map(len, steps[1])) and len(steps[0]) == 6
+        assert sorted(sum((sum(rank, []) for rank in steps), [])) == list(range(EXAMPLES))  # noqa: RUF017
+    assert first["train"][0] != first["train"][6]
+    # 15 examples: 8 and 7, both in 2 steps of at most 4; in predict the rows are known to a writer
+    assert first["predicted"] == [[100, 102, 104, 106], [108, 110, 112, 114]]
+    assert second["predicted"] == [[101, 103, 105, 107], [109, 111, 113]]
+    assert sorted(sum((*first["test"], *second["test"]), [])) == list(range(100, 115))  # noqa: RUF017
+    assert [len(batch) for rank in (first, second) for batch in rank["test"]] == [4, 4, 4, 3]
+    assert first["val"][-2:] == first["test"]
+    assert second["rows"] == [[1, 3, 5, 7], [9, 11, 13]]
