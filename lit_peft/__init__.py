@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from lit_peft.methods.adapter_folder import AdapterFolder
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
+    from lit_peft.methods.dora import DoRA
     from lit_peft.methods.folder import attach, load, save
     from lit_peft.methods.full import FullFineTuning
+    from lit_peft.methods.hira import HiRA
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
     from lit_peft.methods.rates import param_groups
@@ -40,7 +42,9 @@ __all__ = [
     "Addition",
     "BitFit",
     "Delta",
+    "DoRA",
     "FullFineTuning",
+    "HiRA",
     "LinearProbe",
     "LoRA",
     "Method",

@@ -4,7 +4,6 @@ Each method here is what a user would write. If one needs more than a few lines,
 """
 
 import copy
-import math
 import pickle
 
 import bitsandbytes as bnb
@@ -21,29 +20,13 @@ from lit_peft.core.addition import Addition, Call, Delta
 from lit_peft.core.attach import detach, registry, set_active
 from lit_peft.core.layers import layer_ops
 from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.hira import HiRA
 from lit_peft.methods.lora import LoRA
 
 IN, OUT = 64, 32  # what bitsandbytes' 4-bit blocks divide
 
 
 # ---------------------------------------------------------------------------------------------- methods
-
-
-class HiRADelta(Delta):
-    def __init__(self, out: int, in_: int, r: int):
-        super().__init__()
-        self.A, self.B = nn.Parameter(torch.empty(r, in_)), nn.Parameter(torch.zeros(out, r))
-
-    def init(self, site, generator):
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-
-    def weight(self, W):
-        return W * (1 + self.B @ self.A)
-
-
-class HiRA(TargetedMethod):
-    def build(self, site):
-        return HiRADelta(*site.size, r=4)
 
 
 class IA3Out(Delta):
@@ -130,7 +113,7 @@ class Bottleneck(TargetedMethod):
 
 
 DELTAS = {
-    "hira": lambda **k: HiRA(**k),
+    "hira": lambda **k: HiRA(r=4, **k),
     "ia3-out": lambda **k: IA3("out", **k),
     "ia3-in": lambda **k: IA3("in", **k),
     "vera": lambda **k: VeRA(**k),

@@ -16,14 +16,13 @@ import pytest
 import torch
 from models import inputs, logits, tiny
 from safetensors.torch import load_file, save_file
-from test_contract import HiRADelta, Prefix
+from test_contract import Prefix
 from torch import nn
 
 from lit_peft.core.addition import Call
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, read_folder
-from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, LoRA
-from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods import BitFit, FullFineTuning, HiRA, LinearProbe, LoRA
 from lit_peft.methods.folder import load, save
 
 HEAD = {
@@ -461,11 +460,6 @@ def test_targets_are_short_names_where_these_are_enough(name, targets, written, 
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-class NoForm(TargetedMethod):
-    def build(self, site):
-        return HiRADelta(*site.size, r=2)
-
-
 UNSAVABLE = {
     "everything trains": (lambda: tiny("bert"), FullFineTuning(), "trains every parameter"),
     "a lone weight": (
@@ -473,7 +467,6 @@ UNSAVABLE = {
         LoRA(r=4, train_also=["0.attention.output.LayerNorm.weight"]),
         r"LayerNorm\.weight trains alone",
     ),
-    "no form": (lambda: tiny("bert"), NoForm(), "NoForm has no form that HF PEFT knows"),
     "outside the model": (Task, LoRA(r=2, target_modules=["q_lin", "extra"]), "extra .*lies outside"),
     "an ending that means more": (
         lambda: tiny("distilbert"),
@@ -589,8 +582,12 @@ UNLOADABLE = {
         r"holds distilbert\.\S+, for which BertFor\w+ has no layer",
     ),
     "no peft_type": (both(FOREIGN, lambda f: (f / "adapter_config.json").write_text("{}")), DISTILBERT, "no peft_type"),
-    "another method": (both(FOREIGN, edit(peft_type="VERA")), DISTILBERT, "'VERA' has no method here; known: LORA"),
-    "DoRA": (both(FOREIGN, edit(use_dora=True)), DISTILBERT, "asks for use_dora=True, which LoRA does not have"),
+    "another method": (
+        both(FOREIGN, edit(peft_type="VERA")),
+        DISTILBERT,
+        "'VERA' has no method here; known: HIRA",
+    ),
+    "DoRA": (both(FOREIGN, edit(use_dora=True)), DISTILBERT, r"lacks .*lora_magnitude_vector"),
     "replicated": (both(FOREIGN, edit(layer_replication=[[0, 1]])), DISTILBERT, r"layer_replication=\[\[0, 1\]\]"),
     "tokens": (both(FOREIGN, edit(trainable_token_indices=[1])), DISTILBERT, r"trainable_token_indices=\[1\]"),
     "aLoRA": (both(FOREIGN, edit(alora_invocation_tokens=[1])), DISTILBERT, r"alora_invocation_tokens=\[1\]"),
@@ -662,28 +659,6 @@ def test_of_two_models_the_adapted_one_is_saved(tmp_path):
 # ----------------------------------------------------------------------------------- a method of one's own
 
 
-class HiRAByPeft(TargetedMethod):
-    """What a method adds to take part; HF PEFT's HIRA is the oracle."""
-
-    hf_peft: ClassVar = {"peft_type": "HIRA"}
-    hf_options: ClassVar = {"r": 32}
-
-    def __init__(self, r=32, **common):
-        super().__init__(**common)
-        self.r = r
-
-    def build(self, site):
-        return HiRADelta(*site.size, r=self.r)
-
-    def to_hf_peft(self, sites):
-        tensors = {f"{site.path}.hira_{k}": getattr(delta, k) for site, delta in sites for k in "AB"}
-        return {"r": self.r, "hira_dropout": 0.0}, tensors
-
-    @classmethod
-    def from_hf_peft(cls, options, paths):
-        return {"r": options["r"]}
-
-
 class PrefixByPeft(Prefix):
     """A prompt method: all its tensors side by side in one, and no layer named."""
 
@@ -698,7 +673,7 @@ class PrefixByPeft(Prefix):
 
 def test_a_method_of_ones_own_takes_part(tmp_path):
     model = tiny("llama")
-    HiRAByPeft(r=2, target_modules=["q_proj", "up_proj"], train_also=["lm_head"]).attach(model)
+    HiRA(r=2, target_modules=["q_proj", "up_proj"], train_also=["lm_head"]).attach(model)
     perturb(model)
     check_both_ways("llama", model, tmp_path)
 

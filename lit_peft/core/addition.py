@@ -1,6 +1,6 @@
 """What a method adds to a module: `Addition`, and `Delta` for a change of one weight matrix."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +18,9 @@ class Addition(nn.Module):
     Its parameters are trained, saved and moved with the model; a parameter made with `requires_grad=False`
     stays frozen and is saved. Subclasses override `forward`, and `init` when zeros are not what they start from.
     """
+
+    not_mergeable: ClassVar[str | None] = "what it adds is a computation, not a change of a weight."
+    """Why it cannot be folded into the layer's weight; None where it can."""
 
     def forward(self, layer: nn.Module, call: "Call", *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of `layer`'s own forward.
@@ -54,6 +57,7 @@ class Delta(Addition):
     `V = W + sum_i (weight_i(W) - W)`; one scaling delta (`scales = True`) may then act on the sum, `weight(V)`.
     """
 
+    not_mergeable = None
     scales: ClassVar[bool] = False
     """Whether the equation rescales what it is given, (IA)^3 and DoRA, instead of adding to it."""
 
@@ -75,6 +79,30 @@ class Delta(Addition):
             return ops.apply(layer, x, self.weight(call.matrix()), self.bias(call.bias()))
         W, b = ops.matrix(layer), ops.bias(layer)
         return call(x) + ops.apply(layer, x, self.weight(W) - W, difference(self.bias(b), b))
+
+
+def composed_weight(deltas: Iterable[Delta], W: Tensor) -> Tensor:
+    """`V`, [out, in]: the changes of the base weight `W` added up, in the order given, scaling deltas acting on `V`."""
+    V = W
+    for delta in deltas:
+        if delta.scales:
+            V = delta.weight(V)
+        elif V is W:
+            V = delta.weight(W)
+        else:
+            V = V + (delta.weight(W) - W)
+    return V
+
+
+def composed_bias(deltas: Iterable[Delta], b: Tensor | None) -> Tensor | None:
+    """The same for the bias, [out] or None."""
+    c = b
+    for delta in deltas:
+        if delta.scales:
+            c = delta.bias(c)
+        elif (change := difference(delta.bias(b), b)) is not None and change is not b:
+            c = change if c is None else c + change
+    return c
 
 
 def difference(new: Tensor | None, old: Tensor | None) -> Tensor | None:
@@ -111,25 +139,11 @@ class Call:
 
     def matrix(self) -> Tensor:
         """The layer's weight with the deltas below, [out, in]; inside a forward pass this is a plain tensor."""
-        V = W = self.ops.matrix(self.layer)
-        for delta in self._deltas():
-            if delta.scales:
-                V = delta.weight(V)
-            elif V is W:
-                V = delta.weight(W)
-            else:
-                V = V + (delta.weight(W) - W)
-        return V
+        return composed_weight(self._deltas(), self.ops.matrix(self.layer))
 
     def bias(self) -> Tensor | None:
         """The layer's bias with the deltas below, [out] or None."""
-        c = b = self.ops.bias(self.layer)
-        for delta in self._deltas():
-            if delta.scales:
-                c = delta.bias(c)
-            elif (change := difference(delta.bias(b), b)) is not None and change is not b:
-                c = change if c is None else c + change
-        return c
+        return composed_bias(self._deltas(), self.ops.bias(self.layer))
 
     def _deltas(self) -> list[Delta]:
         return [addition for addition in self.below if isinstance(addition, Delta)]

@@ -243,11 +243,7 @@ def _add(module: nn.Module, site: Site, name: str, addition: Addition, dtype: to
     device = own.device if own is not None else next(module.parameters()).device
     if device.type != "meta":
         _initialise(site, name, addition)  # on the host, in float32: the same values on every kind of device
-    if not isinstance(layer, Adapted):
-        swap_class(layer, Adapted)
-        layer.peft = Additions()
-        layer.peft.train(layer.training)
-        leave_fast_path(module, site.path)
+    put_on(module, site.path)
     layer.peft[name] = addition.to(device=device, dtype=dtype).train(layer.training)
 
 
@@ -351,17 +347,46 @@ def detach(module: nn.Module, name: str | None = None) -> None:
     if state.adapters:
         freeze(module)
         set_active(module, [n for n in state.active if n in state.adapters])
-        return
-    del module.__dict__[_REGISTRY_KEY]
-    for path, child in module.named_modules():
-        _release_statistics(module, path)
-        restore_fast_path(child)
-    for parameter_name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter_name in state.required_grad)
+    else:
+        close(module)
 
 
 def _remove(layer: Any, name: str) -> None:
     del layer.peft[name]
     if not layer.peft:
-        del layer.peft
-        restore_class(layer, Adapted)
+        take_off(layer)
+
+
+def take_off(layer: Any) -> Additions:
+    """Makes an adapted layer what it was before; returns its additions."""
+    additions = layer.peft
+    del layer.peft
+    restore_class(layer, Adapted)
+    return additions
+
+
+def put_on(module: nn.Module, path: str, additions: "Additions | None" = None) -> None:
+    """Makes the layer at a path an adapted one, with these additions or none yet; nothing if it is one."""
+    layer: Any = module.get_submodule(path)
+    if not isinstance(layer, Adapted):
+        swap_class(layer, Adapted)
+        layer.peft = Additions() if additions is None else additions
+        layer.peft.train(layer.training)
+        leave_fast_path(module, path)
+
+
+def close(module: nn.Module) -> Registry:
+    """Leaves a module that has no additions any more as it was before the first: modes, gradients, no registry."""
+    state: Registry = module.__dict__.pop(_REGISTRY_KEY)
+    for path, child in module.named_modules():
+        _release_statistics(module, path)
+        restore_fast_path(child)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in state.required_grad)
+    return state
+
+
+def reopen(module: nn.Module, state: Registry) -> None:
+    """Undoes `close`, once the additions are back."""
+    module.__dict__[_REGISTRY_KEY] = state
+    freeze(module)

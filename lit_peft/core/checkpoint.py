@@ -18,7 +18,7 @@ from lit_peft.core.fingerprint import compare_fingerprints
 from lit_peft.core.swap import FrozenStatistics
 
 FORMAT_VERSION = 1
-RATES = ("train_also", "layer_decay")
+RATES = ("train_also", "layer_decay", "loraplus_ratio")
 """Arguments of a method that set learning rates, which do not change what the weights mean; `train_also` by its
 scales, while its patterns say what trains."""
 

@@ -68,6 +68,8 @@ class LayerOps:
 
     is_linear = True
     """Whether the layer multiplies a vector by its matrix, y = Wx + b, as "all-linear" means it."""
+    writable = True
+    """Whether `store` can write a weight in place."""
 
     def size(self, layer: Any) -> tuple[int, int]:
         """(out, in), the logical shape, without reading the weight."""
@@ -86,7 +88,7 @@ class LayerOps:
         return getattr(layer, "bias", None)
 
     def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
-        """Writes a weight [out, in] and a bias [out] into the layer, in its own dtype and layout."""
+        """Writes a weight [out, in] and a bias [out] into the layer, in its own dtype and layout, if `writable`."""
         self.matrix(layer).data.copy_(W)
         if b is not None:
             layer.bias.data.copy_(b)
@@ -103,6 +105,10 @@ class LayerOps:
         """`y + alpha * B h` over the feature dimension; `h`: [..., r], `B`: [out, r]. One kernel, a new tensor."""
         rows = h.reshape(-1, h.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, B.to(h.dtype).t(), alpha=alpha).view_as(y)
+
+    def along_features(self, v: Tensor) -> Tensor:
+        """`v`, [n], shaped so that it broadcasts over the n features of an output."""
+        return v
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """The base layer itself, outside autograd: `x`: [..., in] -> [..., out]."""
@@ -134,6 +140,8 @@ class Conv1DOps(LayerOps):
 class Linear4bitOps(LayerOps):
     """bitsandbytes' 4-bit linear layer; the matrix is dequantised at each use, never kept."""
 
+    writable = False
+
     def size(self, layer: Any) -> tuple[int, int]:
         # Read from the quantisation state: the packed weight has another shape, and loses the state when sharded.
         state = self._state(layer)
@@ -146,9 +154,6 @@ class Linear4bitOps(LayerOps):
         import bitsandbytes.functional as bnb
 
         return bnb.dequantize_4bit(layer.weight.data, state)
-
-    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
-        raise TypeError("A 4-bit layer cannot take a merged weight in place.")
 
     @staticmethod
     def _state(layer: Any) -> Any:
@@ -202,6 +207,9 @@ class Conv2dOps(LayerOps):
 
     def separable(self, layer: Any) -> bool:
         return layer.groups == 1  # r channels need not divide into the groups
+
+    def along_features(self, v: Tensor) -> Tensor:
+        return v[:, None, None]
 
     def combine(self, y: Tensor, h: Tensor, B: Tensor, alpha: float) -> Tensor:
         return y + alpha * F.conv2d(h, B.to(h.dtype)[:, :, None, None])

@@ -61,7 +61,8 @@ class CastsParameters(Swapped):
     """A base layer that trains in another dtype than it computes in: float32 biases of a bfloat16 layer.
 
     Its forward sees all its parameters in the dtype that the layer came with, under autocast too: some
-    kernels (layer norm on a CPU) refuse a bfloat16 weight beside a float32 bias.
+    kernels (layer norm on a CPU) refuse a bfloat16 weight beside a float32 bias. An input in the other dtype is cast
+    as well: T5 casts what it gives to a layer to the dtype of the weight that it finds there.
     """
 
     base_dtype: torch.dtype
@@ -73,6 +74,9 @@ class CastsParameters(Swapped):
             for name, p in kept.items():
                 if p is not None and p.is_floating_point():
                     own[name] = p.to(self.base_dtype)
+                    args = tuple(
+                        a.to(self.base_dtype) if torch.is_tensor(a) and a.dtype == p.dtype else a for a in args
+                    )
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             own.update(kept)

@@ -6,14 +6,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
+    from lit_peft.methods.dora import DoRA
     from lit_peft.methods.full import FullFineTuning
+    from lit_peft.methods.hira import HiRA
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
 
 # Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
-BUILT_IN = {"LoRA": "lora", "BitFit": "bitfit", "LinearProbe": "linear_probe", "FullFineTuning": "full"}
+BUILT_IN = {
+    "LoRA": "lora",
+    "DoRA": "dora",
+    "HiRA": "hira",
+    "BitFit": "bitfit",
+    "LinearProbe": "linear_probe",
+    "FullFineTuning": "full",
+}
 
-__all__ = ["BitFit", "FullFineTuning", "LinearProbe", "LoRA", "Method", "TargetedMethod"]
+__all__ = ["BitFit", "DoRA", "FullFineTuning", "HiRA", "LinearProbe", "LoRA", "Method", "TargetedMethod"]
 
 
 def __getattr__(name: str) -> Any:

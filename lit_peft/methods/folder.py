@@ -13,6 +13,9 @@ A method takes part through four members and no base class; `LoRA` has them all:
 
 A method that adds nothing (BitFit, LinearProbe) needs none of them. HF PEFT must adapt some layer, so the folder
 holds a LoRA of rank 1 whose factors are zero, beside the base parameters that train.
+
+A method that lacks them is written in the same files for `load` alone: `peft_type` is LIT_PEFT, which HF PEFT does not
+know, and tensors are named by their place here, "encoder.q.peft.gate".
 """
 
 import json
@@ -20,7 +23,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,20 +86,17 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
     if not pairs:
         method, pairs = _no_change(model, saved)
-    if not _has_hf_form(type(method)):
-        raise ValueError(
-            f"{type(method).__name__} has no form that HF PEFT knows; the trainer's checkpoint keeps its adapters."
-        )
-    paths = [site.path for site, _ in pairs]
+    form = method if _has_hf_form(type(method)) else OwnForm
+    paths = [] if form is OwnForm else [site.path for site, _ in pairs]
     if clash := [path for path in paths if is_inside(path, saved)]:
         raise ValueError(
             f"{clash[0]} is adapted, but HF PEFT would train it whole: it goes by endings, and {', '.join(whole)} is "
             f"trained whole. Add {clash[0]} to train_also or to exclude_modules."
         )
 
-    entries, changes = method.to_hf_peft(pairs)
+    entries, changes = form.to_hf_peft(pairs)
     tensors = {key: torch.cat(value, -1) if isinstance(value, list) else value for key, value in changes.items()}
-    of_base, kept = _of_base(model, base, saved, paths, supports_bias="bias" in entries)
+    of_base, kept = _of_base(model, base, saved, paths, None if form is OwnForm else "bias" in entries)
     tensors |= kept
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -104,7 +104,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         "modules_to_save": whole or None,
         "target_modules": hf_peft.target_modules(model, paths, saved),
         "task_type": task,
-        **method.hf_peft,
+        **form.hf_peft,
         **entries,
         **of_base,
     }
@@ -114,10 +114,25 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
 
 
+class OwnForm:
+    """How a method is written that HF PEFT does not have: each tensor of an addition by its site and its name."""
+
+    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "LIT_PEFT"}
+
+    @staticmethod
+    def to_hf_peft(sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """No entries; the tensors, whether they train or not."""
+        tensors = {}
+        for site, addition in sites:
+            for key, tensor in addition.state_dict(keep_vars=True).items():
+                tensors[f"{site.path}{hf_peft.OWN}{key}"] = tensor
+        return {}, tensors
+
+
 def _has_hf_form(method: type) -> bool:
     """Whether a class says how its own additions map: a subclass that builds others does not inherit the map."""
     mapped = next((cls for cls in method.__mro__ if "to_hf_peft" in vars(cls)), None)
-    built = next(cls for cls in method.__mro__ if "build" in vars(cls))
+    built = next(cls for cls in method.__mro__ if {"build", "delta"} & vars(cls).keys())
     return mapped is not None and issubclass(mapped, built)
 
 
@@ -142,7 +157,7 @@ def _no_change(model: nn.Module, saved: list[str]) -> tuple[LoRA, list[tuple[Sit
 
 
 def _of_base(
-    model: nn.Module, base: list[str], saved: list[str], paths: list[str], supports_bias: bool
+    model: nn.Module, base: list[str], saved: list[str], paths: list[str], supports_bias: bool | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a folder holds of the base: entries of the config, and tensors under HF PEFT's names.
 
@@ -151,7 +166,7 @@ def _of_base(
         base: Its parameters that train.
         saved: Modules that are saved whole; HF PEFT wants all of their tensors, whether they train or not.
         paths: Layers that are adapted. HF PEFT wraps them, which moves their biases.
-        supports_bias: Whether the method's form has an entry `bias`.
+        supports_bias: Whether the method's form has an entry `bias`; None for our own, which takes any parameter.
 
     Raises:
         ValueError: For a parameter that trains alone and is no bias.
@@ -162,12 +177,13 @@ def _of_base(
     entries: dict[str, Any] = {"ensure_weight_tying": True} if len(covered) < len(kept) else {}
     if alone := [name for name in base if id(model.get_parameter(name)) not in covered]:
         wrong = [name for name in alone if name.rpartition(".")[2] != "bias" or not supports_bias]
-        if wrong:
+        if wrong and supports_bias is not None:
             raise ValueError(
                 f"{wrong[0]} trains alone, and HF PEFT keeps only whole modules{' and biases' * supports_bias}: name "
                 f"{wrong[0].rpartition('.')[0]} in train_also. The trainer's checkpoint keeps it as it is."
             )
-        entries["bias"] = "lora_only" if {f"{path}.bias" for path in paths}.issuperset(alone) else "all"
+        if supports_bias:
+            entries["bias"] = "lora_only" if {f"{path}.bias" for path in paths}.issuperset(alone) else "all"
         kept |= {name: model.get_parameter(name) for name in alone}
         kept |= {name: model.get_buffer(name) for name in buffers_beside(model, alone)}
     for owner in paths:
@@ -253,9 +269,11 @@ def _load_folder(
     if missing := [key for key in trains if key not in base]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
     cls: Any = method_class(spec["class_path"])
+    form: Any = OwnForm if mine is not None and config.get("peft_type") == OwnForm.hf_peft["peft_type"] else cls
     read = {}
-    if hasattr(cls, "from_hf_peft"):
-        read = cls.from_hf_peft(hf_peft.read_options(config, cls.hf_options, cls.__name__), paths)
+    if hasattr(form, "from_hf_peft"):
+        known = {**form.hf_options, **form.hf_peft}
+        read = form.from_hf_peft(hf_peft.read_options(config, known, cls.__name__), paths)
     try:
         method = cls(**arguments | read | {"name": name})
     except (TypeError, ValueError) as error:
@@ -268,7 +286,7 @@ def _load_folder(
     scales = (mine or {}).get("scales", {})
     method.train_also = {f"re:{re.escape(root.outside(key))}": scales.get(key, 1.0) for key in head}
     method.trains = names.__contains__
-    if paths and hasattr(cls, "to_hf_peft"):
+    if paths and hasattr(form, "to_hf_peft"):
         sites = [make_site(root.outside(path), root.model.get_submodule(path)) for path in paths]
         method.sites = lambda module, avoid: sites
     adapter: Adapter = method.attach(module)
@@ -276,7 +294,8 @@ def _load_folder(
     try:
         if more := set(adapter.base) - names:
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
-        _fill_additions(method.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
+        maps: Any = OwnForm if form is OwnForm else method
+        _fill_additions(maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
         moving = {root.inside(key) for key in moving_buffers(module, [adapter])}
         if adapter.update_norm_stats and (lost := moving - base.keys()):
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")

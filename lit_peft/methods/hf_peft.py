@@ -17,6 +17,9 @@ PREFIX = "base_model.model."
 PROMPT = "prompt_embeddings"
 """The one tensor of HF PEFT's prompt methods, without a prefix; they wrap the model once, not twice."""
 
+OWN = ".peft."
+"""What stands between the path of a layer and the name of a tensor where HF PEFT has no form for the method."""
+
 # Ending of a transformers class name -> (HF PEFT's task type, heads that it then trains and saves unasked).
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
@@ -206,10 +209,10 @@ def site_paths(model: nn.Module, keys: Collection[str]) -> list[str]:
     modules = dict(model.named_modules())
     paths = set()
     for key in sorted(set(keys) - {PROMPT}):
-        path = key
+        path, own, _ = key.partition(OWN)
         while path not in modules:
             path = path.rpartition(".")[0]
-        if find_layer_ops(modules[path]) is None:
+        if not own and find_layer_ops(modules[path]) is None:
             raise CheckpointMismatch(f"The folder holds {key}, for which {type(model).__name__} has no layer.")
         paths.add(path)
     return [path for path in modules if path in paths]

@@ -1,7 +1,7 @@
 """LoRA: a low-rank change of a frozen weight."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,6 +35,9 @@ class LoRA(TargetedMethod):
             Fine-Tuning with LoRA", section 3.2), which keeps large ranks learning; give `alpha` explicitly then.
         rank_pattern: Rank of particular layers: {role, name, glob or re: -> r}; the first that matches counts.
         alpha_pattern: The same for alpha.
+        loraplus_ratio: Learning rate of `B` by that of `A` (Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation
+            of Large Models", section 4). Above 1, with 16 the authors' choice, `B` need not wait for `A` in wide
+            models; lower the rate itself then. Needs an optimizer made from `lit_peft.param_groups`, as our tasks'.
         **common: See `TargetedMethod` and `Method`. Targets default to attention: at one budget all four
             projections do at least as well as two of them (section 7.1, table 5).
     """
@@ -63,6 +66,7 @@ class LoRA(TargetedMethod):
         use_rslora: bool = False,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
+        loraplus_ratio: float = 1.0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -72,13 +76,13 @@ class LoRA(TargetedMethod):
         check_choice("init", init, ("kaiming", "gaussian"))
         for name, value in (rank_pattern or {}).items():
             check_range(f"rank_pattern[{name!r}]", value, 1)
-        for name, scale in {"alpha": 1.0 if alpha is None else alpha, **(alpha_pattern or {})}.items():
-            if not (scale > 0 and math.isfinite(scale)):
-                raise ValueError(
-                    f"{name if name == 'alpha' else f'alpha_pattern[{name!r}]'} must be above 0, not {scale}."
-                )
+        positive: dict[str, float] = {"alpha": 1.0 if alpha is None else alpha, "loraplus_ratio": loraplus_ratio}
+        positive |= {f"alpha_pattern[{key!r}]": value for key, value in (alpha_pattern or {}).items()}
+        for name, number in positive.items():
+            if not (number > 0 and math.isfinite(number)):
+                raise ValueError(f"{name} must be above 0, not {number}.")
         self.r, self.alpha, self.dropout, self.bias, self.init = r, alpha, dropout, bias, init
-        self.use_rslora = use_rslora
+        self.use_rslora, self.loraplus_ratio = use_rslora, loraplus_ratio
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
 
     def plan(self, sites: list[Site]) -> None:
@@ -96,13 +100,24 @@ class LoRA(TargetedMethod):
             )
         default = 2 * r if self.alpha is None else self.alpha
         alpha = _first(self.alpha_pattern, site, default)
-        scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
+        return self.delta(site, r, alpha, alpha / (math.sqrt(r) if self.use_rslora else r))
+
+    def delta(self, site: Site, r: int, alpha: float, scaling: float) -> "LoRADelta":
+        """The addition of one site; what a subclass with another equation replaces."""
         return LoRADelta(*site.size, r, alpha, scaling, self.dropout, self.init)
 
     def trains(self, name: str) -> bool:
         if self.bias == "lora_only":
             return name in self._biases
         return self.bias == "all" and name.rpartition(".")[2] == "bias"
+
+    def param_groups(self, named: Sequence[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+        """`A` at `lr`; `B`, and vectors, at `lr * loraplus_ratio`."""
+        slow = [name for name, _ in named if name.endswith("lora_A")]
+        fast = [name for name, _ in named if not name.endswith("lora_A")]
+        if self.loraplus_ratio == 1.0:
+            return [{"params": slow + fast, "lr": lr}]
+        return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * self.loraplus_ratio}]
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's LORA; see `lit_peft.methods.folder`. Ranks and alphas are given by path where they differ."""

@@ -187,7 +187,7 @@ def _take_rates(module: Any, method: "Method", adapter: Adapter) -> None:
     given, arguments = method.arguments(), adapter.spec["init_args"]
     if arguments["train_also"] != given["train_also"]:
         adapter.scales = rates.find_scales(module, method.train_also)
-    arguments |= {argument: given[argument] for argument in RATES}
+    arguments |= {argument: given[argument] for argument in RATES if argument in given}
 
 
 def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:

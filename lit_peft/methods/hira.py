@@ -1,0 +1,134 @@
+"""HiRA: a high-rank change of a frozen weight, by multiplying it with a low-rank one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_peft.core.addition import Call, Delta
+from lit_peft.core.layers import LayerOps, layer_ops
+from lit_peft.core.targets import Site
+from lit_peft.methods.base import TargetedMethod, check_range
+
+
+class HiRA(TargetedMethod):
+    """Hadamard high-rank adaptation: `W' = W * (1 + B A)`, elementwise, with `A`: [r, in] and `B`: [out, r].
+
+    Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", section 3.
+    The change `W * B A` has up to rank(W) r, where LoRA's has r, for the same `r (in + out)` parameters. `B` starts
+    at zero, so that training starts from the base.
+
+    The paper names the factors the other way round, `W * (A B)` with its A at zero. The form without the one that is
+    also published, `W' = W * (B A)`, would start from a weight of zeros: it is the *change* there, as it is here.
+
+    There is no scaling, since `W` gives each entry its size, and an entry that is zero stays zero. In bfloat16 a
+    change of less than 1/256 of an entry is lost to rounding in the forward pass, not in the gradients; keep the
+    base in float32 where small changes matter.
+
+    A step costs what full fine-tuning's does without its optimizer: the gradient of `B A` needs a product of the
+    size of W. None is kept between forward and backward. Merging makes inference free.
+
+    Args:
+        r: Rank of the factors; 32 is the paper's (section 4.1).
+        dropout: Dropout on the input of the change, which then takes a second product; 0 by default.
+        **common: See `TargetedMethod` and `Method`.
+    """
+
+    may_change = frozenset({"dropout"})
+    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "HIRA"}
+    hf_options: ClassVar[dict[str, Any]] = {"r": 32, "hira_dropout": 0.0, "init_weights": True, "fan_in_fan_out": False}
+
+    def __init__(self, r: int = 32, dropout: float = 0.0, **common: Any) -> None:
+        super().__init__(**common)
+        check_range("r", r, 1)
+        check_range("dropout", dropout, 0, 1, open_above=True)
+        self.r, self.dropout = r, dropout
+
+    def build(self, site: Site) -> "HiRADelta":
+        if self.r > min(site.size):
+            raise ValueError(
+                f"r = {self.r} exceeds the smaller side of {site.path}, {site.out_features} x {site.in_features}."
+            )
+        return HiRADelta(*site.size, self.r, self.dropout)
+
+    def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """HF PEFT's HIRA, which has linear layers and embeddings; see `lit_peft.methods.folder`."""
+        tensors: dict[str, Tensor] = {}
+        for site, delta in sites:
+            layer: Any = site.layer
+            if layer.weight.ndim == 4:
+                raise ValueError(f"{site.path}: HF PEFT's HiRA of a convolution has another equation.")
+            kind = "hira" if layer_ops(layer).is_linear else "hira_embedding"
+            tensors |= {f"{site.path}.{kind}_A": delta.hira_A, f"{site.path}.{kind}_B": delta.hira_B}
+        transposed = any(cls.__name__ == "Conv1D" for site, _ in sites for cls in type(site.layer).__mro__)
+        return {"r": self.r, "hira_dropout": self.dropout, "fan_in_fan_out": transposed}, tensors
+
+    @classmethod
+    def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+        """Arguments of the same HiRA; see `lit_peft.methods.folder`."""
+        return {"r": options["r"], "dropout": options["hira_dropout"]}
+
+
+class HiRADelta(Delta):
+    """`W * (1 + B A)`; `hira_A`: [r, in], `hira_B`: [out, r]."""
+
+    def __init__(self, out_features: int, in_features: int, r: int, dropout: float) -> None:
+        super().__init__()
+        self.hira_A = nn.Parameter(torch.empty(r, in_features))
+        self.hira_B = nn.Parameter(torch.zeros(out_features, r))
+        self.dropout = dropout
+
+    def init(self, site: Site, generator: torch.Generator) -> None:
+        bound = 1 / math.sqrt(site.fan_in)
+        nn.init.uniform_(self.hira_A, -bound, bound, generator=generator)
+
+    def describe(self) -> dict[str, Any]:
+        return {"r": len(self.hira_A)}
+
+    def weight(self, W: Tensor) -> Tensor:
+        return _changed(W, self.hira_A.to(W.dtype), self.hira_B.to(W.dtype))
+
+    def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
+        ops = layer_ops(layer)
+        if self.dropout > 0 and self.training and x.is_floating_point():
+            W = ops.matrix(layer)
+            return call(x) + ops.apply(layer, F.dropout(x, self.dropout), self.weight(W) - W)
+        if not call.is_base or not ops.is_linear or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(layer, call, x)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        W, b = ops.matrix(layer), ops.bias(layer)
+        if W.requires_grad or (b is not None and b.requires_grad):
+            return super().forward(layer, call, x)
+        return HiRAFunction.apply(x.to(dtype), self.hira_A, self.hira_B, layer, ops)
+
+
+def _changed(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`W + W * (B A)`, rounded once."""
+    return torch.addcmul(W, W, B @ A)
+
+
+class HiRAFunction(torch.autograd.Function):
+    """`y = (W * (1 + B A)) x + b` as one node, which keeps `x` and the factors and computes the product again.
+
+    Autograd would keep the changed weight of every layer for the gradient of `x`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.layer, ctx.ops = layer, ops
+        W, b = ops.matrix(layer).to(x.dtype), ops.bias(layer)
+        return F.linear(x, _changed(W, A.to(x.dtype), B.to(x.dtype)), None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        dy, W = grads[0], ctx.ops.matrix(ctx.layer).to(x.dtype)
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        dx = dy @ _changed(W, a, b) if ctx.needs_input_grad[0] else None
+        dM = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        dM *= W
+        return dx, (b.t() @ dM).to(A.dtype), (dM @ a.t()).to(B.dtype), None, None

@@ -1,0 +1,361 @@
+"""`MethodConformance`: what every method must hold, on every layer type and architecture that it is for."""
+
+import copy
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_peft.core.addition import Call, Delta
+from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.checkpoint import adapter_keys
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.merge import merge, unmerge
+from lit_peft.methods.base import Method, TargetedMethod
+from lit_peft.methods.folder import load, save
+from lit_peft.methods.lora import LoRA
+from lit_peft.testing.subjects import LAYERS, MODELS, Model, holder, layer_input
+
+
+class MethodConformance:
+    """The suite, which pytest runs for each subclass that names a method.
+
+        class TestMine(MethodConformance):
+            method = Mine(r=2)
+
+    Attributes:
+        method: The method, with arguments that suit models of width 16. Give it no dropout: both modes are compared.
+        layers: Layer types, of `LAYERS`, whose weight it changes; for methods with `target_modules`.
+        models: Models, of `MODELS`, that it is for.
+        refuses: Model -> words of the sentence that says why it is not for this one.
+        starts_as_base: Whether training starts from the base's outputs.
+    """
+
+    method: ClassVar[Method]
+    layers: ClassVar[tuple[str, ...]] = tuple(LAYERS)
+    models: ClassVar[tuple[str, ...]] = tuple(MODELS)
+    refuses: ClassVar[dict[str, str]] = {}
+    starts_as_base: ClassVar[bool] = True
+
+    def count(self, out_features: int, in_features: int) -> int:
+        """The formula that the method's docstring gives: parameters that it adds to a layer of this size."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many parameters its method adds to a layer.")
+
+    # --------------------------------------------------------------------------------------------- helpers
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Runs a test for each layer type or model that it asks for."""
+        for fixture, names in (("layer", self._layers()), ("model", self.models), ("refused", self.refuses)):
+            if fixture in metafunc.fixturenames:
+                metafunc.parametrize(fixture, names)
+
+    def _layers(self) -> tuple[str, ...]:
+        return self.layers if isinstance(self.method, TargetedMethod) and self.method.layers_only else ()
+
+    def make(self, model: Model | None = None, **changes: Any) -> Method:
+        """The method with other arguments, and with the targets that a model without known roles needs."""
+        if model is not None and model.targets is not None and "target_modules" in self.method.parameters():
+            changes.setdefault("target_modules", list(model.targets))
+        return type(self.method)(**self.method.arguments() | changes)
+
+    def attached(self, model: str, **changes: Any) -> tuple[Model, nn.Module]:
+        """A model of that name with the method attached."""
+        found = MODELS[model]
+        module = found.build()
+        self.make(found, **changes).attach(module)
+        return found, module
+
+    def on_layer(self, layer: str, **changes: Any) -> nn.Module:
+        """A module whose one layer the method is attached to, off its starting values."""
+        module = holder(layer)
+        self.make(target_modules=["layer"], **changes).attach(module)
+        perturb(module)
+        return module
+
+    # ---------------------------------------------------------------------------------------- on every model
+
+    def test_starts_as_the_base(self, model: str) -> None:
+        found, module = self.attached(model)
+        base, started = found.evaluate(found.build()), found.evaluate(module)
+        assert started.shape == base.shape
+        if self.starts_as_base:
+            torch.testing.assert_close(started, base, rtol=1e-5, atol=1e-5)
+
+    def test_keeps_the_keys_of_the_base(self, model: str) -> None:
+        found, module = self.attached(model)
+        base = found.build(seed=1).state_dict()
+        assert [key for key in module.state_dict() if ".peft." not in f".{key}"] == list(base)
+        missing, unknown = module.load_state_dict(base, strict=False)
+        assert not unknown and all(".peft." in f".{key}" for key in missing)
+        assert all(torch.equal(module.state_dict()[key], value) for key, value in base.items())
+
+    def test_trains_what_it_says_and_nothing_else(self, model: str) -> None:
+        found, module = self.attached(model)
+        state, method = registry(module), self.make(found)
+        assert (
+            state is not None
+            and {n for n, p in module.named_parameters() if p.requires_grad} == state.trainable_names()
+        )
+        perturb(module)
+        module.train()
+        found.run(module).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                assert parameter.grad is None, f"{name} is frozen and got a gradient"
+            elif not method.lacks_gradient(name):
+                assert parameter.grad is not None and parameter.grad.any(), f"{name} got no gradient"
+
+    def test_changes_the_outputs_in_both_modes(self, model: str) -> None:
+        found, module = self.attached(model)
+        base, frozen = found.evaluate(found.build()), snapshot(module)
+        perturb(module)
+        assert (found.evaluate(module.train(False)) - base).abs().max() > 1e-6
+        seeded = []
+        for each in (module, found.build()):
+            torch.manual_seed(4)  # the same dropout
+            seeded.append(found.evaluate(each.train()))
+        assert (seeded[0] - seeded[1]).abs().max() > 1e-6
+        trainable = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        buffers = {name for name, _ in module.named_buffers()}
+        for name, value in module.state_dict().items():
+            assert name in trainable | buffers or torch.equal(value, frozen[name]), f"{name} is frozen and moved"
+
+    def test_merges_and_unmerges(self, model: str) -> None:
+        found, module = self.attached(model)
+        perturb(module)
+        adapted, before = found.evaluate(module), snapshot(module)
+        additions = [child for child in module.modules() if getattr(child, "not_mergeable", None) is not None]
+        if additions:
+            with pytest.raises(ValueError, match="cannot be merged: "):
+                merge(module)
+            assert_same(snapshot(module), before)
+            return
+        merge(module)
+        assert list(module.state_dict()) == list(found.build().state_dict())
+        assert {type(child) for child in module.modules()} == {type(child) for child in found.build().modules()}
+        torch.testing.assert_close(found.evaluate(module), adapted, rtol=1e-4, atol=1e-5)
+        unmerge(module)
+        assert_same(snapshot(module), before)
+        assert torch.equal(found.evaluate(module), adapted)
+
+    def test_saves_and_loads_a_folder(self, model: str, tmp_path: Path) -> None:
+        found, module = self.attached(model)
+        perturb(module)
+        try:
+            folder = save(module, tmp_path / "adapter")
+        except ValueError as error:  # all of the model trains, or HF PEFT has no form for this layer or parameter
+            assert re.search("trains every parameter|HF PEFT", str(error)) and len(str(error).splitlines()) == 1
+            return
+        other = found.build()
+        load(other, folder)
+        assert torch.equal(found.evaluate(other), found.evaluate(module))
+        assert {n for n, p in other.named_parameters() if p.requires_grad} == registry(module).trainable_names()  # type: ignore[union-attr]
+
+    def test_detaches_and_switches_off(self, model: str) -> None:
+        found, module = self.attached(model)
+        plain = found.build()
+        base = found.evaluate(plain)
+        perturb(module)
+        if not registry(module).adapters["default"].base:  # type: ignore[union-attr]
+            set_active(module, None)
+            assert torch.equal(found.evaluate(module), base)
+        detach(module)
+        assert registry(module) is None
+        assert torch.equal(found.evaluate(module), base) or not self.method.keep_originals
+        assert {type(child) for child in module.modules()} == {type(child) for child in plain.modules()}
+        if self.method.keep_originals:
+            assert_same(snapshot(module), snapshot(plain))
+
+    def test_copies_and_pickles(self, model: str) -> None:
+        found, module = self.attached(model)
+        perturb(module)
+        adapted = found.evaluate(module)
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(found.evaluate(twin), adapted)
+            perturb(twin)
+            assert torch.equal(found.evaluate(module), adapted), "the copy shares a tensor with the original"
+
+    def test_computes_in_the_dtype_of_the_base(self, model: str) -> None:
+        found, module = self.attached(model)
+        perturb(module)
+        expected = found.evaluate(module)
+        scale = expected.abs().max().item()
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = found.evaluate(module)
+        assert (mixed.float() - expected).abs().max() < 0.1 * scale
+        small = found.build().to(torch.bfloat16)
+        self.make(found).attach(small)
+        perturb(small)
+        assert {p.dtype for p in small.parameters() if p.requires_grad} == {torch.float32}
+        changes = {k: v.to(torch.bfloat16) for k, v in found.inputs().items() if v.is_floating_point()}
+        output = found.evaluate(small, **changes)
+        assert output.dtype == torch.bfloat16
+        assert (output.float() - expected).abs().max() < 0.2 * scale
+
+    def test_says_why_it_is_not_for(self, refused: str) -> None:
+        found = MODELS[refused]
+        module = found.build()
+        before = snapshot(module)
+        with pytest.raises(ValueError, match=self.refuses[refused]) as caught:
+            self.make(found).attach(module)
+        assert len(str(caught.value).splitlines()) == 1
+        assert_same(snapshot(module), before)
+        assert registry(module) is None
+
+    # ----------------------------------------------------------------------------------- on every layer type
+
+    def test_the_fast_path_equals_the_equation(self, layer: str) -> None:
+        module, x = self.on_layer(layer), layer_input(layer)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                changed = module(x)
+            child: Any = module.layer
+            if isinstance(child.peft["default"], Delta):
+                torch.testing.assert_close(changed, by_equation(module, x), rtol=1e-4, atol=1e-5)
+            assert (changed - holder(layer)(x)).abs().max() > 1e-3
+
+    def test_gradients_are_those_of_the_equation(self, layer: str) -> None:
+        module: Any = self.on_layer(layer)
+        if not isinstance(module.layer.peft["default"], Delta):
+            pytest.skip("it adds a computation")
+        results = []
+        for compute in (module, partial(by_equation, module)):
+            module.zero_grad()
+            x = layer_input(layer)
+            x.requires_grad_(x.is_floating_point())
+            compute(x).square().sum().backward()
+            results.append([p.grad for p in module.parameters() if p.requires_grad] + [x.grad] * x.requires_grad)
+        for fast, slow in zip(*results, strict=True):
+            torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4 * slow.abs().max().item())
+
+    def test_adds_as_many_parameters_as_it_says(self, layer: str) -> None:
+        child: Any = self.on_layer(layer).layer
+        found = sum(p.numel() for p in child.peft["default"].parameters() if p.requires_grad)
+        assert found == self.count(*layer_ops(child).size(child))
+
+    def test_composes_with_lora(self, layer: str) -> None:
+        module, x = self.on_layer(layer), layer_input(layer)
+        LoRA(r=2, dropout=0.0, target_modules="layer", name="other").attach(module)
+        perturb(module)
+        set_active(module, ["default", "other"])
+        both = module(x)
+        child: Any = module.layer
+        if isinstance(child.peft["default"], Delta):
+            torch.testing.assert_close(both, by_equation(module, x), rtol=1e-4, atol=1e-5)
+        set_active(module, ["other", "default"])
+        torch.testing.assert_close(module(x), both, rtol=1e-5, atol=1e-6)
+        both.square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in module.parameters() if p.requires_grad)
+        set_active(module, "default")
+        assert (module(x) - both).abs().max() > 1e-4
+
+    def test_merges_into_the_layer(self, layer: str) -> None:
+        module, x = self.on_layer(layer), layer_input(layer)
+        child: Any = module.layer
+        if child.peft["default"].not_mergeable is not None or not layer_ops(child).writable:
+            with pytest.raises(ValueError, match="layer cannot be merged: "):
+                merge(module)
+            return
+        adapted = module(x)
+        merge(module)
+        torch.testing.assert_close(module(x), adapted, rtol=1e-4, atol=1e-5)
+
+    # ------------------------------------------------------------------------------------------ once a method
+
+    def test_compiles_without_more_breaks(self) -> None:
+        found, module = self.attached(self.models[0])
+        perturb(module)
+        expected = found.run(module)
+        expected.square().sum().backward()
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        module.zero_grad()
+        torch._dynamo.reset()
+        module.compile(fullgraph=True, backend="aot_eager")
+        compiled = found.run(module)
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+        compiled.square().sum().backward()
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+
+    def test_trains_and_resumes_exactly(self, tmp_path: Path) -> None:
+        found = MODELS[self.models[0]]
+        whole, first, second = (Task(found) for _ in range(3))
+        trainer(self.make(found), max_epochs=4).fit(whole, loader())
+        before = snapshot(first.cpu())
+        run = trainer(self.make(found), max_epochs=2)
+        run.fit(first, loader())
+        run.save_checkpoint(tmp_path / "run.ckpt")
+        content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+        assert content["state_dict"].keys() == adapter_keys(first)
+        trainer(self.make(found), max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "run.ckpt")
+        assert_same(snapshot(second), snapshot(whole))
+        after = snapshot(whole)
+        assert any(not torch.equal(after[key], before.get(key, torch.zeros(0))) for key in adapter_keys(whole))
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def perturb(module: nn.Module) -> None:
+    """Moves every trainable tensor off its starting values, so that nothing is hidden behind zeros."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def by_equation(module: Any, x: Tensor) -> Tensor:
+    """The output of a `Holder` with its composed weight, computed without any forward of an addition."""
+    layer = module.layer
+    call = Call(layer, layer.peft.chain())
+    return layer_ops(layer).apply(layer, x, call.matrix(), call.bias())
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal keys, dtypes and bits."""
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+class Task(pl.LightningModule):
+    """A LightningModule around a model, that brings its outputs to fixed values."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model, self._run = model.build(), model.run
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self._run(self.model) - batch.mean()).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def loader() -> Any:
+    """Three batches of numbers."""
+    return DataLoader(torch.tensor([0.1, -0.2, 0.3]), batch_size=1)  # type: ignore[arg-type]
+
+
+def trainer(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
+    """A quiet trainer on the CPU."""
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet | arguments)

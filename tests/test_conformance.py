@@ -1,0 +1,42 @@
+"""Every built-in method passes the suite that is shipped for methods of other packages."""
+
+from lit_peft import BitFit, DoRA, FullFineTuning, HiRA, LinearProbe, LoRA
+from lit_peft.testing import MODELS, MethodConformance
+
+
+class TestLoRA(MethodConformance):
+    method = LoRA(r=4, dropout=0.0)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features)
+
+
+class TestDoRA(MethodConformance):
+    method = DoRA(r=4, dropout=0.0)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features) + out_features
+
+
+class TestHiRA(MethodConformance):
+    method = HiRA(r=4)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features)
+
+
+class TestBitFit(MethodConformance):
+    method = BitFit()
+    models = tuple(name for name in MODELS if name not in ("llama", "t5"))
+    refuses = dict.fromkeys(("llama", "t5"), "has no biases")
+
+
+class TestFullFineTuning(MethodConformance):
+    method = FullFineTuning()
+
+
+class TestLinearProbe(MethodConformance):
+    method = LinearProbe()
+
+    def make(self, model=None, **changes):
+        return super().make(model, train_also=[model.head], **changes)
