@@ -167,7 +167,9 @@ def main() -> None:
             times[name].append(milliseconds)
     print("| row | ms a step | min to max | peak GiB |\n|---|---|---|---|")
     for name, values in times.items():
-        print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {peaks[name]:.1f} |")
+        print(
+            f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {peaks[name]:.1f} |"
+        )
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     result = {"device": device, "times_ms": times, "peak_gib": peaks, "versions": versions, "arguments": vars(args)}

@@ -15,7 +15,7 @@ VERBS = {
     "validate": "score the validation set with a checkpoint",
     "test": "score the test set with a checkpoint",
     "predict": "write the labels of a data set to predictions.jsonl",
-    "methods": "list the methods",
+    "methods": "list the methods; with a name, show one: paper, arguments, what it trains",
     "configs": "list the configurations that come with the package",
 }
 
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         print(HELP.format(version=__version__, verbs=verbs))
     elif verb in ("-V", "--version"):
         print(f"lit-peft {__version__}")
+    elif verb == "methods" and arguments[1:]:
+        _describe(arguments[1:])
     elif verb == "methods":
         from lit_peft.methods.registry import available
 
@@ -86,6 +88,20 @@ def main(argv: list[str] | None = None) -> None:
         from lit_peft.lightning_cli import run
 
         run(arguments)
+
+
+def _describe(names: list[str]) -> None:
+    """Prints what there is to say of methods, named in any case."""
+    from lit_peft.methods.registry import available, find
+
+    folded = {name.lower(): name for name in available()}
+    try:
+        entries = [find(folded.get(name.lower(), name)) for name in names]
+    except ValueError as error:
+        fail(str(error))
+    from lit_peft.methods.describe import describe
+
+    print("\n\n".join(describe(entry.load()) for entry in entries))
 
 
 def fail(message: str) -> None:

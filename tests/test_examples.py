@@ -1,10 +1,14 @@
 """The scripts under examples/, run as a user runs them."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,3 +35,48 @@ def test_lora_in_ten_lines(tmp_path):
     out = run("lora_in_ten_lines.py", tmp_path)
     assert float(re.search(r"test/acc\D+([\d.]+)", out)[1]) > 0.7
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+XS = ["--method.r", "4", "--data.limit_train", "64", "--data.limit_val", "16", "--data.limit_test", "16"]
+XS += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+
+
+def lit_peft(folder: Path, path: Path, *arguments: str) -> str:
+    """What a command prints in a folder, with another one on the path."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{path}"}
+    command = [sys.executable, "-m", "lit_peft.cli", *arguments]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_method_of_ones_own_by_its_class_path(tmp_path):
+    source = (ROOT / "examples" / "your_own_method.py").read_text()
+    assert len([line for line in source.splitlines() if line.strip()]) < 40
+    shutil.copy(ROOT / "examples" / "your_own_method.py", tmp_path)
+    (tmp_path / "own.yaml").write_text("method:\n  class_path: your_own_method.LoRAXS\n")
+    lit_peft(tmp_path, tmp_path, "fit", "--config", "quickstart", "--config", "own.yaml", *XS)
+    (state,) = tmp_path.glob("runs/quickstart/version_0/checkpoints/best.ckpt")
+    keys = torch.load(state, weights_only=True)["state_dict"]
+    assert any(key.endswith(".peft.default.R") for key in keys)
+    said = lit_peft(tmp_path, tmp_path, "predict", "--run", "runs/quickstart/version_0", "--text", "a good film")
+    assert re.fullmatch(r"(negative|positive) +0\.\d{4}  a good film\n", said)
+
+
+def test_a_method_of_an_installed_package(tmp_path):
+    site = tmp_path / "site"
+    package = ROOT / "examples" / "third_party"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(site), str(package)], check=True, cwd=tmp_path)
+    assert "[lit-peft-lora-xs]" in lit_peft(tmp_path, site, "methods")
+    assert "R [r, r] trains" in lit_peft(tmp_path, site, "methods", "LoRAXS")
+    lit_peft(tmp_path, site, "fit", "--config", "quickstart", "--config", str(package / "lora_xs.yaml"), *XS[2:])
+    assert json.loads((tmp_path / "runs/quickstart/version_0/metrics.json").read_text())["test/acc"] is not None
+
+
+def test_its_suite(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
+    suite = ROOT / "examples" / "third_party" / "test_lora_xs.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(suite)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]

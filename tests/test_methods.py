@@ -207,7 +207,7 @@ def test_built_in_methods_are_listed_without_importing_torch():
         "assert not {'torch', 'lightning'} & set(sys.modules)"
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    listed = dict(line.split("|") for line in lines)
+    listed = dict(line.split("|", 1) for line in lines)
     assert set(listed) >= {f"lit_peft.methods.{name}" for name in BUILT_IN}
     assert listed["lit_peft.methods.LoRA"].startswith("Low-rank adaptation: ")
     assert all(listed.values())
@@ -221,7 +221,7 @@ def test_every_built_in_method_loads(name):
 
 @pytest.mark.parametrize(("name", "hint"), [("lora", "LoRA"), ("LORA", "LoRA"), ("bit_fit", "BitFit")])
 def test_a_near_miss_is_answered_with_the_name(name, hint):
-    with pytest.raises(ValueError, match=rf"no method named '{name}'\. Did you mean {hint}\b.*Methods: LoRA, BitFit"):
+    with pytest.raises(ValueError, match=rf"no method named '{name}'\. Did you mean {hint}\b.*Methods: LoRA, DoRA"):
         registry.find(name)
     with pytest.raises(ValueError, match=r"no method named 'xyzzy'\. Methods: LoRA"):
         registry.find("xyzzy")

@@ -40,7 +40,7 @@ def quick(what: str, options: str, answer: str) -> Mistake:
 MISTAKES = [
     # methods and their arguments
     quick("a method in lower case", "--method lora", "no method named 'lora'. Did you mean LoRA?"),
-    quick("a method misspelt", "--method LoRAA", "no method named 'LoRAA'. Did you mean LoRA?"),
+    quick("a method misspelt", "--method LoRAA", "no method named 'LoRAA'. Did you mean LoRA or"),
     quick("rank 0", "--method.r 0", "r must be at least 1, not 0"),
     quick("a negative rank", "--method.r -1", "r must be at least 1, not -1"),
     quick("a rank above the layer's width", "--method.r 4096", "r = 4096 exceeds the smaller side of"),

@@ -69,8 +69,9 @@ def find(name: str) -> Entry:
     methods = available()
     if name in methods:
         return methods[name]
-    folded = {known.lower(): known for known in methods}
-    close = difflib.get_close_matches(name.lower(), list(folded), n=2, cutoff=0.5)
+    folded, low = {known.lower(): known for known in methods}, name.lower()
+    close = [low] if low in folded else difflib.get_close_matches(low, list(folded), n=2, cutoff=0.5)
+    close = close or [known for known in folded if name and known.startswith(low)]
     hint = f" Did you mean {' or '.join(folded[c] for c in close)}?" if close else ""
     raise ValueError(f"There is no method named {name!r}.{hint} Methods: {', '.join(methods)}.")
 

@@ -1,0 +1,59 @@
+"""What `lit-peft methods NAME` prints of one method: its docstring, its arguments, and what it trains."""
+
+import inspect
+import re
+import textwrap
+from typing import Any
+
+import torch
+from docstring_parser import parse
+from torch import nn
+
+from lit_peft.core.attach import registry
+from lit_peft.methods.base import Method
+
+
+def describe(cls: type[Method]) -> str:
+    """Summary, equation and paper; arguments with their defaults; share of DistilBERT's parameters; merging."""
+    documented: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if issubclass(base, Method) and base.__doc__:
+            documented |= {p.arg_name: p.description or "" for p in parse(inspect.cleandoc(base.__doc__)).params}
+    head = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:")[0].strip()
+    lines = [f"{cls.__name__}: {head}", "", "Arguments:"]
+    for name, parameter in cls.parameters().items():
+        default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+        text = re.sub(r"\s+", " ", documented.get(name, "")).strip()
+        line = f"  {name} ({default}){': ' * bool(text)}{text}"
+        lines.append(textwrap.fill(line, 100, subsequent_indent="      "))
+    return "\n".join([*lines, "", f"Learning rate: {cls.learning_rate:g}", *_on_distilbert(cls)])
+
+
+def _on_distilbert(cls: type[Method]) -> list[str]:
+    """What it trains of DistilBERT's shape, beside a head for two classes, and whether it merges."""
+    model, head = distilbert()
+    make: Any = cls
+    try:
+        make(train_also=head).attach(model)
+    except (TypeError, ValueError) as error:
+        return [f"On DistilBERT's shape: {error}"]
+    state = registry(model)
+    assert state is not None
+    adapter = next(iter(state.adapters.values()))
+    trains = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in adapter.head)
+    total = sum(p.numel() for p in model.parameters())
+    additions: list[Any] = [model.get_submodule(path).peft[adapter.name] for path in adapter.sites]  # type: ignore[index]
+    why = next((a.not_mergeable for a in additions if a.not_mergeable is not None), None)
+    merges = "yes" if why is None and additions else why or "there is nothing to merge, it trains the base itself."
+    return [
+        f"On DistilBERT's shape: {trains:,} of {total:,} parameters train ({trains / total:.2%}), beside a new head.",
+        f"Merges into the weights: {merges}",
+    ]
+
+
+def distilbert() -> tuple[nn.Module, list[str]]:
+    """A DistilBERT classifier without memory behind its parameters, and the modules of its head."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    with torch.device("meta"):
+        return DistilBertForSequenceClassification(DistilBertConfig()), ["pre_classifier", "classifier"]
