@@ -106,6 +106,7 @@ def rows(r: int, r_hira: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
         "hira": ours(HiRA(r=r_hira, target_modules=TARGETS)),
         "hf-hira-bf16": theirs(hira, torch.bfloat16),
         "lora-compiled": compiled(ours(LoRA(**lora))),
+        "lora-bf16-compiled": compiled(ours(LoRA(**lora, adapter_dtype="bfloat16"))),
         "hf-lora-bf16-compiled": compiled(theirs(plain, torch.bfloat16)),
     }
 

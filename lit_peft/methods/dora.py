@@ -69,18 +69,20 @@ class DoRADelta(LoRADelta):
 
     @torch.no_grad()
     def norm(self, W: Tensor) -> Tensor:
-        """`|W + s B A|` of each row, [out], in the adapter's dtype."""
-        A, B, s = self.lora_A, self.lora_B, self.scaling
-        square = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).square()
-        square += 2 * s * ((W @ A.to(W.dtype).t()) * B).sum(1)
-        square += s * s * ((B @ (A @ A.t())) * B).sum(1)
-        return square.clamp_min(0).sqrt()
+        """`|W + s B A|` of each row, [out], in float32."""
+        A, B, s = self.lora_A.float(), self.lora_B.float(), self.scaling
+        cross = (W @ A.to(W.dtype).t()).float()
+        # 2 s W A^T + s^2 B A A^T, whose product with B, row by row, is what B adds to |W|^2
+        change = torch.addmm(cross, B, A @ A.t(), beta=2 * s, alpha=s * s)
+        own = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32)
+        return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         ops = layer_ops(layer)
-        y, b = super().forward(layer, call, x), call.bias()
-        ratio = self.ratio(self.norm(call.matrix().detach())).to(y.dtype)
-        if b is None:
-            return y * ops.along_features(ratio)
-        rest = ops.along_features(b.to(y.dtype) * (1 - ratio))  # the bias is not scaled
-        return torch.addcmul(rest, y, ops.along_features(ratio))
+        z, b = super().forward(layer, call, x), call.bias()
+        ratio = self.ratio(self.norm(call.matrix().detach()))
+        if b is not None:  # which is not scaled
+            return torch.addcmul(
+                ops.along_features((b * (1 - ratio)).to(z.dtype)), z, ops.along_features(ratio.to(z.dtype))
+            )
+        return z * ops.along_features(ratio.to(z.dtype))

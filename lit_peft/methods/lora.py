@@ -258,7 +258,9 @@ class LoRAFunction(torch.autograd.Function):
         h = d @ A.t()
         ctx.save_for_backward(d, A, B, h)
         ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
-        return ops.combine(ops.linear(layer, x), h, B, s)
+        y = ops.linear(layer, x)
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), B.t(), alpha=s)  # in place: y is not seen elsewhere
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
