@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call
+from lit_peft.core.kernels import scale_features
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.lora import LoRA, LoRADelta
@@ -81,8 +82,8 @@ class DoRADelta(LoRADelta):
         ops = layer_ops(layer)
         z, b = super().forward(layer, call, x), call.bias()
         ratio = self.ratio(self.norm(call.matrix().detach()))
-        if b is not None:  # which is not scaled
-            return torch.addcmul(
-                ops.along_features((b * (1 - ratio)).to(z.dtype)), z, ops.along_features(ratio.to(z.dtype))
-            )
-        return z * ops.along_features(ratio.to(z.dtype))
+        rest = None if b is None else b * (1 - ratio)  # the bias is not scaled
+        if ops.is_linear:
+            return scale_features(z, ratio, rest)
+        y = z * ops.along_features(ratio.to(z.dtype))
+        return y if rest is None else y + ops.along_features(rest.to(z.dtype))
