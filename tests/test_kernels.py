@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_peft.core.kernels import scale_features
+from lit_peft.core.kernels import row_norms, scale_features
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
@@ -30,3 +30,19 @@ def test_scale_features(device, dtype, shape, shifted):
     for ours, theirs in pairs:
         scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "n", "r"), [(32, 64, 4), (100, 300, 16), (33, 257, 40), (5, 7, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_row_norms(device, dtype, out, n, r, transposed):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(n, out, generator=generator).t() if transposed else torch.randn(out, n, generator=generator)
+    A, B = torch.randn(r, n, generator=generator), torch.randn(out, r, generator=generator)
+    W = W.to(device, dtype)
+    expected = torch.linalg.vector_norm(W.double().cpu() + 0.5 * (B.double() @ A.double()), dim=1)
+    found = row_norms(W, A.to(device), B.to(device), 0.5)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    tolerance = 2e-2 if dtype == torch.bfloat16 or device == "cuda" else 1e-5  # a GPU multiplies in TF32
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=0)

@@ -23,10 +23,41 @@ def scale_features(z: Tensor, v: Tensor, shift: Tensor | None = None) -> Tensor:
     Returns:
         [..., n] in the dtype of `z`.
     """
-    if z.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+    if _uses_triton(z):
         return ScaleFeatures.apply(z, v, shift)
     v = v.to(z.dtype)
     return z * v if shift is None else torch.addcmul(shift.to(z.dtype), z, v)
+
+
+@torch.no_grad()
+def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """`|W + s B A|` of each row, without a matrix of that size; no gradient.
+
+    |W + s B A|^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B); on a GPU, rows are added up tile by
+    tile in one kernel.
+
+    Args:
+        W: [out, in].
+        A: [r, in].
+        B: [out, r].
+        s: Factor of their product.
+
+    Returns:
+        [out], float32.
+    """
+    if _uses_triton(W) and len(A) <= 128:
+        from lit_peft.core import triton_kernels
+
+        return triton_kernels.row_norms(W, A, B, s)
+    A, B = A.float(), B.float()
+    cross = (W @ A.to(W.dtype).t()).float()
+    change = torch.addmm(cross, B, A @ A.t(), beta=2 * s, alpha=s * s)
+    own = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32)
+    return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
+
+
+def _uses_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and HAS_TRITON and not torch.compiler.is_compiling()
 
 
 class ScaleFeatures(torch.autograd.Function):
@@ -46,5 +77,6 @@ class ScaleFeatures(torch.autograd.Function):
         from lit_peft.core import triton_kernels
 
         z, v = ctx.saved_tensors
-        dz, dv, dshift = triton_kernels.scale_backward(grads[0].reshape(z.shape), z, v)
-        return dz.view(ctx.shape), dv.to(v.dtype), dshift.to(ctx.shift_dtype) if ctx.shift_dtype is not None else None
+        dtype: torch.dtype | None = ctx.shift_dtype
+        dz, dv, dshift = triton_kernels.scale_backward(grads[0].reshape(z.shape), z, v, dtype is not None)
+        return dz.view(ctx.shape), dv.to(v.dtype), None if dshift is None else dshift.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call
-from lit_peft.core.kernels import scale_features
+from lit_peft.core.kernels import row_norms, scale_features
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.lora import LoRA, LoRADelta
@@ -68,20 +68,10 @@ class DoRADelta(LoRADelta):
         """`m / |V|`, [out]; a row of zeros stays one."""
         return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
-    @torch.no_grad()
-    def norm(self, W: Tensor) -> Tensor:
-        """`|W + s B A|` of each row, [out], in float32."""
-        A, B, s = self.lora_A.float(), self.lora_B.float(), self.scaling
-        cross = (W @ A.to(W.dtype).t()).float()
-        # 2 s W A^T + s^2 B A A^T, whose product with B, row by row, is what B adds to |W|^2
-        change = torch.addmm(cross, B, A @ A.t(), beta=2 * s, alpha=s * s)
-        own = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32)
-        return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
-
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         ops = layer_ops(layer)
         z, b = super().forward(layer, call, x), call.bias()
-        ratio = self.ratio(self.norm(call.matrix().detach()))
+        ratio = self.ratio(row_norms(call.matrix(), self.lora_A, self.lora_B, self.scaling))
         rest = None if b is None else b * (1 - ratio)  # the bias is not scaled
         if ops.is_linear:
             return scale_features(z, ratio, rest)
