@@ -79,6 +79,10 @@ class Method(pl.Callback):
         """
         return []
 
+    def companions(self, module: nn.Module, sites: list[Site]) -> list[Site]:
+        """Further places that additions at `sites` need beside them, where an input is read for example."""
+        return []
+
     def plan(self, sites: list[Site]) -> None:
         """Sees all sites once, before the first `build`: shared tensors, budgets, ranks by name."""
 
@@ -133,6 +137,7 @@ class Method(pl.Callback):
         patterns = [*self.train_also, *getattr(module, "train_also", ())]
         also = find_parameters(module, patterns)
         sites = self.sites(module, also.roots)
+        sites = [*sites, *self.companions(module, sites)]
         self.plan(sites)
         with torch.device("cpu"), seam.default_dtype(torch.float32):  # whatever context Lightning is in
             additions = [(site, addition) for site in sites if (addition := self.build(site)) is not None]
