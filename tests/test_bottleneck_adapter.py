@@ -133,9 +133,9 @@ def test_one_step_of_training_equals_numpy():
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
 def test_series_adapters_equal_hooks(name, placement):
     model, plain = tiny(name), tiny(name)
-    base = logits(plain, name)
+    base = evaluate(plain, name)
     adapter(placement=placement).attach(model)
-    torch.testing.assert_close(logits(model, name), base, rtol=0, atol=0)  # starts at the base, exactly
+    torch.testing.assert_close(evaluate(model, name), base, rtol=0, atol=0)  # starts at the base, exactly
     perturb(model)
     endings = [*(OUTPUTS[name] if placement == "houlsby" else ()), DOWNS[name].removeprefix("[0-9].")]
     where = [
@@ -152,29 +152,40 @@ def test_series_adapters_equal_hooks(name, placement):
     assert (changed - base).abs().max() > 1e-3
 
 
+def network_of_bert(block: nn.Module, addition: nn.Module):
+    """BERT's feed-forward network with the adapter beside it, before the residual sum."""
+
+    def chunk(x):
+        out = block.output
+        y = out.dense(block.intermediate(x)) + 4 * by_hand(addition, x)
+        return out.LayerNorm(out.dropout(y) + x)
+
+    return chunk
+
+
 def parallel_by_hand(name: str, plain: nn.Module, own: dict[str, nn.Module]) -> None:
     """Puts the adapters beside whole feed-forward networks, where a block has one as a module, or into its block."""
     for path, addition in own.items():
         if name in ("bert", "roberta"):
             block = plain.get_submodule(path.removesuffix(".output.dense"))
-
-            def chunk(x, block=block, addition=addition):
-                out = block.output
-                y = out.dense(block.intermediate(x)) + 4 * by_hand(addition, x)
-                return out.LayerNorm(out.dropout(y) + x)
-
-            block.feed_forward_chunk = chunk
+            block.feed_forward_chunk = network_of_bert(block, addition)
         else:
             network = plain.get_submodule(path.rpartition(".")[0])
             network.register_forward_hook(lambda m, args, out, own=addition: out + 4 * by_hand(own, args[0]))
 
 
+@torch.no_grad()
+def evaluate(model: nn.Module, name: str) -> torch.Tensor:
+    """The logits; whether gradients are asked for decides which kernel attention takes."""
+    return logits(model, name)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parallel_adapters_equal_whole_networks(name):
     model, plain = tiny(name), tiny(name)
-    base = logits(plain, name)
+    base = evaluate(plain, name)
     adapter(placement="parallel").attach(model)
-    torch.testing.assert_close(logits(model, name), base, rtol=0, atol=0)
+    torch.testing.assert_close(evaluate(model, name), base, rtol=0, atol=0)
     perturb(model)
     parallel_by_hand(name, plain, carrying(model))
     changed = logits(model, name)
@@ -227,6 +238,16 @@ def test_a_whole_bert_compiles_and_checkpoints(placement):
     for other in results[1:]:
         for mine, plain in zip(other, results[0], strict=True):
             torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_runs_in_chunks():
+    model = tiny("bert")
+    adapter(placement="parallel").attach(model)
+    perturb(model)
+    whole = logits(model, "bert")
+    for block in model.bert.encoder.layer:
+        block.chunk_size_feed_forward = 2
+    torch.testing.assert_close(logits(model, "bert"), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_checkpointing_one_network_alone():
