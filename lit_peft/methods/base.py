@@ -114,6 +114,10 @@ class Method(pl.Callback):
         """
         return [{"params": [name for name, _ in named], "lr": lr}]
 
+    def notes(self, module: nn.Module) -> list[str]:
+        """Lines for below the table of what trains: what it does not tell, a schedule for instance."""
+        return []
+
     def lacks_gradient(self, name: str) -> bool:
         """Whether a trainable parameter may go without a (non-zero) gradient in the first two steps."""
         return False
