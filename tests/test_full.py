@@ -171,6 +171,30 @@ def test_resuming_is_exact(every, step, tmp_path):
         assert all(torch.equal(value, found[index][key]) for key, value in state.items())
 
 
+def test_a_made_up_optimizer_state_of_a_frozen_block_is_dropped(tmp_path):
+    """As torch makes it, where parameters are sharded, for what a checkpoint has no state for."""
+
+    class MakesUp(FullFineTuning):
+        def on_train_start(self, trainer, module):
+            (optimizer,) = trainer.optimizers
+            self.made_up = 0
+            for p in module.parameters():
+                if p not in optimizer.state:
+                    zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[p] = {"step": torch.tensor(1.0), **zeros}
+                    self.made_up += 1
+            super().on_train_start(trainer, module)
+
+    method = MakesUp(2)
+    method.spec = FullFineTuning(2).spec
+    whole, killed, resumed = ByStep(), ByStep(), ByStep()
+    fit(whole, FullFineTuning(2), max_epochs=2)
+    fit(killed, FullFineTuning(2), StopsAt(tmp_path, 2), max_epochs=2)
+    fit(resumed, method, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+    assert method.made_up == 10  # of the embedding, block 0, and block 1, whose time has just come
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
 def test_the_schedule_is_not_what_the_weights_mean(tmp_path):
     """Another one is refused when a fit goes on, and taken in a test or a new fit."""
     module = Blocks()
@@ -226,6 +250,10 @@ def test_where_there_is_no_schedule_it_says_why():
         fit(Module(), FullFineTuning(1))
     with pytest.raises(ValueError, match="which manual optimization and DeepSpeed do not allow"):
         fit(Manual(), FullFineTuning(1))
+    sharding = trainer(FullFineTuning(1))
+    sharding.strategy._save_distributed_checkpoint = True
+    with pytest.raises(ValueError, match=r"in shards cannot be resumed .*\(save_distributed_checkpoint=False\)"):
+        sharding.fit(Blocks(), loader())
     with pytest.raises(ValueError, match=r"unfreeze_every = 0\.1 is a share .* no known end: set max_steps"):
         fit(Blocks(), FullFineTuning(0.1), max_epochs=-1)
     with pytest.warns(UserWarning, match=r"unfreeze_every = 3: the run ends after 4 steps, before 6 parameters unfr"):

@@ -80,6 +80,11 @@ class FullFineTuning(Method):
                 "unfreeze_every takes gradients away before the trainer's one optimizer steps, which manual "
                 "optimization and DeepSpeed do not allow; leave it out."
             )
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ValueError(
+                "unfreeze_every leaves frozen blocks without optimizer state, and a checkpoint in shards cannot be "
+                f"resumed then: use {type(trainer.strategy).__name__}(save_distributed_checkpoint=False)."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -95,6 +100,10 @@ class FullFineTuning(Method):
                 )
             every *= total
         self._starts = {name: round(depth * every) for name, depth in base_depths(pl_module).items()}
+        for name in self._frozen(max(trainer.global_step - 1, 0)):  # what has not moved so far
+            # A sharded optimizer that is restored makes up a state, of one step, for what has none in the checkpoint.
+            for optimizer in trainer.optimizers:
+                optimizer.state.pop(pl_module.get_parameter(name), None)
         if known and (late := [name for name, start in self._starts.items() if start >= total]):
             warnings.warn(
                 f"unfreeze_every = {self.unfreeze_every}: the run ends after {total} steps, before {len(late)} "
@@ -103,7 +112,9 @@ class FullFineTuning(Method):
             )
 
     def before_optimizer_step(self, module: nn.Module) -> None:
-        step: int = module.trainer.global_step  # type: ignore[assignment, union-attr]
-        self._starts = {name: start for name, start in self._starts.items() if start > step}
-        for name in self._starts:
+        for name in self._frozen(module.trainer.global_step):  # type: ignore[arg-type, union-attr]
             module.get_parameter(name).grad = None
+
+    def _frozen(self, step: int) -> list[str]:
+        """Base parameters that do not move in the step after so many."""
+        return [name for name, start in self._starts.items() if start > step]
