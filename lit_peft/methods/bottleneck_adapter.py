@@ -41,8 +41,7 @@ class BottleneckAdapter(TargetedMethod):
     the other, at each site: the change depends on the input, so that it cannot be merged.
 
     Args:
-        placement: houlsby, pfeiffer or parallel. pfeiffer, for half of houlsby's parameters and half of
-            its time.
+        placement: houlsby, pfeiffer or parallel. pfeiffer, for half of houlsby's parameters and products.
         reduction_factor: Width of `z` by width of the bottleneck. 16 for all placements, so that they compare; it is
             Pfeiffer's. He et al. spend more on the parallel one: 512 of 1024, a factor of 2.
         activation: f: relu, gelu, silu or tanh. relu is Pfeiffer's and He's, but a narrow bottleneck of relus may be

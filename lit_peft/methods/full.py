@@ -88,9 +88,10 @@ class FullFineTuning(Method):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        every, total = self.unfreeze_every, trainer.estimated_stepping_batches
+        every = self.unfreeze_every
         if every is None:
             return
+        total = trainer.estimated_stepping_batches
         known = 0 < total < float("inf")
         if isinstance(every, float):
             if not known:
