@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.adapter_folder import AdapterFolder
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
+    from lit_peft.methods.bottleneck_adapter import BottleneckAdapter
     from lit_peft.methods.dora import DoRA
     from lit_peft.methods.folder import attach, load, save
     from lit_peft.methods.full import FullFineTuning
@@ -41,6 +42,7 @@ __all__ = [
     "AdapterFolder",
     "Addition",
     "BitFit",
+    "BottleneckAdapter",
     "Delta",
     "DoRA",
     "FullFineTuning",

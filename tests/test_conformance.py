@@ -1,6 +1,8 @@
 """Every built-in method passes the suite that is shipped for methods of other packages."""
 
-from lit_peft import BitFit, DoRA, FullFineTuning, HiRA, LinearProbe, LoRA
+from typing import ClassVar
+
+from lit_peft import BitFit, BottleneckAdapter, DoRA, FullFineTuning, HiRA, LinearProbe, LoRA
 from lit_peft.testing import MODELS, MethodConformance
 
 
@@ -40,3 +42,25 @@ class TestLinearProbe(MethodConformance):
 
     def make(self, model=None, **changes):
         return super().make(model, train_also=[model.head], **changes)
+
+
+class TestHoulsbyAdapter(MethodConformance):
+    method = BottleneckAdapter("houlsby", reduction_factor=4)
+    layers = ("linear", "conv1d", "embedding", "nf4")
+    models = tuple(name for name in MODELS if name != "conv_net")
+    refuses: ClassVar[dict[str, str]] = {"conv_net": "first is a Conv2d, whose features are channels"}
+
+    def count(self, out_features, in_features):
+        width = out_features // 4
+        return 2 * out_features * width + width + out_features
+
+
+class TestParallelAdapter(MethodConformance):
+    method = BottleneckAdapter("parallel", reduction_factor=4)
+    layers = ("linear", "conv1d", "nf4")
+    models = TestHoulsbyAdapter.models
+    refuses = TestHoulsbyAdapter.refuses
+
+    def count(self, out_features, in_features):
+        width = in_features // 4
+        return (in_features + out_features) * width + width + out_features

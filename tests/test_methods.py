@@ -169,9 +169,10 @@ def test_dropout_acts_in_training_only():
 
 OTHER = {
     "LoRA": {"r": 3, "alpha": 5.0, "dropout": 0.0, "bias": "all", "rank_pattern": {"query": 2}, "layers": "0-1"},
-    "BitFit": {"name": "biases", "layer_decay": 0.9},
+    "BitFit": {"biases": ["query", "ffn_up"], "name": "biases", "layer_decay": 0.9},
+    "BottleneckAdapter": {"placement": "parallel", "reduction_factor": 2, "scale": 1.0, "target_modules": ["lin2"]},
     "LinearProbe": {"train_also": ["classifier"], "adapter_dtype": "bfloat16"},
-    "FullFineTuning": {"train_also": {"classifier": 1.0, "*norm*": 0.1}, "layer_decay": 0.5},
+    "FullFineTuning": {"train_also": {"classifier": 1.0, "*norm*": 0.1}, "layer_decay": 0.5, "unfreeze_every": 0.1},
 }
 
 

@@ -10,7 +10,11 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from test_contract import IN, METHODS, OUT, perturb
 from test_data_order import EXAMPLES, QUIET, Data, Recorder
+from test_full import Blocks, Moves, moved
 from torch import nn
+from toys import loader
+
+from lit_peft import FullFineTuning
 
 
 class Two(nn.Module):
@@ -110,3 +114,28 @@ def test_lightning_on_two_ranks(two_ranks: Any, tokenizer: str, use_distributed_
     assert [len(batch) for rank in (first, second) for batch in rank["test"]] == [4, 4, 4, 3]
     assert first["val"][-2:] == first["test"]
     assert second["rows"] == [[1, 3, 5, 7], [9, 11, 13]]
+
+
+def _unfreeze_on_one_rank(rank: int) -> tuple[list[set[str]], dict[str, torch.Tensor]]:
+    with pytest.MonkeyPatch.context() as patch:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        for name, value in ranks.items():
+            patch.setenv(name, str(value))
+        watch, module = Moves(), Blocks()
+        trainer = pl.Trainer(
+            **QUIET,
+            strategy=DDPStrategy(process_group_backend="gloo"),  # without find_unused_parameters
+            devices=2,
+            plugins=[TorchElasticEnvironment()],
+            callbacks=[FullFineTuning(1), watch],
+            enable_checkpointing=False,
+            max_epochs=3,
+        )
+        trainer.fit(module, loader())
+    return watch.moved, module.state_dict()
+
+
+def test_gradual_unfreezing_on_two_ranks(two_ranks: Any) -> None:
+    first, second = two_ranks(_unfreeze_on_one_rank)
+    assert first[0] == second[0] == [moved(step, 1) for step in range(1, 7)]
+    assert all(torch.equal(value, second[1][key]) for key, value in first[1].items())

@@ -14,6 +14,7 @@ from torch import nn
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.layers import find_layer_ops
 from lit_peft.core.targets import roles_of
+from lit_peft.methods.seam import methods_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def sites_table(module: nn.Module) -> Group:
         for d in decays
         if d != 1
     ]
-    return Group(table, *map(Text, [line, *fall]))
+    methods = methods_of(module) if hasattr(module, "_trainer") else []
+    return Group(table, *map(Text, [line, *fall, *(note for method in methods for note in method.notes(module))]))
 
 
 Row = tuple[str, str, str]

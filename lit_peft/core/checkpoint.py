@@ -18,9 +18,9 @@ from lit_peft.core.fingerprint import compare_fingerprints
 from lit_peft.core.swap import FrozenStatistics
 
 FORMAT_VERSION = 1
-RATES = ("train_also", "layer_decay", "loraplus_ratio")
-"""Arguments of a method that set learning rates, which do not change what the weights mean; `train_also` by its
-scales, while its patterns say what trains."""
+RATES = ("train_also", "layer_decay", "loraplus_ratio", "unfreeze_every")
+"""Arguments of a method that say how fast and from when on parameters train, which does not change what the weights
+mean; `train_also` by its scales, while its patterns say what trains."""
 
 
 class CheckpointMismatch(ValueError):

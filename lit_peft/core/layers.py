@@ -70,6 +70,8 @@ class LayerOps:
     """Whether the layer multiplies a vector by its matrix, y = Wx + b, as "all-linear" means it."""
     writable = True
     """Whether `store` can write a weight in place."""
+    features_last = True
+    """Whether the last dimension of an output holds its features."""
 
     def size(self, layer: Any) -> tuple[int, int]:
         """(out, in), the logical shape, without reading the weight."""
@@ -196,6 +198,7 @@ class Conv2dOps(LayerOps):
     """`nn.Conv2d` as a matrix on patches: [out, in] = [channels out, channels in / groups x height x width]."""
 
     is_linear = False
+    features_last = False
 
     def size(self, layer: Any) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight[0].numel()

@@ -212,6 +212,25 @@ def find_sites(
     return sorted(chosen.values(), key=lambda s: order[s.path])
 
 
+def sites_of_role(module: nn.Module, role: str) -> list[Site]:
+    """All layers with a weight matrix that play a role; none where no name is known."""
+    sites = (make_site(p, layer) for p, layer in module.named_modules() if ".peft." not in f".{p}.")
+    return [s for s in sites if role in s.roles and find_layer_ops(s.layer) is not None]
+
+
+def closest_site(site: Site, others: Iterable[Site]) -> Site | None:
+    """The site of the same block with the longest path in common, or None where the block has none."""
+
+    def common(other: Site) -> int:
+        pairs = [a == b for a, b in zip(site.path.split("."), other.path.split("."), strict=False)]
+        return [*pairs, False].index(False)
+
+    near = [other for other in others if other.block == site.block]
+    best = max(near, key=common, default=None)
+    numbered = [i for i, part in enumerate(site.path.split("."), 1) if part.isdigit()]
+    return best if best is not None and common(best) >= (numbered[0] if numbered else 0) else None
+
+
 @dataclass(frozen=True)
 class ParameterMatch:
     """Parameters that patterns named.

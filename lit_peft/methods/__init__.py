@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
+    from lit_peft.methods.bottleneck_adapter import BottleneckAdapter
     from lit_peft.methods.dora import DoRA
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.hira import HiRA
@@ -17,12 +18,23 @@ BUILT_IN = {
     "LoRA": "lora",
     "DoRA": "dora",
     "HiRA": "hira",
+    "BottleneckAdapter": "bottleneck_adapter",
     "BitFit": "bitfit",
     "LinearProbe": "linear_probe",
     "FullFineTuning": "full",
 }
 
-__all__ = ["BitFit", "DoRA", "FullFineTuning", "HiRA", "LinearProbe", "LoRA", "Method", "TargetedMethod"]
+__all__ = [
+    "BitFit",
+    "BottleneckAdapter",
+    "DoRA",
+    "FullFineTuning",
+    "HiRA",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "TargetedMethod",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,6 +79,10 @@ class Method(pl.Callback):
         """
         return []
 
+    def companions(self, module: nn.Module, sites: list[Site]) -> list[Site]:
+        """Further places that additions at `sites` need beside them, where an input is read for example."""
+        return []
+
     def plan(self, sites: list[Site]) -> None:
         """Sees all sites once, before the first `build`: shared tensors, budgets, ranks by name."""
 
@@ -110,6 +114,10 @@ class Method(pl.Callback):
         """
         return [{"params": [name for name, _ in named], "lr": lr}]
 
+    def notes(self, module: nn.Module) -> list[str]:
+        """Lines for below the table of what trains: what it does not tell, a schedule for instance."""
+        return []
+
     def lacks_gradient(self, name: str) -> bool:
         """Whether a trainable parameter may go without a (non-zero) gradient in the first two steps."""
         return False
@@ -133,6 +141,7 @@ class Method(pl.Callback):
         patterns = [*self.train_also, *getattr(module, "train_also", ())]
         also = find_parameters(module, patterns)
         sites = self.sites(module, also.roots)
+        sites = [*sites, *self.companions(module, sites)]
         self.plan(sites)
         with torch.device("cpu"), seam.default_dtype(torch.float32):  # whatever context Lightning is in
             additions = [(site, addition) for site in sites if (addition := self.build(site)) is not None]

@@ -87,6 +87,12 @@ def layer_depths(names: Iterable[str], fresh: Iterable[str] = ()) -> dict[str, i
     return {name: len(begun) - count for name, count in reached.items()} | dict.fromkeys(fresh, 0)
 
 
+def base_depths(module: nn.Module) -> dict[str, int]:
+    """The same for the base parameters of a module; what its own `train_also` names is not pretrained."""
+    names = [name for name, _ in module.named_parameters() if ".peft." not in f".{name}"]
+    return layer_depths(names, find_parameters(module, getattr(module, "train_also", ())).names)
+
+
 def base_factors(module: nn.Module) -> dict[str, float]:
     """Base parameter that trains -> share of the rate, `scale * layer_decay ** depth`.
 
@@ -96,8 +102,7 @@ def base_factors(module: nn.Module) -> dict[str, float]:
     factors: dict[str, float] = {}
     if state is None:
         return factors
-    names = [name for name, _ in module.named_parameters() if ".peft." not in f".{name}"]
-    depths = layer_depths(names, find_parameters(module, getattr(module, "train_also", ())).names)
+    depths = base_depths(module)
     for adapter in state.adapters.values():
         decay = adapter.spec.get("init_args", {}).get("layer_decay", 1.0)
         for name in adapter.base if adapter.trainable else ():
