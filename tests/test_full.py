@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from test_cli import fit as fit_cli
 from torch import nn
@@ -95,6 +96,23 @@ def test_a_block_is_the_base_until_its_time(options, every):
     # No state is made for what did not move: a block's first moments are of its own first gradient.
     sizes = {"head": 2, "block2": 4, "block1": 4, "block0": 4, "embedding": 2}
     assert watch.states == [sum(sizes[p] for p in parts) for parts in watch.moved]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_block_is_the_base_until_its_time_in_bfloat16(precision):
+    watch = Moves()
+    fit(Blocks(), FullFineTuning(1), watch, max_epochs=2, precision=precision, gradient_clip_val=0.5)
+    assert watch.moved == [moved(step, 1) for step in range(1, 9)]
+
+
+def test_a_gradient_scaler_does_not_miss_the_gradients():
+    """On a CPU a trainer takes 16-mixed for bf16-mixed, unless the plugin is handed to it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    watch = Moves()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(Blocks(), FullFineTuning(1), watch, max_epochs=2, plugins=[plugin], gradient_clip_val=0.5)
+    assert watch.moved == [moved(step, 1) for step in range(1, 9)]
+    assert scaler._growth_tracker == 8  # steps, none of them skipped
 
 
 def by_hand(module: Blocks, every: int, steps: int) -> dict[str, torch.Tensor]:
