@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_peft.core.addition import Addition, Delta
     from lit_peft.core.attach import detach, set_active
+    from lit_peft.methods.adalora import AdaLoRA
     from lit_peft.methods.adapter_folder import AdapterFolder
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from lit_peft.methods.folder import attach, load, save
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.hira import HiRA
+    from lit_peft.methods.ia3 import IA3
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
     from lit_peft.methods.rates import param_groups
+    from lit_peft.methods.vera import VeRA
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,8 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
+    "AdaLoRA",
     "AdapterFolder",
     "Addition",
     "BitFit",
@@ -51,6 +56,7 @@ __all__ = [
     "LoRA",
     "Method",
     "TargetedMethod",
+    "VeRA",
     "attach",
     "detach",
     "load",

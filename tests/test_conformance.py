@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from lit_peft import BitFit, BottleneckAdapter, DoRA, FullFineTuning, HiRA, LinearProbe, LoRA
+from lit_peft import IA3, AdaLoRA, BitFit, BottleneckAdapter, DoRA, FullFineTuning, HiRA, LinearProbe, LoRA, VeRA
 from lit_peft.testing import MODELS, MethodConformance
 
 
@@ -25,6 +25,35 @@ class TestHiRA(MethodConformance):
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features)
+
+
+class TestAdaLoRA(MethodConformance):
+    method = AdaLoRA(init_r=4, target_r=2)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features + 1)
+
+
+class TestVeRA(MethodConformance):
+    method = VeRA(r=8)
+
+    def count(self, out_features, in_features):
+        return 8 + out_features
+
+
+class TestIA3(MethodConformance):
+    method = IA3()
+
+    def count(self, out_features, in_features):
+        return out_features
+
+
+class TestIA3AtInputs(MethodConformance):
+    method = IA3(feedforward_modules="re:.*")
+    models = ("mlp", "distilbert", "gpt2")
+
+    def count(self, out_features, in_features):
+        return in_features
 
 
 class TestBitFit(MethodConformance):

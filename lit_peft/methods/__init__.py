@@ -4,20 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_peft.methods.adalora import AdaLoRA
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
     from lit_peft.methods.bottleneck_adapter import BottleneckAdapter
     from lit_peft.methods.dora import DoRA
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.hira import HiRA
+    from lit_peft.methods.ia3 import IA3
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.vera import VeRA
 
 # Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
 BUILT_IN = {
     "LoRA": "lora",
     "DoRA": "dora",
     "HiRA": "hira",
+    "AdaLoRA": "adalora",
+    "VeRA": "vera",
+    "IA3": "ia3",
     "BottleneckAdapter": "bottleneck_adapter",
     "BitFit": "bitfit",
     "LinearProbe": "linear_probe",
@@ -25,6 +31,8 @@ BUILT_IN = {
 }
 
 __all__ = [
+    "IA3",
+    "AdaLoRA",
     "BitFit",
     "BottleneckAdapter",
     "DoRA",
@@ -34,6 +42,7 @@ __all__ = [
     "LoRA",
     "Method",
     "TargetedMethod",
+    "VeRA",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -286,16 +287,14 @@ class MethodConformance:
 
     def test_trains_and_resumes_exactly(self, tmp_path: Path) -> None:
         found = MODELS[self.models[0]]
-        whole, first, second = (Task(found) for _ in range(3))
-        trainer(self.make(found), max_epochs=4).fit(whole, loader())
-        before = snapshot(first.cpu())
-        run = trainer(self.make(found), max_epochs=2)
-        run.fit(first, loader())
-        run.save_checkpoint(tmp_path / "run.ckpt")
-        content = torch.load(tmp_path / "run.ckpt", weights_only=True)
-        assert content["state_dict"].keys() == adapter_keys(first)
-        trainer(self.make(found), max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "run.ckpt")
-        assert_same(snapshot(second), snapshot(whole))
+        whole, again = Task(found), Task(found)
+        before = snapshot(whole)
+        keep = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=2, save_top_k=-1)
+        trainer(self.make(found), keep, max_epochs=4, enable_checkpointing=True).fit(whole, loader())
+        content = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+        assert content["state_dict"].keys() == adapter_keys(whole)
+        trainer(self.make(found), max_epochs=4).fit(again, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert_same(snapshot(again), snapshot(whole))
         after = snapshot(whole)
         assert any(not torch.equal(after[key], before.get(key, torch.zeros(0))) for key in adapter_keys(whole))
 

@@ -1,0 +1,88 @@
+"""(IA)^3: scales keys, values and feed-forward activations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.addition import Call, Delta
+from lit_peft.core.kernels import scale_features
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.targets import Site
+from lit_peft.methods.base import TargetedMethod
+
+
+class IA3(TargetedMethod):
+    """(IA)^3, one vector a layer: `W' = diag(l) W`, `b' = l * b` at outputs, `W' = W diag(l)` at inputs.
+
+    Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section
+    3.3. Keys and values are scaled as they come out, feed-forward activations as they go into the down projection.
+    `l` starts at one, so that training starts from the base. Trains `out` or `in` parameters a layer, the fewest of
+    all methods that reach into the layers; the step costs two products by a vector. Merging makes inference free.
+
+    On a fused projection (GPT-2's c_attn) the queries are scaled with keys and values, which the table says.
+
+    Args:
+        feedforward_modules: Which of the targets are scaled at their input, in the language of `target_modules`;
+            the others are scaled at their output.
+        **common: See `TargetedMethod` and `Method`. Targets default to key, value and ffn_down, the paper's.
+    """
+
+    default_targets = ("key", "value", "ffn_down")
+    learning_rate = 1e-2  # factors near one have far to go, and there are few of them; at LoRA's 1e-3 they hardly move
+
+    def __init__(self, feedforward_modules: str | Sequence[str] = ("ffn_down",), **common: Any) -> None:
+        super().__init__(**common)
+        self.feedforward_modules = (
+            [feedforward_modules] if isinstance(feedforward_modules, str) else list(feedforward_modules)
+        )
+
+    def build(self, site: Site) -> Delta:
+        if any(site.answers_to(pattern) for pattern in self.feedforward_modules):
+            return InputScale(site.in_features)
+        return OutputScale(site.out_features)
+
+
+class OutputScale(Delta):
+    """`diag(l) W` and `l * b`; `ia3_l`: [out]."""
+
+    scales = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(features))
+
+    def describe(self) -> dict[str, Any]:
+        return {"scales": "outputs"}
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.ia3_l.to(W.dtype)[:, None] * W
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return None if b is None else self.ia3_l.to(b.dtype) * b
+
+    def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
+        y, ops = call(x), layer_ops(layer)
+        return scale_features(y, self.ia3_l) if ops.features_last else y * ops.along_features(self.ia3_l.to(y.dtype))
+
+
+class InputScale(Delta):
+    """`W diag(l)`; `ia3_l`: [in]."""
+
+    scales = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(features))
+
+    def describe(self) -> dict[str, Any]:
+        return {"scales": "inputs"}
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W * self.ia3_l.to(W.dtype)[None, :]
+
+    def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
+        if layer_ops(layer).is_linear:
+            return call(scale_features(x, self.ia3_l))
+        return super().forward(layer, call, x)  # of a convolution a column is one place in the kernel

@@ -1,0 +1,193 @@
+"""(IA)^3, VeRA and AdaLoRA against HF PEFT: outputs, one training step, AdaLoRA's masks step by step."""
+
+import numpy as np
+import peft
+import pytest
+import torch
+from models import logits, tiny
+from torch import nn
+from toys import Module, fit, loader, trainer
+
+import lit_peft
+from lit_peft import IA3, AdaLoRA, VeRA
+from lit_peft.core.attach import registry
+from lit_peft.testing.conformance import perturb
+from lit_peft.testing.subjects import holder
+
+SETS = {
+    "distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"]),
+    "bert": (["key", "value", "intermediate.dense"], ["intermediate.dense"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+}
+
+
+def methods(kind: str, targets: list[str], feedforward: list[str]):
+    """Ours, and HF PEFT's configuration of the same."""
+    if kind == "IA3":
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
+        return IA3(feedforward_modules=feedforward, target_modules=targets), config
+    if kind == "VeRA":
+        config = peft.VeraConfig(r=8, target_modules=targets, projection_prng_key=5)
+        return VeRA(r=8, seed=5, target_modules=targets), config
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4, total_step=10, target_modules=targets)
+    return AdaLoRA(init_r=4, target_r=2, alpha=4, total_steps=10, target_modules=targets), config
+
+
+def pair(kind: str, name: str):
+    """Our model and HF PEFT's with equal values, none at its start; the tensors in pairs."""
+    ours, theirs = tiny(name), tiny(name)
+    method, config = methods(kind, *SETS[name])
+    method.attach(ours)
+    perturb(ours)
+    theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False).eval()
+    state, tensors = dict(theirs.named_parameters()), []
+    for path in registry(ours).adapters["default"].sites:
+        for key, value in ours.get_submodule(path).peft["default"].named_parameters():
+            tensors.append((value, state[f"base_model.model.{path}.{key}.default"]))
+    with torch.no_grad():
+        for mine, other in tensors:
+            other.copy_(mine.view_as(other))
+    return ours, theirs, tensors
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kind", ["IA3", "VeRA", "AdaLoRA"])
+def test_outputs_and_one_step_equal_hf_peft(kind, name):
+    ours, theirs, tensors = pair(kind, name)
+    torch.testing.assert_close(logits(ours, name), logits(theirs, name), rtol=1e-4, atol=1e-5)
+    for model in (ours, theirs):
+        logits(model, name).square().mean().backward()
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    for mine, other in tensors:
+        largest = other.grad.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(mine.grad.view_as(other), other.grad, rtol=2e-3, atol=1e-3 * largest)
+        clear = other.grad.abs() > 2e-2 * largest  # where it is almost zero, Adam's step may have either sign
+        torch.testing.assert_close(mine.view_as(other)[clear], other[clear], rtol=0, atol=1e-4)
+
+
+def test_veras_projections_are_hf_pefts_and_saved_once(tmp_path):
+    ours, theirs, _ = pair("VeRA", "bert")
+    (shared,) = {id(m): m for m in ours.modules() if hasattr(m, "vera_A")}.values()
+    assert torch.equal(shared.vera_A, theirs.base_model.vera_A["default"])
+    assert torch.equal(shared.vera_B, theirs.base_model.vera_B["default"])
+    assert sum(key.endswith("vera_A") for key in ours.state_dict()) == 1
+    lit_peft.save(ours, tmp_path)
+    other = tiny("bert")
+    lit_peft.load(other, tmp_path)
+    (loaded,) = {id(m): m for m in other.modules() if hasattr(m, "vera_A")}.values()
+    loaded.vera_A.zero_()  # all layers use the one that was loaded
+    assert all(not d.factors(torch.zeros(1))[0].any() for d in other.modules() if hasattr(d, "vera_lambda_d"))
+
+
+def test_ia3_scales_inputs_of_feed_forward_modules_and_outputs_of_the_others():
+    model = tiny("llama")
+    IA3().attach(model)
+    sites = registry(model).adapters["default"].sites
+    assert {p.rpartition(".")[2]: model.get_submodule(p).peft["default"].describe()["scales"] for p in sites} == {
+        "k_proj": "outputs",
+        "v_proj": "outputs",
+        "down_proj": "inputs",
+    }
+
+
+# ------------------------------------------------------------------------------------------------ AdaLoRA
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_adaloras_masks_follow_hf_pefts_step_by_step(every):
+    config = peft.AdaLoraConfig(
+        init_r=6,
+        target_r=3,
+        lora_alpha=6,
+        tinit=2,
+        tfinal=3,
+        total_step=12,
+        deltaT=every,
+        target_modules=["first", "second"],
+    )
+    theirs = peft.get_peft_model(MLP(), config)
+    ours = MLP()
+    method = AdaLoRA(
+        init_r=6,
+        target_r=3,
+        tinit=2 / 12,
+        tfinal=3 / 12,
+        every=every,
+        total_steps=12,
+        target_modules=["first", "second"],
+    )
+    method.attach(ours)
+    perturb(ours)
+    state, tensors = dict(theirs.named_parameters()), []
+    for path in ("first", "second"):
+        for key, value in ours.get_submodule(path).peft["default"].named_parameters():
+            other = state[f"base_model.model.{path}.{key}.default"]
+            other.data.copy_(value)
+            tensors.append((key, value, other))
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (ours, theirs)]
+    generator = torch.Generator().manual_seed(1)
+    left = []
+    for step in range(12):
+        x, y = torch.randn(4, 12, generator=generator), torch.randn(4, 8, generator=generator)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        method.after_optimizer_step(ours)
+        theirs.base_model.update_and_allocate(step)
+        for key, mine, other in tensors:
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+            if key == "lora_E":
+                assert torch.equal(mine == 0, other == 0)
+        left.append(sum(int((mine != 0).sum()) for key, mine, _ in tensors if key == "lora_E"))
+    assert left[0] == 12 and left[-1] == 6
+    assert every > 1 or left == sorted(left, reverse=True)  # what is masked may grow again between two choices
+
+
+def test_the_orthogonal_penalty_is_its_formula():
+    module = holder("linear")
+    method = AdaLoRA(init_r=4, target_r=2, orthogonal=0.3, target_modules="layer")
+    method.attach(module)
+    perturb(module)
+    delta = module.layer.peft["default"]
+    A, B = delta.lora_A.detach().numpy(), delta.lora_B.detach().numpy()
+    terms = [np.linalg.norm(A @ A.T - np.eye(4)), np.linalg.norm(B.T @ B - np.eye(4))]
+    assert method.penalty(module).item() == pytest.approx(0.3 * sum(terms) / 2, rel=1e-5)
+    assert AdaLoRA(init_r=4, target_r=2, orthogonal=0.0).penalty(module) is None
+
+
+def test_the_trainer_tells_the_budgets_end():
+    module = Module()
+    method = AdaLoRA(init_r=4, target_r=2, tinit=0.0, tfinal=0.5, target_modules=["net.first", "net.second"])
+    fit(module, method, max_epochs=3)
+    kept = [int((module.net.get_submodule(n).peft["default"].lora_E != 0).sum()) for n in ("first", "second")]
+    assert sum(kept) == 4
+    endless = trainer(AdaLoRA(target_r=2, init_r=4, target_modules="net.first"), max_epochs=-1, limit_train_batches=1)
+    with pytest.raises(ValueError, match="budget falls until the run ends"):
+        endless.fit(Module(), loader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_r": 13}, "target_r must be at least 1 and at most 12, not 13"),
+        ({"tinit": 0.8, "tfinal": 0.3}, "tfinal must be at least 0 and below 0.2, not 0.3"),
+        ({"beta1": 1.0}, "beta1 must be at least 0 and below 1"),
+        ({"alpha": 0}, "alpha must be above 0"),
+    ],
+)
+def test_what_adalora_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdaLoRA(**arguments)
