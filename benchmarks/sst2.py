@@ -28,7 +28,7 @@ THEIRS = ("lora", "dora", "hira", "adalora", "ia3", "vera")
 
 
 def ours(method: str, seed: int, rate: float, args: argparse.Namespace, limit: int | None) -> dict[str, float]:
-    """Runs one method through the command line and returns its metrics.json."""
+    """Runs one method through the command line and returns its metrics.json; of a run that diverged nothing."""
     root = Path(args.out) / f"{method}_{rate:g}_{limit or 'all'}" / f"seed_{seed}"
     command = [
         *(sys.executable, "-m", "lit_peft.cli", "fit", "--config", "sst2/lora", "--config", f"methods/{method}"),
@@ -39,8 +39,12 @@ def ours(method: str, seed: int, rate: float, args: argparse.Namespace, limit: i
         *args.rest,
     ]
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "log.txt").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (root / "log.txt").write_text(done.stdout)
+    if done.returncode and "Has the training diverged?" in done.stdout:
+        return {}
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}")
     runs = sorted(root.glob("version_*/metrics.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(runs[-1].read_text())
 
@@ -168,9 +172,9 @@ def main() -> None:
         best: dict[str, float] = {}
         print("| method | " + "validation accuracy at each rate | best |\n|---|---|---|")
         for method in args.methods:
-            found = {rate: swept[method, rate].result()["val/acc"] for rate in RATES.get(method, COMMON_RATES)}
+            found = {rate: swept[method, rate].result().get("val/acc", 0.0) for rate in RATES.get(method, COMMON_RATES)}
             best[method] = max(found, key=lambda rate: found[rate])
-            shown = ", ".join(f"{rate:g}: {accuracy:.4f}" for rate, accuracy in found.items())
+            shown = ", ".join(f"{rate:g}: {f'{acc:.4f}' if acc else 'diverged'}" for rate, acc in found.items())
             print(f"| {method} | {shown} | {best[method]:g} |", flush=True)
         jobs = {}
         for method in args.methods:
