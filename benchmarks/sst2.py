@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=known, help=f"of {', '.join(known)}")
     parser.add_argument("--theirs", nargs="*", default=list(THEIRS), help="methods of HF PEFT")
     parser.add_argument("--sweep-train", type=int, default=8000)
+    parser.add_argument("--at", type=float, default=None, help="the rate of all runs; no sweep")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--precision", default="32-true", help="of HF PEFT's runs")
@@ -167,11 +168,11 @@ def main() -> None:
         swept = {
             (method, rate): pool.submit(ours, method, 0, rate, args, args.sweep_train)
             for method in args.methods
-            for rate in RATES.get(method, COMMON_RATES)
+            for rate in ([] if args.at else RATES.get(method, COMMON_RATES))
         }
-        best: dict[str, float] = {}
+        best: dict[str, float] = dict.fromkeys(args.methods, args.at) if args.at else {}
         print("| method | " + "validation accuracy at each rate | best |\n|---|---|---|")
-        for method in args.methods:
+        for method in [] if args.at else args.methods:
             found = {rate: swept[method, rate].result().get("val/acc", 0.0) for rate in RATES.get(method, COMMON_RATES)}
             best[method] = max(found, key=lambda rate: found[rate])
             shown = ", ".join(f"{rate:g}: {f'{acc:.4f}' if acc else 'diverged'}" for rate, acc in found.items())
@@ -182,7 +183,7 @@ def main() -> None:
                 jobs[method, seed] = pool.submit(ours, method, seed, best[method], args, None)
         for method in args.theirs:
             for seed in args.seeds if method in SEVERAL_SEEDS else args.seeds[:1]:
-                rate = best.setdefault(method, args.rate)
+                rate = best.setdefault(method, args.at or args.rate)
                 jobs[f"HF PEFT {method}", seed] = pool.submit(theirs, method, seed, rate, args, None)
         results = {job: future.result() for job, future in jobs.items()}
     head = ["method", "rate", "seeds", *METRICS, "trainable", "share", "adapter kB"]
