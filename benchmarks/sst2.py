@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="distilbert/distilbert-base-uncased")
     parser.add_argument("--data", default=None, help="a folder with SST-2's files; default: the hub's")
-    parser.add_argument("--methods", nargs="+", default=known, help=f"of {', '.join(known)}")
+    parser.add_argument("--methods", nargs="*", default=known, help=f"of {', '.join(known)}")
     parser.add_argument("--theirs", nargs="*", default=list(THEIRS), help="methods of HF PEFT")
     parser.add_argument("--sweep-train", type=int, default=8000)
     parser.add_argument("--at", type=float, default=None, help="the rate of all runs; no sweep")

@@ -81,6 +81,12 @@ def test_veras_projections_are_hf_pefts_and_saved_once(tmp_path):
     assert all(not d.factors(torch.zeros(1))[0].any() for d in other.modules() if hasattr(d, "vera_lambda_d"))
 
 
+def test_veras_projections_are_drawn_on_the_host_whatever_the_context():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+        VeRA(r=2, target_modules="0").attach(model)  # a generator of the host draws nothing elsewhere
+
+
 def test_ia3_scales_inputs_of_feed_forward_modules_and_outputs_of_the_others():
     model = tiny("llama")
     IA3().attach(model)

@@ -142,8 +142,8 @@ class Method(pl.Callback):
         also = find_parameters(module, patterns)
         sites = self.sites(module, also.roots)
         sites = [*sites, *self.companions(module, sites)]
-        self.plan(sites)
         with torch.device("cpu"), seam.default_dtype(torch.float32):  # whatever context Lightning is in
+            self.plan(sites)
             additions = [(site, addition) for site in sites if (addition := self.build(site)) is not None]
         base = {name for name, _ in module.named_parameters() if ".peft." not in f".{name}" and self.trains(name)}
         return attach(
