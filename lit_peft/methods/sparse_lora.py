@@ -16,9 +16,9 @@ from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_choice, check_range
 from lit_peft.methods.lora import LoRA, LoRADelta
 
-GATE = 0.1
-"""Where gates start. They act as `g / GATE`, so that training starts as LoRA's; from 1, steps of Adam's at a rate of
-1e-3 would hardly reach zero within a run."""
+GATE = 0.03
+"""Where gates start. They act as `g / GATE`, so that training starts as LoRA's; Adam moves a parameter by about the
+rate a step, and would not bring it from 1 to zero within a short run."""
 
 
 class SparseLoRA(LoRA):
@@ -47,8 +47,8 @@ class SparseLoRA(LoRA):
     Args:
         sparsity: structured, magnitude or l1. structured, because whole ranks are the zeros that make an adapter
             smaller and faster without special kernels.
-        strength: `l`. .5 for gates: one that is pushed by less than half of full steps goes. For l1 .05, since entries
-            start small, and what must move far must not be held back. null means these.
+        strength: `l`. null means .5 for gates and .35 for entries, with which Adam leaves about half of either in
+            short runs; what survives falls with the sum of the rates, so longer runs can do with less.
         target: Share of the entries that magnitude masks in the end.
         begin: Share of the steps before it masks any: `B` must have moved from its zeros.
         end: Share of the steps after which the target is reached; what is left then has time to settle.
@@ -157,7 +157,7 @@ class SparseLoRA(LoRA):
 
     @property
     def _strength(self) -> float:
-        return self.strength if self.strength is not None else 0.5 if self.sparsity == "structured" else 0.05
+        return self.strength if self.strength is not None else 0.5 if self.sparsity == "structured" else 0.35
 
     def _deltas(self, module: nn.Module) -> list["SparseLoRADelta"]:
         state = registry(module)
