@@ -130,7 +130,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     own = _record(module, root, adapter) | {"methods": {name: spec}}
     if hasattr(form, "exported"):
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
-    metadata = {RECORD: json.dumps(own, sort_keys=True)}
+    metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
     return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
 
 

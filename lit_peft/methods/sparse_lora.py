@@ -18,7 +18,7 @@ from lit_peft.methods.lora import LoRA, LoRADelta
 
 GATE = 0.03
 """Where gates start. They act as `g / GATE`, so that training starts as LoRA's; Adam moves a parameter by about the
-rate a step, and would not bring it from 1 to zero within a short run."""
+rate a step, and would not bring it from 1 to zero within a short run. To plain gradient descent they are steep."""
 
 
 class SparseLoRA(LoRA):
@@ -56,6 +56,7 @@ class SparseLoRA(LoRA):
         **lora: As for LoRA.
     """
 
+    _gone: tuple[str, ...] = ()
     may_change = LoRA.may_change | {"strength", "target", "begin", "end", "every"}
 
     def __init__(
@@ -89,11 +90,18 @@ class SparseLoRA(LoRA):
             ]
         return [f"Sparsity: {self.target:.0%} of A and B masked, from {self.begin:.0%} to {self.end:.0%} of the steps."]
 
+    def lacks_gradient(self, name: str) -> bool:
+        # A layer that had lost all of its ranks when this fit began, from a checkpoint.
+        return name.startswith(self._gone)
+
     # ------------------------------------------------------------------------------------------- in training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._steps_in_all = trainer.estimated_stepping_batches  # anew in each fit: max_epochs may have changed
+        self._gone = tuple(
+            f"{path}.peft.{self.name}." for path, delta in self._deltas(pl_module).items() if not delta.live().any()
+        )
         if self.sparsity == "magnitude" and math.isinf(self._steps_in_all):
             raise ValueError("The masks' schedule needs the run's end: set trainer.max_epochs or max_steps.")
 
@@ -109,7 +117,7 @@ class SparseLoRA(LoRA):
         """`l |p|`, a number without a gradient: `sparsify` does what it would."""
         if self.sparsity == "magnitude":
             return None
-        tensors = [p.detach() for delta in self._deltas(module) for p in delta.shrunk()]
+        tensors = [p.detach() for delta in self._deltas(module).values() for p in delta.shrunk()]
         value = self._strength * torch.stack(torch._foreach_norm(tensors, 1)).float().sum()
         self.log_step(module, "train/l1", value)
         return value
@@ -136,10 +144,15 @@ class SparseLoRA(LoRA):
             steps: Number of steps of the whole run.
         """
         rates = {id(p): float(group["lr"]) for o in optimizers for group in o.param_groups for p in group["params"]}
-        for p in (p for delta in self._deltas(module) for p in delta.shrunk() if p.grad is not None):
+        for p in (p for delta in self._deltas(module).values() for p in delta.shrunk() if p.grad is not None):
             if p.dtype == torch.bfloat16:
                 raise ValueError("Shrinking gets lost in bfloat16's rounding: train with adapter_dtype float32.")
             threshold = rates[id(p)] * self._strength
+            if self.sparsity == "structured" and threshold >= GATE:
+                raise ValueError(
+                    f"A step at rate {rates[id(p)]:g} with strength {self._strength:g} shrinks gates by {threshold:g}, "
+                    f"and they start at {GATE}: lower one of the two."
+                )
             p.sub_(p.clamp(-threshold, threshold))  # below the threshold p - p, an exact zero
         first, last = int(self.begin * steps), max(1, math.ceil(self.end * steps))
         chooses = first < step and (step >= last or (step - first) % self.every == 0)
@@ -152,22 +165,22 @@ class SparseLoRA(LoRA):
     @torch.no_grad()
     def achieved(self, module: nn.Module) -> Tensor:
         """The share of gates, or of entries, that is zero or masked."""
-        tensors = [t for delta in self._deltas(module) for t in (delta.masks() or delta.shrunk())]
+        tensors = [t for delta in self._deltas(module).values() for t in (delta.masks() or delta.shrunk())]
         return 1 - torch.stack([t.count_nonzero() for t in tensors]).sum() / sum(t.numel() for t in tensors)
 
     @property
     def _strength(self) -> float:
         return self.strength if self.strength is not None else 0.5 if self.sparsity == "structured" else 0.35
 
-    def _deltas(self, module: nn.Module) -> list["SparseLoRADelta"]:
+    def _deltas(self, module: nn.Module) -> dict[str, "SparseLoRADelta"]:
         state = registry(module)
         assert state is not None
-        return [module.get_submodule(path).peft[self.name] for path in state.adapters[self.name].sites]  # type: ignore[index, misc]
+        return {path: module.get_submodule(path).peft[self.name] for path in state.adapters[self.name].sites}  # type: ignore[index, misc]
 
     def _masked(self, module: nn.Module) -> Iterable[tuple[nn.Parameter, Tensor]]:
         return [
             pair
-            for delta in self._deltas(module)
+            for delta in self._deltas(module).values()
             for pair in zip((delta.lora_A, delta.lora_B), delta.masks(), strict=False)
         ]
 
@@ -175,7 +188,7 @@ class SparseLoRA(LoRA):
 
     def exported(self, sites: list[tuple[Site, Any]]) -> tuple["SparseLoRA", list[tuple[Site, Any]]]:
         """What a folder holds in the place of this: the ranks that are left; see `lit_peft.methods.folder`."""
-        left = [(site, delta.compacted(self.use_rslora)) for site, delta in sites]
+        left = [(site, delta.compacted(site, self.use_rslora)) for site, delta in sites]
         fewer = [(s, d) for (s, d), (_, old) in zip(left, sites, strict=True) if len(d.lora_A) < len(old.lora_A)]
         fewer.sort(key=lambda pair: -len(pair[0].path))  # a path may end with another: the first that matches counts
         if not fewer:
@@ -226,14 +239,23 @@ class SparseLoRADelta(LoRADelta):
         return [self.mask_A, self.mask_B] if self.sparsity == "magnitude" else []
 
     @torch.no_grad()
-    def compacted(self, use_rslora: bool) -> "SparseLoRADelta":
-        """A copy without the ranks that change nothing, its gates folded into `A`; a rank is left in any case."""
+    def live(self) -> Tensor:
+        """Which ranks change something, [r] of booleans."""
         A, B = (whole(factor.detach()) for factor in self.factors())
-        keep = A.any(1) & (B.any(0) | ~B.any())  # a B of zeros throughout is where training starts
-        keep[0] |= ~keep.any()  # HF PEFT has no rank 0
-        r = int(keep.sum())
+        return A.any(1) & (B.any(0) | ~B.any())  # a B of zeros throughout is where training starts
+
+    @torch.no_grad()
+    def compacted(self, site: Site, use_rslora: bool) -> "SparseLoRADelta":
+        """A copy without the ranks that change nothing, its gates folded into `A`."""
+        keep = self.live()
+        r = max(1, int(keep.sum()))  # HF PEFT has no rank 0
         alpha = self.scaling * (math.sqrt(r) if use_rslora else r)
-        twin = SparseLoRADelta(self.sparsity, len(B), A.shape[1], r, alpha, self.scaling, self.dropout, self.init_kind)
+        twin = SparseLoRADelta(self.sparsity, *site.size, r, alpha, self.scaling, self.dropout, self.init_kind)
+        twin.to(keep.device, self.lora_A.dtype)
+        if not keep.any():
+            twin.init(site, torch.Generator().manual_seed(0))  # one that changes nothing yet, and can be trained
+            return twin
+        A, B = (whole(factor) for factor in self.factors())
         twin.lora_A, twin.lora_B = nn.Parameter(A[keep]), nn.Parameter(B[:, keep])
         if self.masks():
             twin.mask_A, twin.mask_B = self.mask_A[keep], self.mask_B[:, keep]
