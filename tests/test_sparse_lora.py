@@ -539,6 +539,16 @@ def test_a_loop_without_a_trainer():
     assert method.achieved(module).item() == pytest.approx(0.5, abs=0.02)
 
 
+def test_sharded_factors_have_no_masks():
+    module, method = Module(), sparse()
+    method.attach(module)
+    deltas(module)[0].lora_A.device_mesh = "as DTensors have"
+    with pytest.raises(
+        ValueError, match=r"^Masks by magnitude need whole factors, and these are sharded: use structured"
+    ):
+        method.sparsify(module, [], 1, 10)
+
+
 def test_two_adapters_log_under_names_of_their_own():
     one, two = sparse("l1"), sparse("magnitude", name="second")
     run = fit(Module(), one, two, max_epochs=2)

@@ -118,7 +118,7 @@ class SparseLoRA(LoRA):
         if self.sparsity == "magnitude":
             return None
         tensors = [p.detach() for delta in self._deltas(module).values() for p in delta.shrunk()]
-        value = self._strength * torch.stack(torch._foreach_norm(tensors, 1)).float().sum()
+        value = self._strength * whole(torch.stack(torch._foreach_norm(tensors, 1)).float().sum())
         self.log_step(module, "train/l1", value)
         return value
 
@@ -166,7 +166,8 @@ class SparseLoRA(LoRA):
     def achieved(self, module: nn.Module) -> Tensor:
         """The share of gates, or of entries, that is zero or masked."""
         tensors = [t for delta in self._deltas(module).values() for t in (delta.masks() or delta.shrunk())]
-        return 1 - torch.stack([t.count_nonzero() for t in tensors]).sum() / sum(t.numel() for t in tensors)
+        kept = whole(torch.stack([t.count_nonzero() for t in tensors]).sum())
+        return 1 - kept / sum(t.numel() for t in tensors)
 
     @property
     def _strength(self) -> float:
@@ -177,12 +178,15 @@ class SparseLoRA(LoRA):
         assert state is not None
         return {path: module.get_submodule(path).peft[self.name] for path in state.adapters[self.name].sites}  # type: ignore[index, misc]
 
-    def _masked(self, module: nn.Module) -> Iterable[tuple[nn.Parameter, Tensor]]:
-        return [
+    def _masked(self, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        pairs = [
             pair
             for delta in self._deltas(module).values()
             for pair in zip((delta.lora_A, delta.lora_B), delta.masks(), strict=False)
         ]
+        if any(hasattr(p, "device_mesh") for p, _ in pairs):
+            raise ValueError("Masks by magnitude need whole factors, and these are sharded: use structured or l1.")
+        return pairs
 
     # ---------------------------------------------------------------------------------------------- folders
 
