@@ -155,7 +155,7 @@ class SparseLoRA(LoRA):
                 )
             p.sub_(p.clamp(-threshold, threshold))  # below the threshold p - p, an exact zero
         first, last = int(self.begin * steps), max(1, math.ceil(self.end * steps))
-        chooses = first < step and (step >= last or (step - first) % self.every == 0)
+        chooses = first < step and (step in (last, steps) or (step - first) % self.every == 0)
         for p, mask in self._masked(module):
             if chooses:
                 done = min(1.0, (step - first) / max(1, last - first))
