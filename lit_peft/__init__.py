@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
     from lit_peft.methods.rates import param_groups
+    from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "SparseLoRA",
     "TargetedMethod",
     "VeRA",
     "attach",

@@ -2,7 +2,19 @@
 
 from typing import ClassVar
 
-from lit_peft import IA3, AdaLoRA, BitFit, BottleneckAdapter, DoRA, FullFineTuning, HiRA, LinearProbe, LoRA, VeRA
+from lit_peft import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    DoRA,
+    FullFineTuning,
+    HiRA,
+    LinearProbe,
+    LoRA,
+    SparseLoRA,
+    VeRA,
+)
 from lit_peft.testing import MODELS, MethodConformance
 
 
@@ -22,6 +34,27 @@ class TestDoRA(MethodConformance):
 
 class TestHiRA(MethodConformance):
     method = HiRA(r=4)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features)
+
+
+class TestSparseLoRA(MethodConformance):
+    method = SparseLoRA("structured", r=4, dropout=0.0)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features + 1)
+
+
+class TestSparseLoRAByMagnitude(MethodConformance):
+    method = SparseLoRA("magnitude", r=4, dropout=0.0)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features)
+
+
+class TestSparseLoRAByL1(MethodConformance):
+    method = SparseLoRA("l1", r=4, dropout=0.0)
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features)

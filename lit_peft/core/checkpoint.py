@@ -1,5 +1,6 @@
 """What a checkpoint of an adapted module holds, and whether one fits: adapters and trained parameters only."""
 
+import base64
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -230,7 +232,7 @@ def write_folder(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    host = {key: _whole(value).detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    host = {key: whole(value).detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_path(folder / "adapter_model.safetensors") as part:
         save_file(host, part, {"format": "pt", **(metadata or {})})
     with atomic_path(folder / "adapter_config.json") as part:
@@ -238,7 +240,25 @@ def write_folder(
     return folder
 
 
-def _whole(tensor: Any) -> Tensor:
+def pack_mask(mask: Tensor) -> str:
+    """A tensor of booleans as text, a bit each, for the header of a folder's tensor file."""
+    return base64.b64encode(np.packbits(mask.cpu().numpy()).tobytes()).decode()
+
+
+def unpack_mask(text: str, shape: torch.Size) -> Tensor:
+    """The tensor of this shape that `pack_mask` packed.
+
+    Raises:
+        CheckpointMismatch: When the text is of another size.
+    """
+    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    if len(bits) != -(-shape.numel() // 8):
+        raise CheckpointMismatch(f"A mask of {len(bits)} bytes is none of {list(shape)}.")
+    return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).view(shape)
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, gathered where it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.ia3 import IA3
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
 
 # Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
@@ -21,6 +22,7 @@ BUILT_IN = {
     "LoRA": "lora",
     "DoRA": "dora",
     "HiRA": "hira",
+    "SparseLoRA": "sparse_lora",
     "AdaLoRA": "adalora",
     "VeRA": "vera",
     "IA3": "ia3",
@@ -41,6 +43,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "SparseLoRA",
     "TargetedMethod",
     "VeRA",
 ]

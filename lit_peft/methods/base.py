@@ -122,6 +122,12 @@ class Method(pl.Callback):
         """Whether a trainable parameter may go without a (non-zero) gradient in the first two steps."""
         return False
 
+    def log_step(self, module: nn.Module, key: str, value: Tensor) -> None:
+        """Logs a figure of a training step, `train/l1`, as the module that the trainer fits would; else nothing."""
+        trainer = getattr(module, "_trainer", None)
+        if trainer is not None and trainer.training:
+            module.log(key if self.name == "default" else f"{key}/{self.name}", value)  # type: ignore[operator]
+
     # -------------------------------------------------------------------------------------------- attaching
 
     def attach(self, module: nn.Module, dtype: torch.dtype | None = None) -> Adapter:

@@ -11,6 +11,12 @@ A method takes part through four members and no base class; `LoRA` has them all:
     from_hf_peft(options, paths) -> arguments
                   class method: the constructor arguments that these entries mean for layers at these paths
 
+A method whose additions shrink or that masks them has a fifth:
+
+    exported(sites) -> (method, sites)
+                  what is written in its place: additions without what is pruned, and the method that builds such.
+                  Their masks (buffers of booleans) go into the header of the tensor file, beside our own record.
+
 A method that adds nothing (BitFit, LinearProbe) needs none of them. HF PEFT must adapt some layer, so the folder
 holds a LoRA of rank 1 whose factors are zero, beside the base parameters that train.
 
@@ -30,7 +36,15 @@ from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import Adapter, detach, moving_buffers, registry
-from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, read_folder, record, write_folder
+from lit_peft.core.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointMismatch,
+    pack_mask,
+    read_folder,
+    record,
+    unpack_mask,
+    write_folder,
+)
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.swap import buffers_beside
 from lit_peft.core.targets import Site, make_site
@@ -86,7 +100,10 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
     if not pairs:
         method, pairs = _no_change(model, saved)
-    form = method if _has_hf_form(type(method)) else OwnForm
+    form, spec = (method if _has_hf_form(type(method)) else OwnForm), adapter.spec
+    if hasattr(form, "exported"):
+        form, pairs = form.exported(pairs)
+        spec = spec if form is method else form.spec()
     paths = [] if form is OwnForm else [site.path for site, _ in pairs]
     if clash := [path for path in paths if is_inside(path, saved)]:
         raise ValueError(
@@ -110,7 +127,10 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     }
     if hf_peft.PROMPT in tensors:
         del config["target_modules"]
-    metadata = {RECORD: json.dumps(_record(module, root, adapter), sort_keys=True)}
+    own = _record(module, root, adapter) | {"methods": {name: spec}}
+    if hasattr(form, "exported"):
+        own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
+    metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
     return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
 
 
@@ -131,9 +151,15 @@ class OwnForm:
 
 def _has_hf_form(method: type) -> bool:
     """Whether a class says how its own additions map: a subclass that builds others does not inherit the map."""
-    mapped = next((cls for cls in method.__mro__ if "to_hf_peft" in vars(cls)), None)
+    mapped = next((cls for cls in method.__mro__ if {"to_hf_peft", "exported"} & vars(cls).keys()), None)
     built = next(cls for cls in method.__mro__ if {"build", "delta"} & vars(cls).keys())
     return mapped is not None and issubclass(mapped, built)
+
+
+def _masks(pairs: list[tuple[Site, Addition]]) -> dict[str, Tensor]:
+    """The additions' buffers of booleans, by their name in the model."""
+    named = ((f"{site.path}.{name}", buffer) for site, addition in pairs for name, buffer in addition.named_buffers())
+    return {name: buffer for name, buffer in named if buffer.dtype == torch.bool}
 
 
 def _adapter(module: nn.Module, name: str) -> Adapter:
@@ -197,7 +223,6 @@ def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
     own = {key: value for key in ("backbone", "label_names") if (value := getattr(module, key, None)) is not None}
     return entry | {
         "model": own,  # what `lit-peft predict --adapter` starts from, without the run
-        "methods": {adapter.name: adapter.spec},
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
         "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
@@ -296,6 +321,9 @@ def _load_folder(
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
         maps: Any = OwnForm if form is OwnForm else method
         _fill_additions(maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
+        masks = _masks(root.pairs(adapter))
+        for key, packed in (mine or {}).get("masks", {}).items():
+            masks[key].copy_(unpack_mask(packed, masks[key].shape))
         moving = {root.inside(key) for key in moving_buffers(module, [adapter])}
         if adapter.update_norm_stats and (lost := moving - base.keys()):
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")

@@ -211,9 +211,14 @@ class LoRADelta(Delta):
             "alpha/r" if self.scaling == self.alpha / r else "scaling": self.scaling,
         }
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`A` and `B` of the product; what a subclass that masks or gates them replaces."""
+        return self.lora_A, self.lora_B
+
     def change(self) -> Tensor:
         """`s B A`, [out, in]."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        A, B = self.factors()
+        return self.scaling * (B @ A)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.change()
@@ -225,12 +230,13 @@ class LoRADelta(Delta):
         if self._fuses(layer, call, ops):
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
             apart = dropped.to(dtype) if drops else None
-            A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+            A, B = (factor.to(dtype) for factor in self.factors())
             return LoRAFunction.apply(x.to(dtype), apart, A, B, layer, ops, self.scaling)
         y = call(x)
         if not ops.separable(layer):
             return y + ops.apply(layer, dropped, self.change())
-        return ops.combine(y, ops.apply(layer, dropped, self.lora_A), self.lora_B, self.scaling)
+        A, B = self.factors()
+        return ops.combine(y, ops.apply(layer, dropped, A), B, self.scaling)
 
     def _fuses(self, layer: Any, call: Call, ops: LayerOps) -> bool:
         """Large eager layers whose own parameters are frozen; compiled graphs fuse by themselves."""
