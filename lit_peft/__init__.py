@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.p_tuning import PTuning
+    from lit_peft.methods.prefix_tuning import PrefixTuning
+    from lit_peft.methods.prompt_tuning import PromptTuning
     from lit_peft.methods.rates import param_groups
 
 __version__ = "0.1.0"
@@ -44,6 +47,9 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "TargetedMethod",
     "attach",
     "detach",

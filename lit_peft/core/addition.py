@@ -19,6 +19,9 @@ class Addition(nn.Module):
     stays frozen and is saved. Subclasses override `forward`, and `init` when zeros are not what they start from.
     """
 
+    not_mergeable: ClassVar[str | None] = "it adds a computation, not a change of a weight"
+    """Why this cannot be written into the weights of the base; None where it can."""
+
     def forward(self, layer: nn.Module, call: "Call", *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of `layer`'s own forward.
 
@@ -54,6 +57,7 @@ class Delta(Addition):
     `V = W + sum_i (weight_i(W) - W)`; one scaling delta (`scales = True`) may then act on the sum, `weight(V)`.
     """
 
+    not_mergeable = None
     scales: ClassVar[bool] = False
     """Whether the equation rescales what it is given, (IA)^3 and DoRA, instead of adding to it."""
 

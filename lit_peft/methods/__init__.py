@@ -9,11 +9,32 @@ if TYPE_CHECKING:
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.p_tuning import PTuning
+    from lit_peft.methods.prefix_tuning import PrefixTuning
+    from lit_peft.methods.prompt_tuning import PromptTuning
 
 # Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
-BUILT_IN = {"LoRA": "lora", "BitFit": "bitfit", "LinearProbe": "linear_probe", "FullFineTuning": "full"}
+BUILT_IN = {
+    "LoRA": "lora",
+    "PrefixTuning": "prefix_tuning",
+    "PromptTuning": "prompt_tuning",
+    "PTuning": "p_tuning",
+    "BitFit": "bitfit",
+    "LinearProbe": "linear_probe",
+    "FullFineTuning": "full",
+}
 
-__all__ = ["BitFit", "FullFineTuning", "LinearProbe", "LoRA", "Method", "TargetedMethod"]
+__all__ = [
+    "BitFit",
+    "FullFineTuning",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "TargetedMethod",
+]
 
 
 def __getattr__(name: str) -> Any:

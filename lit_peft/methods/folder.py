@@ -249,7 +249,7 @@ def _load_folder(
     else:
         spec = {"class_path": _reader(config)}
         trains, head = hf_peft.trained_names(root.model, config, base)
-        arguments = {"target_modules": paths, "train_also": head}
+        arguments = {"train_also": head} if hf_peft.PROMPT in changes else {"target_modules": paths, "train_also": head}
     if missing := [key for key in trains if key not in base]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
     cls: Any = method_class(spec["class_path"])
