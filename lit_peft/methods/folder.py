@@ -256,8 +256,10 @@ def _load_folder(
     read = {}
     if hasattr(cls, "from_hf_peft"):
         read = cls.from_hf_peft(hf_peft.read_options(config, cls.hf_options, cls.__name__), paths)
+    # Tensors tell the places and sizes of layers' additions; a prompt of ours may have more to it than HF PEFT knows.
+    known = read | arguments if hf_peft.PROMPT in changes else arguments | read
     try:
-        method = cls(**arguments | read | {"name": name})
+        method = cls(**known | {"name": name})
     except (TypeError, ValueError) as error:
         raise CheckpointMismatch(f"The folder asks for a {cls.__name__} that cannot be: {error}") from error
     spec = method.spec() if mine is None else spec | {"init_args": arguments | {"name": name}}

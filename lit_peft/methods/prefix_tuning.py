@@ -17,6 +17,7 @@ from lit_peft.methods.prefix_attention import (
     ShiftedPositions,
     Trunk,
     check_implementation,
+    register,
 )
 from lit_peft.methods.prompts import PromptMethod, argument_names, token_ids
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_peft import hub
 from lit_peft.core.addition import Addition, Call
 from lit_peft.core.layers import layer_ops
+from lit_peft.core.swap import Swapped
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import Method, check_range
 from lit_peft.methods.hf_peft import PROMPT, find_root
@@ -75,10 +76,12 @@ class PromptMethod(Method):
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's form, which holds the finished vectors; an encoder's own tensors stand beside them."""
         site, prompt = sites[0]
-        vectors = prompt.prompt()
+        vectors, config = prompt.prompt(), site.layer.config
         entries = {
             "num_virtual_tokens": len(vectors),
             "token_dim": vectors.shape[1],
+            "num_attention_heads": getattr(config, "num_attention_heads", None),
+            "num_layers": getattr(config, "num_hidden_layers", None),
             "num_transformer_submodules": 1,  # of an encoder-decoder, the encoder
         }
         own = {f"{site.path}.prompt_encoder.{name}".lstrip("."): p for name, p in prompt.named_parameters()}
@@ -167,7 +170,8 @@ def _without_virtual(layer: Any, output: Any, n: int) -> Any:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, in their order."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    own = next(c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, Swapped))
+    return tuple(inspect.signature(own.forward).parameters)[1:]
 
 
 def token_ids(module: nn.Module, text: str, tokenizer: str | None, n: int) -> Tensor:
