@@ -235,6 +235,26 @@ def test_two_prefixes_are_one_of_both_and_lora_goes_on_below():
     assert (logits(both, "gpt2") - expected).abs().max() > 1e-3
 
 
+def test_a_text_is_read_beside_another_prefix(tmp_path):
+    alone, beside = frozen("bert"), frozen("bert")
+    PrefixTuning(2, name="one").attach(beside)
+    for model in (alone, beside):
+        method = PrefixTuning(3, init_text="word4", tokenizer=str(words(tmp_path)), name="two")
+        method.attach(model)
+        method.prepare(model, ())
+    first, other = (m.bert.encoder.layer[0].attention.self.peft["two"] for m in (alone, beside))
+    torch.testing.assert_close(first.key, other.key)  # above the first layer, the text sees the other prefix
+    first, other = (m.bert.encoder.layer[1].attention.self.peft["two"] for m in (alone, beside))
+    assert not torch.allclose(first.key, other.key)
+
+
+def test_texts_that_leave_no_room():
+    model = prefixed("gpt2")  # 16 positions
+    model(input_ids=torch.full((1, 13), 3))
+    with pytest.raises(ValueError, match=r"3 virtual tokens and 14 of the text exceed the 16 positions of GPT2Model"):
+        model(input_ids=torch.full((1, 14), 3))
+
+
 def test_chosen_blocks_and_attentions():
     adapter = PrefixTuning(3, layers=[1]).attach(model := frozen("gpt2"))
     assert sorted(adapter.sites) == ["transformer", "transformer.h.1.attn"]

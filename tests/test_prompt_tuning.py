@@ -16,6 +16,7 @@ from toys import adapters, assert_same, snapshot, trainer
 
 import lit_peft
 from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.methods import LoRA, PromptTuning, PTuning
 
 CAUSAL = ["gpt2", "llama"]
@@ -155,7 +156,9 @@ def test_equals_hf_peft_on_decoders(kind, name):
 @both
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta"])
 def test_equals_hf_peft_on_encoders(kind, name):
+    """Where positions make no difference: HF PEFT moves the text's on, which ours keeps."""
     body = frozen(name).base_model
+    body.embeddings.position_embeddings.weight.zero_()
     theirs = hf_peft(kind, body, "FEATURE_EXTRACTION")
     METHODS[kind]().attach(body)
     pairs = take(addition(body), theirs.prompt_encoder.default)
@@ -193,7 +196,11 @@ def test_heads_read_the_first_token_of_the_text(name):
     text = copied.get_input_embeddings()(inputs(name)["input_ids"])
     embeds = torch.cat([addition(model).prompt().expand(2, -1, -1), text], 1)
     mask = nn.functional.pad(inputs(name)["attention_mask"], (3, 0), value=1)
-    states = copied.base_model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[:, 3:]
+    # RoBERTa's positions begin behind that of padding, which two tokens of the second text have.
+    of_text = [[2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 1, 1]] if name == "roberta" else [[0, 1, 2, 3, 4, 5]] * 2
+    positions = torch.tensor([row[:3] + row for row in of_text])
+    states = copied.base_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
+    states = states[:, 3:]
     if name == "bert":
         expected = model.classifier(model.bert.pooler(states))
     elif name == "roberta":
@@ -387,10 +394,17 @@ def test_models_without_a_text_are_refused(kind, make):
         METHODS[kind]().attach(make())
 
 
-@pytest.mark.parametrize("name", ["distilbert", "bert", "roberta", "gpt2"])
-def test_texts_that_leave_no_room(name):
+@pytest.mark.parametrize("name", ["distilbert", "bert", "roberta"])
+def test_an_encoder_has_as_much_room_as_before(name):
     model = prompted("prompt", name)
-    assert logits(model, name).isfinite().all()
+    fits = torch.full((1, 16), 3)
+    model(input_ids=fits, attention_mask=torch.ones_like(fits))
+    with pytest.raises(ValueError, match=r"3 virtual tokens and 17 of the text exceed the 16 positions .* at 16"):
+        model(input_ids=torch.full((1, 17), 3))
+
+
+def test_texts_that_leave_no_room():
+    model = prompted("prompt", "gpt2")
     fits = torch.full((1, 13), 3)  # 16 positions
     model(input_ids=fits, attention_mask=torch.ones_like(fits))
     with pytest.raises(
@@ -442,10 +456,32 @@ def test_a_folder_keeps_all_and_opens_in_hf_peft(kind, name, tmp_path):
     assert torch.equal(logits(twin, name), logits(model, name))
     assert adapter.spec["class_path"].endswith(type(METHODS[kind]()).__name__)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["num_virtual_tokens"] == 3
-    theirs = peft.PeftModel.from_pretrained(frozen(name), tmp_path).eval()
-    if name != "distilbert":  # whose head would read a virtual token there
+    if name == "distilbert":  # HF PEFT would compute something else, so that it must not open it
+        with pytest.raises(KeyError, match="LIT_PEFT_"):
+            peft.PeftModel.from_pretrained(frozen(name), tmp_path)
+    else:
+        theirs = peft.PeftModel.from_pretrained(frozen(name), tmp_path).eval()
         skip = 0 if name == "t5" else 3
         torch.testing.assert_close(logits(theirs, name)[:, skip:], logits(model, name), rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_a_decoder_that_classifies_reads_its_last_token_and_comes_back_from_a_folder(kind, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return tf.GPT2ForSequenceClassification(
+            tf.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, pad_token_id=1)
+        ).eval()
+
+    model, batch = make(), inputs("gpt2")
+    METHODS[kind](train_also=["score"]).attach(model)
+    alone = model(input_ids=batch["input_ids"][1:, :4]).logits  # the second text without its padding
+    torch.testing.assert_close(model(**batch).logits[1:], alone, rtol=1e-5, atol=1e-6)
+    moved(model)
+    lit_peft.save(model, tmp_path)
+    twin = make()
+    lit_peft.load(twin, tmp_path)
+    assert torch.equal(logits(twin, "gpt2"), logits(model, "gpt2"))
 
 
 @both
@@ -455,6 +491,13 @@ def test_a_folder_of_hf_peft(kind, tmp_path):
     model = frozen("llama")
     lit_peft.load(model, tmp_path)
     torch.testing.assert_close(logits(model, "llama"), logits(theirs, "llama")[:, 3:], rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_a_folder_of_hf_peft_for_an_encoder_is_refused(kind, tmp_path):
+    hf_peft(kind, frozen("bert"), "SEQ_CLS").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointMismatch, match="HF PEFT's SEQ_CLS moves the text's positions"):
+        lit_peft.load(frozen("bert"), tmp_path)
 
 
 @both

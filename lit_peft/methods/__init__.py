@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 # Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
 BUILT_IN = {
     "LoRA": "lora",
-    "PrefixTuning": "prefix_tuning",
-    "PromptTuning": "prompt_tuning",
-    "PTuning": "p_tuning",
     "BitFit": "bitfit",
     "LinearProbe": "linear_probe",
     "FullFineTuning": "full",
+    "PrefixTuning": "prefix_tuning",
+    "PromptTuning": "prompt_tuning",
+    "PTuning": "p_tuning",
 }
 
 __all__ = [

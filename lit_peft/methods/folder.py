@@ -254,12 +254,11 @@ def _load_folder(
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
     cls: Any = method_class(spec["class_path"])
     read = {}
-    if hasattr(cls, "from_hf_peft"):
+    # A prompt of ours may have more to it than HF PEFT knows.
+    if hasattr(cls, "from_hf_peft") and (mine is None or hf_peft.PROMPT not in changes):
         read = cls.from_hf_peft(hf_peft.read_options(config, cls.hf_options, cls.__name__), paths)
-    # Tensors tell the places and sizes of layers' additions; a prompt of ours may have more to it than HF PEFT knows.
-    known = read | arguments if hf_peft.PROMPT in changes else arguments | read
     try:
-        method = cls(**known | {"name": name})
+        method = cls(**arguments | read | {"name": name})
     except (TypeError, ValueError) as error:
         raise CheckpointMismatch(f"The folder asks for a {cls.__name__} that cannot be: {error}") from error
     spec = method.spec() if mine is None else spec | {"init_args": arguments | {"name": name}}

@@ -8,8 +8,9 @@ from torch.nn.utils import skip_init
 
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_range
+from lit_peft.methods.prompt_method import PromptMethod
 from lit_peft.methods.prompt_tuning import PromptVectors
-from lit_peft.methods.prompts import Prompt, PromptMethod
+from lit_peft.methods.prompts import Prompt
 
 
 class PTuning(PromptMethod):

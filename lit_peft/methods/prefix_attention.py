@@ -13,31 +13,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from lit_peft.core.addition import Addition, Call
-from lit_peft.core.targets import Site
-from lit_peft.methods.p_tuning import init_linear
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _NAME = "lit_peft_prefix_"
 
 
 class Prefix(Addition):
-    """Keys, [n, width of keys], and values, [n, width of values], of one attention module."""
+    """Keys and values of one attention module, however they are made."""
 
     reached = False
     """Whether the module has been seen to compute its attention through transformers' interface."""
     reads = False
     """Whether the next pass sets the prefix to the keys and values that it sees, instead of putting it before them."""
-
-    def __init__(self, n: int, widths: tuple[int, int]) -> None:
-        super().__init__()
-        self.key, self.value = (nn.Parameter(torch.empty(n, width)) for width in widths)
-
-    def init(self, site: Site, generator: torch.Generator) -> None:
-        nn.init.normal_(self.key, generator=generator)
-        nn.init.normal_(self.value, generator=generator)
 
     def describe(self) -> dict[str, Any]:
         return {"n": len(self.pair()[0])}
@@ -47,8 +36,12 @@ class Prefix(Addition):
         register()  # another process has unpickled it
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The keys and the values."""
-        return self.key, self.value
+        """The keys, [n, width of all keys of a token], and the values, likewise."""
+        raise NotImplementedError
+
+    def read(self, key: Tensor, value: Tensor) -> None:
+        """Takes keys and values that the base has computed for a text of n tokens, [1, heads, n, width of a head]."""
+        raise NotImplementedError
 
     def forward(self, layer: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
         config = layer.config
@@ -62,63 +55,6 @@ class Prefix(Addition):
         if not self.reached:
             raise not_reached(layer)
         return output
-
-
-class ReparametrisedPrefix(Prefix):
-    """A prefix made by a network: a trunk, which all layers share, and here one linear layer of its output."""
-
-    def __init__(self, trunk: "Trunk", widths: tuple[int, int], *, owns: bool) -> None:
-        Addition.__init__(self)
-        self.output = skip_init(nn.Linear, trunk.hidden.out_features, sum(widths))
-        self.widths = widths
-        if owns:  # the first site's; the others refer to it, so that the state holds it once
-            self.trunk = trunk
-        self._shared = (trunk,)
-
-    def init(self, site: Site, generator: torch.Generator) -> None:
-        init_linear(self.output, generator)
-        if "trunk" in self._modules:
-            nn.init.normal_(self.trunk.embedding, generator=generator)
-            init_linear(self.trunk.hidden, generator)
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        key, value = self.output(self._shared[0]()).split(self.widths, dim=-1)
-        return key, value
-
-
-class Trunk(nn.Module):
-    """`tanh(W E + b)`, `embedding`: [n, d], `hidden`: d -> h."""
-
-    def __init__(self, n: int, width: int, hidden: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(n, width))
-        self.hidden = skip_init(nn.Linear, width, hidden)
-
-    def forward(self) -> Tensor:
-        return torch.tanh(self.hidden(self.embedding))
-
-
-class ShiftedPositions(Addition):
-    """Lets the positions of a decoder's text start at n: those before belong to the prefix."""
-
-    reads = False
-
-    def __init__(self, n: int, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.n, self.names = n, names
-
-    def forward(self, layer: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.reads:
-            return call(**given)
-        positions = given.get("position_ids")
-        if positions is None:
-            text, past = given.get("input_ids"), given.get("past_key_values")
-            text = given["inputs_embeds"] if text is None else text
-            start = 0 if past is None else past.get_seq_length()
-            positions = torch.arange(text.shape[1], device=text.device)[None] + start
-        given["position_ids"] = positions + self.n
-        return call(**given)
 
 
 class _Named:
@@ -172,15 +108,14 @@ def attend(
             attention_mask = square.tril()[None, None]
     if name == "sdpa":
         kwargs["is_causal"] = False
+    own = key, value
     for prefix in module.peft.chain():
         if not isinstance(prefix, Prefix):
             continue
         if not prefix.reached:
             prefix.reached = True
         if prefix.reads:
-            with torch.no_grad():
-                prefix.key.copy_(key[0].transpose(0, 1).flatten(1))
-                prefix.value.copy_(value[0].transpose(0, 1).flatten(1))
+            prefix.read(*own)
             continue
         k, v = prefix.pair()
         key, value = _before(k, key), _before(v, value)
