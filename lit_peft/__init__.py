@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lit_peft.methods.ia3 import IA3
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.p_tuning import PTuning
+    from lit_peft.methods.prefix_tuning import PrefixTuning
+    from lit_peft.methods.prompt_tuning import PromptTuning
     from lit_peft.methods.rates import param_groups
     from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
@@ -56,6 +59,9 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "SparseLoRA",
     "TargetedMethod",
     "VeRA",

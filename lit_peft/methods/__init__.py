@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lit_peft.methods.ia3 import IA3
     from lit_peft.methods.linear_probe import LinearProbe
     from lit_peft.methods.lora import LoRA
+    from lit_peft.methods.p_tuning import PTuning
+    from lit_peft.methods.prefix_tuning import PrefixTuning
+    from lit_peft.methods.prompt_tuning import PromptTuning
     from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
 
@@ -27,6 +30,9 @@ BUILT_IN = {
     "VeRA": "vera",
     "IA3": "ia3",
     "BottleneckAdapter": "bottleneck_adapter",
+    "PrefixTuning": "prefix_tuning",
+    "PromptTuning": "prompt_tuning",
+    "PTuning": "p_tuning",
     "BitFit": "bitfit",
     "LinearProbe": "linear_probe",
     "FullFineTuning": "full",
@@ -43,6 +49,9 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "SparseLoRA",
     "TargetedMethod",
     "VeRA",

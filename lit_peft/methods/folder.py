@@ -290,13 +290,14 @@ def _load_folder(
     else:
         spec = {"class_path": _reader(config)}
         trains, head = hf_peft.trained_names(root.model, config, base)
-        arguments = {"target_modules": paths, "train_also": head}
+        arguments = {"train_also": head} if hf_peft.PROMPT in changes else {"target_modules": paths, "train_also": head}
     if missing := [key for key in trains if key not in base]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
     cls: Any = method_class(spec["class_path"])
     form: Any = OwnForm if mine is not None and config.get("peft_type") == OwnForm.hf_peft["peft_type"] else cls
     read = {}
-    if hasattr(form, "from_hf_peft"):
+    # A prompt of ours may have more to it than HF PEFT knows.
+    if hasattr(form, "from_hf_peft") and (mine is None or hf_peft.PROMPT not in changes):
         known = {**form.hf_options, **form.hf_peft}
         read = form.from_hf_peft(hf_peft.read_options(config, known, cls.__name__), paths)
     try:

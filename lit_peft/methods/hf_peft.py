@@ -205,10 +205,15 @@ def split(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
 
 def site_paths(model: nn.Module, keys: Collection[str]) -> list[str]:
-    """Paths of the layers that tensors of additions belong to, in the model's order."""
+    """Paths of the layers that tensors of additions belong to, in the model's order.
+
+    None in a folder of a prompt method: such a method finds its place in the model itself.
+    """
+    if PROMPT in keys:
+        return []
     modules = dict(model.named_modules())
     paths = set()
-    for key in sorted(set(keys) - {PROMPT}):
+    for key in sorted(keys):
         path, own, _ = key.partition(OWN)
         while path not in modules:
             path = path.rpartition(".")[0]

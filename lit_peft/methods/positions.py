@@ -1,0 +1,44 @@
+"""How a transformer counts the positions of a text, and how many it has."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.swap import Swapped
+
+_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
+def position_table(stack: nn.Module) -> nn.Module | None:
+    """The module that holds a stack's learned positions, None where it has none."""
+    return next((m for path, m in stack.named_modules() if path.rpartition(".")[2] in _TABLES), None)
+
+
+def position_room(stack: nn.Module) -> int | None:
+    """How many positions a stack's table of learned ones has, None where it has no such table."""
+    if (table := position_table(stack)) is None:
+        return None
+    padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
+    return layer_ops(table).size(table)[1] - (0 if padding is None else padding + 1)
+
+
+def check_room(stack: nn.Module, room: int | None, n: int, length: int, *, shared: bool = False) -> None:
+    """Raises ValueError when a text and what stands before it need more positions than there are.
+
+    Here and not in the look-up, which on a GPU would bring the process down. `shared`: whether both begin at the first.
+    """
+    if room is None or (max(n, length) if shared else n + length) <= room:
+        return
+    left = room if shared else room - n
+    raise ValueError(
+        f"{n} virtual tokens and {length} of the text exceed the {room} positions of {type(stack).__name__}: "
+        f"cut texts off at {left} tokens (max_length)."
+    )
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in their order."""
+    own: Any = next(c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, Swapped))
+    return tuple(inspect.signature(own.forward).parameters)[1:]
