@@ -56,10 +56,17 @@ def values(arguments: Sequence[str], *flags: str) -> list[str]:
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """Splits a flag off: (the other arguments, its values)."""
+    """Splits a flag off: (the other arguments, its values).
+
+    Raises:
+        ValueError: When it stands without a value.
+    """
     spans = [(start, end) for start, end, name, _ in options(arguments) if name == flag]
     gone = {i for start, end in spans for i in range(start, end)}
-    return [word for i, word in enumerate(arguments) if i not in gone], values(arguments, flag)
+    rest = [word for i, word in enumerate(arguments) if i not in gone]
+    if flag in rest:
+        raise ValueError(f"{flag} needs a value.")
+    return rest, values(arguments, flag)
 
 
 # ------------------------------------------------------------------------------------- configurations and runs
@@ -91,7 +98,10 @@ def resolve(arguments: Sequence[str]) -> list[str]:
             if not checkpoint.exists() and words[0] != "fit":
                 checkpoint = checkpoint.with_name("last.ckpt")  # a run too short to be validated has no best
             if not checkpoint.exists():
-                raise FileNotFoundError(f"--run: {run} holds no checkpoint, so that there is nothing to {words[0]}.")
+                again = f" Start it again: lit-peft fit --config {run / 'config.yaml'}" if words[0] == "fit" else ""
+                raise FileNotFoundError(
+                    f"--run: {run} holds no checkpoint, so that there is nothing to {words[0]}.{again}"
+                )
             words += ["--ckpt_path", str(checkpoint)]
     resolved = list(words)
     for start, end, flag, value in options(words):

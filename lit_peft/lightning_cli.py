@@ -59,17 +59,36 @@ class Parser(LightningArgumentParser):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder, whatever logs; a resumed run does not name what it resumed from."""
+    """Writes config.yaml into the run's folder, whatever logs; a resumed run does not name what it resumed from.
+
+    It writes over the one of a run only when its checkpoint is restored: a refused one leaves the run as it was.
+    """
 
     def __init__(self, folder: Path, parser: LightningArgumentParser, config: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
         self.folder = folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.ckpt_path is None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")  # once only, as in `setup`
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         config = self.config.clone()
         config["ckpt_path"] = None
         with atomic_path(self.folder / self.config_filename) as part:
             self.parser.save(config, part, skip_none=False, overwrite=True)
+
+
+class TestSetCheck(pl.Callback):
+    """Has the data module look at its test set before training: after it is late to find that it cannot be scored."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "check") and trainer.limit_test_batches and is_overridden("test_step", pl_module):
+            data.check("test")
 
 
 class LitPeftCLI(LightningCLI):
@@ -219,6 +238,7 @@ class LitPeftCLI(LightningCLI):
         self.report = RunReport(None if self.folder is None else str(self.folder))
         watching: list[pl.Callback] = [
             MonitorCheck(),
+            TestSetCheck(),
             ReproducibleSteps(),
             SpeedMonitor(),
             LearningRateMonitor(),

@@ -396,3 +396,50 @@ def test_methods_lists_names_and_first_lines(capsys):
     out = capsys.readouterr().out
     for name in ("LoRA", "BitFit", "LinearProbe", "FullFineTuning"):
         assert any(line.startswith(name) and len(line.split()) > 4 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("options", [["--method.r", "8"], ["--method", "BitFit"], ["--model.backbone", "{base}"]])
+def test_a_refused_resume_leaves_the_run_as_it_was(quick, options, tmp_path):
+    folder = tmp_path / "version_0"
+    shutil.copytree(quick, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "more.yaml").write_text("early_stopping:\n  patience: 7\n")
+    words = [word.format(base=tmp_path / "nowhere") for word in options]
+    with pytest.raises(SystemExit):
+        fit(tmp_path, "--run", str(folder), "--config", str(tmp_path / "more.yaml"), *words)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_without_a_checkpoint_says_how_to_start_it_again(quick, tmp_path, capsys):
+    (tmp_path / "version_0").mkdir()
+    shutil.copy(quick / "config.yaml", tmp_path / "version_0")
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--run", str(tmp_path / "version_0")])
+    assert f"Start it again: lit-peft fit --config {tmp_path}/version_0/config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["predict", "--run"], ["predict", "--adapter"], ["predict", "--text"]])
+def test_an_option_without_its_value_is_told(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert f"{arguments[1]} needs a value." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base_test", ["true", "false"])
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("a film,good\nthe film,good\n", None, "There is one class alone, 'good', in"),
+        ("a film,good\nthe film,bad\n", "that film,ugly\n", "have labels that are not in train"),
+    ],
+)
+def test_data_that_cannot_be_scored_are_refused_before_training(train, test, message, base_test, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("text,label\n" + train * 20)
+    if test is not None:
+        (tmp_path / "data" / "test.csv").write_text("text,label\n" + test)
+    path = str(tmp_path / "data") if test is not None else str(tmp_path / "data" / "train.csv")
+    options = ["--data.path", path, "--model.backbone", "demo", "--base_test", base_test, "--trainer.max_steps", "1"]
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "runs", "--config", "text_classification/lora", *options)
+    assert message in capsys.readouterr().err

@@ -19,7 +19,7 @@ class Addition(nn.Module):
     stays frozen and is saved. Subclasses override `forward`, and `init` when zeros are not what they start from.
     """
 
-    not_mergeable: ClassVar[str | None] = "what it adds is a computation, not a change of a weight."
+    not_mergeable: ClassVar[str | None] = "it adds a computation, not a change of a weight."
     """Why it cannot be folded into the layer's weight; None where it can."""
 
     def forward(self, layer: nn.Module, call: "Call", *args: Any, **kwargs: Any) -> Any:

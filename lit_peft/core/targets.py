@@ -381,7 +381,9 @@ def _nothing_matches(
     role = next(iter(roles_of(pattern)), None)
     if pattern in ROLES or pattern in GROUPS:
         present = [f"{role} ({', '.join(found)})" for role, found in roles.items() if found]
-        return f"{message} Roles here: {', '.join(present) or 'none, name the layers'}."
+        paths = [site.path for site in layers if site.path]
+        some = ", ".join(paths[:8]) + ", …" * (len(paths) > 8)
+        return f"{message} Roles here: {', '.join(present) or f'none, name the layers: {some}'}."
     if role is not None and roles[role]:
         message += f" Elsewhere it is the {role!r} projection, here named {', '.join(roles[role])}: use {role!r}."
     close = difflib.get_close_matches(pattern, [*names, *ROLES, *GROUPS, ALL_LINEAR], n=3, cutoff=0.5)

@@ -131,7 +131,16 @@ class TextClassificationDataModule(TextDataModule):
         if stage == "fit" and self._known and {*self._own_labels.names} not in (set(), {*self._known}):
             here, there = (", ".join(names[:SHOWN]) for names in (self._own_labels.names, self._known))
             raise ValueError(f"The data's classes are {here}; this model's are {there}.")
+        if stage in ("fit", "test") and not self._known and len(self._own_labels.names) == 1:
+            where = self._where(next(iter(self._splits)))
+            raise ValueError(
+                f"There is one class alone, {self._own_labels.names[0]!r}, in {where}; expected two or more."
+            )
         super().setup(stage)
+
+    def check(self, role: str) -> None:
+        """Raises ValueError for what would make the rows of a role unusable: a missing split, label, or text."""
+        self._checked(role)
 
     @property
     def label_names(self) -> list[str]:
