@@ -209,11 +209,13 @@ class LitPeftCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
+        self.folder: Path | None = None
         if config.get("barebones"):  # Lightning refuses everything that could slow it down, these defaults too
             config = {key: value for key, value in config.items() if key not in ("log_every_n_steps", "logger")}
             return self.trainer_class(**config | {"callbacks": [method, *own]})
         keeps = self.subcommand == "fit" and not config.get("fast_dev_run")
-        self.folder = self._folder(config) if keeps else None
+        if keeps:
+            self.folder = self._folder(config)
         if config.get("logger") in (None, True):
             # Only a fit logs: another verb's points would stand in the curves of the run.
             folder = self.folder

@@ -385,7 +385,7 @@ class TextClassificationDataModule(TextDataModule):
             codes = np.full(len(split), MISSING)
         if role != "predict":
             self._labels.check(split, self.label_column, codes, where)
-        if role == "train" and len(present := np.unique(codes)) < 2:
+        if role == "train" and len(present := np.unique(codes[rows])) < 2:
             name = self.label_names[present[0]]
             raise ValueError(f"There is one class alone, {name!r}, in {where}; expected two or more.")
         return (split.select(rows) if len(rows) < len(split) else split), codes[rows]
