@@ -69,7 +69,7 @@ class RunConfig(SaveConfigCallback):
         self.folder = folder
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.ckpt_path is None:
+        if self.config.get("ckpt_path") is None:
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
