@@ -44,7 +44,10 @@ def forms(args: argparse.Namespace, rows: int) -> dict[str, Form]:
     """Name -> one forward pass for that many rows; of the adapter's products alone under "name, alone"."""
     generator = torch.Generator().manual_seed(0)
     dtype, device = getattr(torch, args.dtype), args.device
-    draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)  # noqa: E731
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
     W, A, B = draw(args.out, args.inputs) / 64, draw(args.r, args.inputs) / 64, draw(args.out, args.r) / 8
     x, s = draw(rows, args.inputs), 2.0
     merged = W + s * (B @ A)

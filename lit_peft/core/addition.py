@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.core.layers import LayerOps, layer_ops
@@ -105,6 +106,17 @@ def composed_bias(deltas: Iterable[Delta], b: Tensor | None) -> Tensor | None:
     return c
 
 
+def dropped(x: Tensor, p: float, training: bool) -> Tensor:
+    """`x` with dropout in training; token ids, which an embedding is given, as they are."""
+    return F.dropout(x, p) if p > 0 and training and x.is_floating_point() else x
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with `x` is computed in: autocast's where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def difference(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     """`new - old`, where an absent bias is zero."""
     return new if old is None or new is None else new - old
@@ -131,6 +143,20 @@ class Call:
     def is_base(self) -> bool:
         """Whether nothing but the layer itself stands below."""
         return not self.below
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether one autograd node may stand for the layer and an addition: it is linear, frozen, eager and trains.
+
+        Compiled graphs fuse by themselves; without gradients there is nothing to save.
+        """
+        return (
+            self.is_base
+            and self.ops.is_linear
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not any(p is not None and p.requires_grad for p in self.layer._parameters.values())
+        )
 
     @property
     def ops(self) -> LayerOps:

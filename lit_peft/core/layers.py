@@ -110,6 +110,12 @@ class LayerOps:
         rows = h.reshape(-1, h.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, B.to(h.dtype).t(), alpha=alpha).view_as(y)
 
+    def add_low_rank(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0) -> Tensor:
+        """`y + alpha * B A x`, with `A`: [r, in], `B`: [out, r]; through r features where the layer allows it."""
+        if not self.separable(layer):
+            return y + self.apply(layer, x, alpha * (B @ A))
+        return self.combine(y, self.apply(layer, x, A), B, alpha)
+
     def along_features(self, v: Tensor) -> Tensor:
         """`v`, [n], shaped so that it broadcasts over the n features of an output."""
         return v

@@ -131,11 +131,8 @@ class TextClassificationDataModule(TextDataModule):
         if stage == "fit" and self._known and {*self._own_labels.names} not in (set(), {*self._known}):
             here, there = (", ".join(names[:SHOWN]) for names in (self._own_labels.names, self._known))
             raise ValueError(f"The data's classes are {here}; this model's are {there}.")
-        if stage in ("fit", "test") and not self._known and len(self._own_labels.names) == 1:
-            where = self._where(next(iter(self._splits)))
-            raise ValueError(
-                f"There is one class alone, {self._own_labels.names[0]!r}, in {where}; expected two or more."
-            )
+        if stage in ("fit", "test") and not self._known:
+            _check_classes(self._own_labels.names, self._where(next(iter(self._splits))))
         super().setup(stage)
 
     def check(self, role: str) -> None:
@@ -385,7 +382,12 @@ class TextClassificationDataModule(TextDataModule):
             codes = np.full(len(split), MISSING)
         if role != "predict":
             self._labels.check(split, self.label_column, codes, where)
-        if role == "train" and len(present := np.unique(codes[rows])) < 2:
-            name = self.label_names[present[0]]
-            raise ValueError(f"There is one class alone, {name!r}, in {where}; expected two or more.")
+        if role == "train":
+            _check_classes([self.label_names[code] for code in np.unique(codes[rows])], where)
         return (split.select(rows) if len(rows) < len(split) else split), codes[rows]
+
+
+def _check_classes(names: Sequence[str], where: str) -> None:
+    """Raises ValueError when there is one class alone, from which nothing can be learnt."""
+    if len(names) == 1:
+        raise ValueError(f"There is one class alone, {names[0]!r}, in {where}; expected two or more.")

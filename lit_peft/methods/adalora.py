@@ -4,14 +4,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.core.addition import Call, Delta
-from lit_peft.core.attach import registry
+from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_range
+from lit_peft.methods.base import TargetedMethod, check_range, check_rank
 
 
 class AdaLoRA(TargetedMethod):
@@ -82,11 +80,7 @@ class AdaLoRA(TargetedMethod):
         self._total = total_steps
 
     def build(self, site: Site) -> "AdaLoRADelta":
-        if self.init_r > min(site.size):
-            raise ValueError(
-                f"init_r = {self.init_r} exceeds the smaller side of {site.path}, {site.out_features} x "
-                f"{site.in_features}."
-            )
+        check_rank("init_r", self.init_r, site)
         alpha = self.init_r if self.alpha is None else self.alpha
         return AdaLoRADelta(*site.size, self.init_r, alpha / self.init_r, self.dropout)
 
@@ -114,14 +108,14 @@ class AdaLoRA(TargetedMethod):
         self._importance, self._uncertainty = dict(state_dict["importance"]), dict(state_dict["uncertainty"])
 
     def notes(self, module: nn.Module) -> list[str]:
-        n = len(self._deltas(module))
+        n = len(self.additions(module))
         return [f"Ranks in all: {n * self.init_r} at first, {n * self.target_r} in the end."]
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         if not self.orthogonal:
             return None
         terms = []
-        for delta in self._deltas(module).values():
+        for delta in self.additions(module).values():
             for rows in (delta.lora_A, delta.lora_B.t()):
                 product = rows @ rows.t()
                 terms.append(torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)))
@@ -131,7 +125,7 @@ class AdaLoRA(TargetedMethod):
         """Updates the importances from the gradients of the step that was made, and masks."""
         if self._total is None:
             raise ValueError("AdaLoRA needs total_steps where no trainer tells it.")
-        step, deltas = self._step, self._deltas(module)
+        step, deltas = self._step, self.additions(module)
         self._step += 1
         first, last = int(self.tinit * self._total), self._total - int(self.tfinal * self._total)
         if step < last:
@@ -178,11 +172,6 @@ class AdaLoRA(TargetedMethod):
         )
         return E[:, 0] + A.mean(1) + B.mean(0)
 
-    def _deltas(self, module: nn.Module) -> dict[str, "AdaLoRADelta"]:
-        state = registry(module)
-        assert state is not None
-        return {path: module.get_submodule(path).peft[self.name] for path in state.adapters[self.name].sites}  # type: ignore[index, misc]
-
 
 class AdaLoRADelta(Delta):
     """`W + s B diag(E) A`; `lora_A`: [r, in], `lora_E`: [r, 1], `lora_B`: [out, r]."""
@@ -210,10 +199,5 @@ class AdaLoRADelta(Delta):
         return W + (self.scaling * self.lora_B @ (self.lora_E * self.lora_A)).to(W.dtype)
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
-        ops, y = layer_ops(layer), call(x)
-        drops = self.dropout > 0 and self.training and x.is_floating_point()
-        x = F.dropout(x, self.dropout) if drops else x
-        A = self.lora_E * self.lora_A
-        if not ops.separable(layer):
-            return y + ops.apply(layer, x, self.scaling * self.lora_B @ A)
-        return ops.combine(y, ops.apply(layer, x, A), self.lora_B, self.scaling)
+        y, d = call(x), dropped(x, self.dropout, self.training)
+        return layer_ops(layer).add_low_rank(layer, y, d, self.lora_E * self.lora_A, self.lora_B, self.scaling)

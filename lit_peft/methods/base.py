@@ -165,6 +165,13 @@ class Method(pl.Callback):
             update_norm_stats=self.update_norm_stats,
         )
 
+    def additions(self, module: nn.Module) -> dict[str, Any]:
+        """Path -> addition of this method, on a module that it is attached to."""
+        state = registry(module)
+        assert state is not None
+        sites = state.adapters[self.name].sites
+        return {path: module.get_submodule(path).peft[self.name] for path in sites}  # type: ignore[index]
+
     def detach(self, module: nn.Module) -> None:
         """Takes this method off again, see `lit_peft.core.attach.detach`."""
         detach(module, self.name)
@@ -271,6 +278,14 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError, naming the argument and its choices, unless the value is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.")
+
+
+def check_rank(name: str, r: int, site: Site) -> None:
+    """Raises ValueError, naming the argument and the layer, unless the layer's weight can have this rank."""
+    if r > min(site.size):
+        raise ValueError(
+            f"{name} = {r} exceeds the smaller side of {site.path}, {site.out_features} x {site.in_features}."
+        )
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None, *, open_above: bool = False) -> None:

@@ -9,7 +9,6 @@ import torch
 from docstring_parser import parse
 from torch import nn
 
-from lit_peft.core.attach import registry
 from lit_peft.methods.base import Method
 
 
@@ -34,15 +33,13 @@ def _on_distilbert(cls: type[Method]) -> list[str]:
     model, head = distilbert()
     make: Any = cls
     try:
-        make(train_also=head).attach(model)
+        method: Method = make(train_also=head)
+        adapter = method.attach(model)
     except (TypeError, ValueError) as error:
         return [f"On DistilBERT's shape: {error}"]
-    state = registry(model)
-    assert state is not None
-    adapter = next(iter(state.adapters.values()))
     trains = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in adapter.head)
     total = sum(p.numel() for p in model.parameters())
-    additions: list[Any] = [model.get_submodule(path).peft[adapter.name] for path in adapter.sites]  # type: ignore[index]
+    additions = method.additions(model).values()
     why = next((a.not_mergeable for a in additions if a.not_mergeable is not None), None)
     merges = "yes" if why is None and additions else why or "there is nothing to merge, it trains the base itself."
     return [

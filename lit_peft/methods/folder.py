@@ -29,7 +29,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,11 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
     if not pairs:
         method, pairs = _no_change(model, saved)
-    form, spec = (method if _has_hf_form(type(method)) else OwnForm), adapter.spec
+    form, spec = (method if hf_peft.has_form(type(method)) else hf_peft.OwnForm), adapter.spec
     if hasattr(form, "exported"):
         form, pairs = form.exported(pairs)
         spec = spec if form is method else form.spec()
-    paths = [] if form is OwnForm else [site.path for site, _ in pairs]
+    paths = [] if form is hf_peft.OwnForm else [site.path for site, _ in pairs]
     if clash := [path for path in paths if is_inside(path, saved)]:
         raise ValueError(
             f"{clash[0]} is adapted, but HF PEFT would train it whole: it goes by endings, and {', '.join(whole)} is "
@@ -113,7 +113,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
 
     entries, changes = form.to_hf_peft(pairs)
     tensors = {key: torch.cat(value, -1) if isinstance(value, list) else value for key, value in changes.items()}
-    of_base, kept = _of_base(model, base, saved, paths, None if form is OwnForm else "bias" in entries)
+    of_base, kept = _of_base(model, base, saved, paths, None if form is hf_peft.OwnForm else "bias" in entries)
     tensors |= kept
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -132,28 +132,6 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
     metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
     return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
-
-
-class OwnForm:
-    """How a method is written that HF PEFT does not have: each tensor of an addition by its site and its name."""
-
-    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "LIT_PEFT"}
-
-    @staticmethod
-    def to_hf_peft(sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """No entries; the tensors, whether they train or not."""
-        tensors = {}
-        for site, addition in sites:
-            for key, tensor in addition.state_dict(keep_vars=True).items():
-                tensors[f"{site.path}{hf_peft.OWN}{key}"] = tensor
-        return {}, tensors
-
-
-def _has_hf_form(method: type) -> bool:
-    """Whether a class says how its own additions map: a subclass that builds others does not inherit the map."""
-    mapped = next((cls for cls in method.__mro__ if {"to_hf_peft", "exported"} & vars(cls).keys()), None)
-    built = next(cls for cls in method.__mro__ if {"build", "delta"} & vars(cls).keys())
-    return mapped is not None and issubclass(mapped, built)
 
 
 def _masks(pairs: list[tuple[Site, Addition]]) -> dict[str, Tensor]:
@@ -294,7 +272,9 @@ def _load_folder(
     if missing := [key for key in trains if key not in base]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
     cls: Any = method_class(spec["class_path"])
-    form: Any = OwnForm if mine is not None and config.get("peft_type") == OwnForm.hf_peft["peft_type"] else cls
+    form: Any = (
+        hf_peft.OwnForm if mine is not None and config.get("peft_type") == hf_peft.OwnForm.hf_peft["peft_type"] else cls
+    )
     read = {}
     # A prompt of ours may have more to it than HF PEFT knows.
     if hasattr(form, "from_hf_peft") and (mine is None or hf_peft.PROMPT not in changes):
@@ -320,7 +300,7 @@ def _load_folder(
     try:
         if more := set(adapter.base) - names:
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
-        maps: Any = OwnForm if form is OwnForm else method
+        maps: Any = hf_peft.OwnForm if form is hf_peft.OwnForm else method
         _fill_additions(maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
         masks = _masks(root.pairs(adapter))
         for key, packed in (mine or {}).get("masks", {}).items():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -162,6 +162,33 @@ def first_linear(model: nn.Module, saved: Iterable[str]) -> str:
 def match_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of a `rank_pattern` or `alpha_pattern` for a path: of the first expression that its end matches."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+class OwnForm:
+    """How a method is written that HF PEFT does not have: each tensor of an addition by its site and its name."""
+
+    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "LIT_PEFT"}
+
+    @staticmethod
+    def to_hf_peft(sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """No entries; the tensors, whether they train or not."""
+        tensors = {}
+        for site, addition in sites:
+            for key, tensor in addition.state_dict(keep_vars=True).items():
+                tensors[f"{site.path}{OWN}{key}"] = tensor
+        return {}, tensors
+
+
+def has_form(method: type) -> bool:
+    """Whether a class says how its own additions map: a subclass that builds others does not inherit the map."""
+    mapped = next((cls for cls in method.__mro__ if {"to_hf_peft", "exported"} & vars(cls).keys()), None)
+    built = next(cls for cls in method.__mro__ if {"build", "delta"} & vars(cls).keys())
+    return mapped is not None and issubclass(mapped, built)
+
+
+def stores_transposed(sites: Iterable[tuple[Site, Any]]) -> bool:
+    """Whether a layer stores its weight as [in, out], as GPT-2's do: HF PEFT's `fan_in_fan_out`."""
+    return any(cls.__name__ == "Conv1D" for site, _ in sites for cls in type(site.layer).__mro__)
 
 
 def read_options(config: Mapping[str, Any], known: Mapping[str, Any], reader: str) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.core.addition import Call, Delta
+from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_range
+from lit_peft.methods.base import TargetedMethod, check_range, check_rank
+from lit_peft.methods.hf_peft import stores_transposed
 
 
 class HiRA(TargetedMethod):
@@ -49,10 +50,7 @@ class HiRA(TargetedMethod):
         self.r, self.dropout = r, dropout
 
     def build(self, site: Site) -> "HiRADelta":
-        if self.r > min(site.size):
-            raise ValueError(
-                f"r = {self.r} exceeds the smaller side of {site.path}, {site.out_features} x {site.in_features}."
-            )
+        check_rank("r", self.r, site)
         return HiRADelta(*site.size, self.r, self.dropout)
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -64,8 +62,7 @@ class HiRA(TargetedMethod):
                 raise ValueError(f"{site.path}: HF PEFT's HiRA of a convolution has another equation.")
             kind = "hira" if layer_ops(layer).is_linear else "hira_embedding"
             tensors |= {f"{site.path}.{kind}_A": delta.hira_A, f"{site.path}.{kind}_B": delta.hira_B}
-        transposed = any(cls.__name__ == "Conv1D" for site, _ in sites for cls in type(site.layer).__mro__)
-        return {"r": self.r, "hira_dropout": self.dropout, "fan_in_fan_out": transposed}, tensors
+        return {"r": self.r, "hira_dropout": self.dropout, "fan_in_fan_out": stores_transposed(sites)}, tensors
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
@@ -93,17 +90,13 @@ class HiRADelta(Delta):
         return _changed(W, self.hira_A.to(W.dtype), self.hira_B.to(W.dtype))
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
-        ops = layer_ops(layer)
-        if self.dropout > 0 and self.training and x.is_floating_point():
+        ops, d = layer_ops(layer), dropped(x, self.dropout, self.training)
+        if d is not x:
             W = ops.matrix(layer)
-            return call(x) + ops.apply(layer, F.dropout(x, self.dropout), self.weight(W) - W)
-        if not call.is_base or not ops.is_linear or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return call(x) + ops.apply(layer, d, self.weight(W) - W)
+        if not call.is_fusible:
             return super().forward(layer, call, x)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W, b = ops.matrix(layer), ops.bias(layer)
-        if W.requires_grad or (b is not None and b.requires_grad):
-            return super().forward(layer, call, x)
-        return HiRAFunction.apply(x.to(dtype), self.hira_A, self.hira_B, layer, ops)
+        return HiRAFunction.apply(x.to(compute_dtype(x)), self.hira_A, self.hira_B, layer, ops)
 
 
 def _changed(W: Tensor, A: Tensor, B: Tensor) -> Tensor:

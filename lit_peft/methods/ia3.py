@@ -44,14 +44,18 @@ class IA3(TargetedMethod):
         return OutputScale(site.out_features)
 
 
-class OutputScale(Delta):
-    """`diag(l) W` and `l * b`; `ia3_l`: [out]."""
+class Scale(Delta):
+    """A factor for each feature of one side, `ia3_l`."""
 
     scales = True
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(features))
+
+
+class OutputScale(Scale):
+    """`diag(l) W` and `l * b`; `ia3_l`: [out]."""
 
     def describe(self) -> dict[str, Any]:
         return {"scales": "outputs"}
@@ -67,14 +71,8 @@ class OutputScale(Delta):
         return scale_features(y, self.ia3_l) if ops.features_last else y * ops.along_features(self.ia3_l.to(y.dtype))
 
 
-class InputScale(Delta):
+class InputScale(Scale):
     """`W diag(l)`; `ia3_l`: [in]."""
-
-    scales = True
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.ia3_l = nn.Parameter(torch.ones(features))
 
     def describe(self) -> dict[str, Any]:
         return {"scales": "inputs"}

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.addition import Call, Delta
+from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_choice, check_range
-from lit_peft.methods.hf_peft import match_pattern
+from lit_peft.methods.base import TargetedMethod, check_choice, check_range, check_rank
+from lit_peft.methods.hf_peft import match_pattern, stores_transposed
 
 
 class LoRA(TargetedMethod):
@@ -94,10 +94,7 @@ class LoRA(TargetedMethod):
 
     def build(self, site: Site) -> "LoRADelta":
         r = _first(self.rank_pattern, site, self.r)
-        if r > min(site.size):
-            raise ValueError(
-                f"r = {r} exceeds the smaller side of {site.path}, {site.out_features} x {site.in_features}."
-            )
+        check_rank("r", r, site)
         default = 2 * r if self.alpha is None else self.alpha
         alpha = _first(self.alpha_pattern, site, default)
         return self.delta(site, r, alpha, alpha / (math.sqrt(r) if self.use_rslora else r))
@@ -142,7 +139,7 @@ class LoRA(TargetedMethod):
             "lora_dropout": self.dropout,
             "use_rslora": self.use_rslora,
             "bias": "none",
-            "fan_in_fan_out": any(c.__name__ == "Conv1D" for site, _ in sites for c in type(site.layer).__mro__),
+            "fan_in_fan_out": stores_transposed(sites),
             "rank_pattern": {f"^{s.path}": len(d.lora_A) for s, d in sites if len(d.lora_A) != self.r},
             "alpha_pattern": {f"^{s.path}": d.alpha for s, d in sites if d.alpha != alpha},
         }
@@ -224,30 +221,12 @@ class LoRADelta(Delta):
         return W + self.change()
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
-        ops = layer_ops(layer)
-        drops = self.dropout > 0 and self.training and x.is_floating_point()
-        dropped = nn.functional.dropout(x, self.dropout) if drops else x
-        if self._fuses(layer, call, ops):
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            apart = dropped.to(dtype) if drops else None
-            A, B = (factor.to(dtype) for factor in self.factors())
-            return LoRAFunction.apply(x.to(dtype), apart, A, B, layer, ops, self.scaling)
-        y = call(x)
-        if not ops.separable(layer):
-            return y + ops.apply(layer, dropped, self.change())
-        A, B = self.factors()
-        return ops.combine(y, ops.apply(layer, dropped, A), B, self.scaling)
-
-    def _fuses(self, layer: Any, call: Call, ops: LayerOps) -> bool:
-        """Large eager layers whose own parameters are frozen; compiled graphs fuse by themselves."""
-        return (
-            self.lora_A.shape[1] * self.lora_B.shape[0] >= self.fused_from
-            and call.is_base
-            and ops.is_linear
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not any(p is not None and p.requires_grad for p in layer._parameters.values())
-        )
+        ops, (A, B), d = layer_ops(layer), self.factors(), dropped(x, self.dropout, self.training)
+        if A.shape[1] * B.shape[0] >= self.fused_from and call.is_fusible:
+            dtype = compute_dtype(x)
+            apart = None if d is x else d.to(dtype)
+            return LoRAFunction.apply(x.to(dtype), apart, A.to(dtype), B.to(dtype), layer, ops, self.scaling)
+        return ops.add_low_rank(layer, call(x), d, A, B, self.scaling)
 
 
 class LoRAFunction(torch.autograd.Function):

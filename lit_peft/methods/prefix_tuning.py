@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import registry
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import TargetedMethod, check_range
 from lit_peft.methods.hf_peft import PROMPT, find_root
@@ -113,8 +112,7 @@ class PrefixTuning(TargetedMethod):
     def prepare(self, module: nn.Module, batches: Iterable[Any]) -> None:
         if self.init_text is None:
             return
-        sites = registry(module).adapters[self.name].sites  # type: ignore[union-attr]
-        own: list[Any] = [module.get_submodule(path).peft[self.name] for path in sites]  # type: ignore[index]
+        own = self.additions(module).values()
         model: Any = find_root(module).model.base_model
         ids = token_ids(module, self.init_text, self.tokenizer, self.num_virtual_tokens)[None].to(model.device)
         given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}

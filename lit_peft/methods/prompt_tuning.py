@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.attach import registry
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_choice
 from lit_peft.methods.prompt_method import PromptMethod
@@ -62,10 +61,9 @@ class PromptTuning(PromptMethod):
         if self.init_text is None:
             return
         ids = token_ids(module, self.init_text, self.tokenizer, self.num_virtual_tokens)
-        path = next(iter(registry(module).adapters[self.name].sites))  # type: ignore[union-attr]
-        stack: Any = module.get_submodule(path)
+        path, vectors = next(iter(self.additions(module).items()))
         with torch.no_grad():
-            stack.peft[self.name].prompt_embeddings.copy_(_rows(stack, ids))
+            vectors.prompt_embeddings.copy_(_rows(module.get_submodule(path), ids))
 
 
 class PromptVectors(Prompt):

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import whole
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_choice, check_range
@@ -100,7 +99,7 @@ class SparseLoRA(LoRA):
         super().on_train_start(trainer, pl_module)
         self._steps_in_all = trainer.estimated_stepping_batches  # anew in each fit: max_epochs may have changed
         self._gone = tuple(
-            f"{path}.peft.{self.name}." for path, delta in self._deltas(pl_module).items() if not delta.live().any()
+            f"{path}.peft.{self.name}." for path, delta in self.additions(pl_module).items() if not delta.live().any()
         )
         if self.sparsity == "magnitude" and math.isinf(self._steps_in_all):
             raise ValueError("The masks' schedule needs the run's end: set trainer.max_epochs or max_steps.")
@@ -117,7 +116,7 @@ class SparseLoRA(LoRA):
         """`l |p|`, a number without a gradient: `sparsify` does what it would."""
         if self.sparsity == "magnitude":
             return None
-        tensors = [p.detach() for delta in self._deltas(module).values() for p in delta.shrunk()]
+        tensors = [p.detach() for delta in self.additions(module).values() for p in delta.shrunk()]
         value = self._strength * whole(torch.stack(torch._foreach_norm(tensors, 1)).float().sum())
         self.log_step(module, "train/l1", value)
         return value
@@ -144,7 +143,7 @@ class SparseLoRA(LoRA):
             steps: Number of steps of the whole run.
         """
         rates = {id(p): float(group["lr"]) for o in optimizers for group in o.param_groups for p in group["params"]}
-        for p in (p for delta in self._deltas(module).values() for p in delta.shrunk() if p.grad is not None):
+        for p in (p for delta in self.additions(module).values() for p in delta.shrunk() if p.grad is not None):
             if p.dtype == torch.bfloat16:
                 raise ValueError("Shrinking gets lost in bfloat16's rounding: train with adapter_dtype float32.")
             threshold = rates[id(p)] * self._strength
@@ -165,7 +164,7 @@ class SparseLoRA(LoRA):
     @torch.no_grad()
     def achieved(self, module: nn.Module) -> Tensor:
         """The share of gates, or of entries, that is zero or masked."""
-        tensors = [t for delta in self._deltas(module).values() for t in (delta.masks() or delta.shrunk())]
+        tensors = [t for delta in self.additions(module).values() for t in (delta.masks() or delta.shrunk())]
         kept = whole(torch.stack([t.count_nonzero() for t in tensors]).sum())
         return 1 - kept / sum(t.numel() for t in tensors)
 
@@ -173,15 +172,10 @@ class SparseLoRA(LoRA):
     def _strength(self) -> float:
         return self.strength if self.strength is not None else 0.5 if self.sparsity == "structured" else 0.35
 
-    def _deltas(self, module: nn.Module) -> dict[str, "SparseLoRADelta"]:
-        state = registry(module)
-        assert state is not None
-        return {path: module.get_submodule(path).peft[self.name] for path in state.adapters[self.name].sites}  # type: ignore[index, misc]
-
     def _masked(self, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         pairs = [
             pair
-            for delta in self._deltas(module).values()
+            for delta in self.additions(module).values()
             for pair in zip((delta.lora_A, delta.lora_B), delta.masks(), strict=False)
         ]
         if any(hasattr(p, "device_mesh") for p, _ in pairs):

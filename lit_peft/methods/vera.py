@@ -4,10 +4,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.core.addition import Call, Delta
+from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod, check_range
@@ -96,10 +95,5 @@ class VeRADelta(Delta):
         return W + (B @ A).to(W.dtype)
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
-        ops, y = layer_ops(layer), call(x)
-        drops = self.dropout > 0 and self.training and x.is_floating_point()
-        x = F.dropout(x, self.dropout) if drops else x
-        A, B = self.factors(y)
-        if not ops.separable(layer):
-            return y + ops.apply(layer, x, B @ A)
-        return ops.combine(y, ops.apply(layer, x, A), B, 1.0)
+        y = call(x)
+        return layer_ops(layer).add_low_rank(layer, y, dropped(x, self.dropout, self.training), *self.factors(y))
