@@ -10,12 +10,13 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from bitsandbytes.nn import Linear4bit
 from models import logits, tiny
 from torch import Tensor, nn
-from toys import assert_same, lora, snapshot, trainable
+from toys import lora, trainable
 
 from lit_peft.core.addition import Addition, Delta
 from lit_peft.core.attach import detach, registry, set_active
 from lit_peft.core.checkpoint import adapter_keys
 from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, LoRA, TargetedMethod
+from lit_peft.testing.conformance import assert_same, snapshot
 
 HEADS = {"distilbert": "classifier", "gpt2": "ln_f", "llama": "model.norm"}
 THREE = pytest.mark.parametrize("name", HEADS)

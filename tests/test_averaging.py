@@ -4,8 +4,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
-from toys import LORA_KEYS, Module, Net, adapters, assert_same, fit, loader, trainer
+from toys import LORA_KEYS, Module, Net, adapters, fit, loader, trainer
 from toys import net_lora as lora
+
+from lit_peft.testing.conformance import assert_same
 
 BUILT = pytest.mark.parametrize("built", ["init", "setup", "configure_model"])
 

@@ -8,12 +8,13 @@ import torch
 from models import TINY, logits, tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import assert_same, lora, snapshot, trainable
+from toys import lora, trainable
 
 from lit_peft.core.attach import detach, registry
 from lit_peft.core.checkpoint import adapter_keys, record
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.methods import BitFit, LinearProbe
+from lit_peft.testing.conformance import assert_same, snapshot
 
 
 @pytest.mark.parametrize("adapted", ["linear1", "linear1.bias"])

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from models import logits, tiny
-from test_contract import perturb
 from torch import nn
-from toys import Module, fit, saved, snapshot, trainable
+from toys import Module, fit, saved, trainable
 
 import lit_peft
 from lit_peft import BitFit
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.testing.conformance import perturb, snapshot
 
 
 def chosen(name: str, *biases: str) -> set[str]:

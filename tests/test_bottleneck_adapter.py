@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import inputs, logits, tiny
-from test_contract import perturb
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +16,7 @@ import lit_peft
 from lit_peft import BottleneckAdapter, LoRA
 from lit_peft.core.attach import registry, set_active
 from lit_peft.core.passing import InputReader
+from lit_peft.testing.conformance import perturb
 
 ARCHITECTURES = ["distilbert", "bert", "roberta", "gpt2", "llama", "t5"]
 # Path endings after which each placement stands, written out by hand.

@@ -12,10 +12,16 @@ from lit_peft import (
     HiRA,
     LinearProbe,
     LoRA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
     SparseLoRA,
     VeRA,
 )
 from lit_peft.testing import MODELS, MethodConformance
+
+PLAIN = ("mlp", "conv_net")
+TEXT = tuple(name for name in MODELS if name not in PLAIN)
 
 
 class TestLoRA(MethodConformance):
@@ -126,3 +132,32 @@ class TestParallelAdapter(MethodConformance):
     def count(self, out_features, in_features):
         width = in_features // 4
         return (in_features + out_features) * width + width + out_features
+
+
+class TestPromptTuning(MethodConformance):
+    method = PromptTuning(3)
+    starts_as_base = False
+    models = TEXT
+    refuses = dict.fromkeys(PLAIN, "takes none")
+
+
+class TestPTuning(MethodConformance):
+    method = PTuning(3, hidden_size=5)
+    starts_as_base = False
+    models = TEXT
+    refuses = dict.fromkeys(PLAIN, "takes none")
+
+
+class TestPrefixTuning(MethodConformance):
+    method = PrefixTuning(3)
+    starts_as_base = False
+    layers = ()
+    models = TEXT
+    refuses = dict.fromkeys(PLAIN, "computes its attention itself")
+
+
+class TestReparametrisedPrefix(MethodConformance):
+    method = PrefixTuning(3, reparametrise=True)
+    starts_as_base = False
+    layers = ()
+    models = TEXT

@@ -6,25 +6,23 @@ Each method here is what a user would write. If one needs more than a few lines,
 import copy
 import pickle
 
-import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from models import inputs, logits, tiny
 from packaging.version import Version
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from lit_peft.core.addition import Addition, Call, Delta
 from lit_peft.core.attach import detach, registry, set_active
-from lit_peft.core.layers import layer_ops
 from lit_peft.methods.base import TargetedMethod
 from lit_peft.methods.hira import HiRA
 from lit_peft.methods.lora import LoRA
-
-IN, OUT = 64, 32  # what bitsandbytes' 4-bit blocks divide
-
+from lit_peft.testing.conformance import by_equation, perturb
+from lit_peft.testing.subjects import IN, LAYERS, OUT, Holder
+from lit_peft.testing.subjects import holder as plain_holder
+from lit_peft.testing.subjects import layer_input as sample
 
 # ---------------------------------------------------------------------------------------------- methods
 
@@ -125,80 +123,15 @@ METHODS = DELTAS | {"bottleneck": lambda **k: Bottleneck(**k)}
 # ------------------------------------------------------------------------------------------------ layers
 
 
-def linear() -> nn.Module:
-    return nn.Linear(IN, OUT)
-
-
-def conv1d() -> nn.Module:
-    return Conv1D(OUT, IN)
-
-
-def embedding() -> nn.Module:
-    return nn.Embedding(IN, OUT)
-
-
-def nf4() -> nn.Module:
-    dense = nn.Linear(IN, OUT)
-    layer = bnb.nn.Linear4bit(IN, OUT, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict(dense.state_dict())
-    layer.support_avx512bf16_for_cpu = False  # repacks the weight in evaluation, after which training breaks
-    return layer.to("cpu")
-
-
-def conv2d() -> nn.Module:
-    return nn.Conv2d(8, OUT, (2, 4), padding=1)
-
-
-def grouped() -> nn.Module:
-    return nn.Conv2d(16, OUT, (2, 2), groups=2)
-
-
-LAYERS = {f.__name__: f for f in (linear, conv1d, embedding, nf4, conv2d, grouped)}
-
-
-def sample(kind: str) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    if kind == "embedding":
-        return torch.randint(0, IN, (2, 5), generator=generator)
-    shape = {"conv2d": (2, 8, 5, 6), "grouped": (2, 16, 5, 6)}.get(kind, (2, 5, IN))
-    return torch.randn(shape, generator=generator)
-
-
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
 def holder(kind: str, *methods) -> Holder:
-    torch.manual_seed(0)
-    module = Holder(LAYERS[kind]())
+    module = plain_holder(kind)
     for method in methods:
         method.attach(module)
     return module
 
 
-def perturb(module: nn.Module) -> None:
-    """Moves every trainable tensor off its starting values, so that nothing is hidden behind zeros."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def by_equation(module: Holder, x: Tensor) -> Tensor:
-    """The layer with its composed weight, computed without any forward of an addition."""
-    layer = module.layer
-    call = Call(layer, layer.peft.chain())
-    return layer_ops(layer).apply(layer, x, call.matrix(), call.bias())
-
-
 # A bottleneck of linear layers reads the last dimension; a convolution's features are channels.
-PAIRS = [(m, k) for m in METHODS for k in LAYERS if not (m == "bottleneck" and k in ("conv2d", "grouped"))]
+PAIRS = [(m, k) for m in METHODS for k in LAYERS if not (m == "bottleneck" and k in ("conv2d", "grouped_conv2d"))]
 
 
 @pytest.mark.parametrize(("method", "kind"), PAIRS)

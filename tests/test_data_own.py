@@ -178,7 +178,7 @@ def test_given_texts_that_are_refused(column: str | None, texts: Any, pairs: Any
 def test_a_model_of_pairs_learns_which_text_is_which(tmp_path: Path) -> None:
     """The same words in both orders: only token_type_ids, or positions, tell the classes apart."""
     folder = save_tokenizer(tmp_path / "bert", words=40)
-    TINY["bert"]().save_pretrained(folder)
+    TINY["bert"].make().save_pretrained(folder)
     config = json.loads((Path(folder) / "config.json").read_text())
     (Path(folder) / "config.json").write_text(json.dumps(config | {"type_vocab_size": 2}))
     pairs = [(f"w{n % 4}", f"w{n % 4 + 4}") for n in range(40)]

@@ -6,12 +6,13 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
-from toys import Module, assert_same, loader, snapshot, trainer
+from toys import Module, loader, trainer
 from toys import net_lora as lora
 
 from lit_peft import LoRA
 from lit_peft.data import TextClassificationDataModule
 from lit_peft.tasks import TextClassification
+from lit_peft.testing.conformance import assert_same, snapshot
 
 
 class Tuned(Module):

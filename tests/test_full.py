@@ -10,11 +10,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from test_cli import fit as fit_cli
 from torch import nn
-from toys import Module, fit, loader, snapshot, trainer
+from toys import Module, fit, loader, trainer
 
 from lit_peft import FullFineTuning, LoRA, param_groups
 from lit_peft.callbacks.tables import sites_table
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.testing.conformance import snapshot
 
 BATCHES = list(loader())
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import adapters, assert_same, lora, snapshot, trainer
+from toys import adapters, lora, trainer
 
 import lit_peft
 from lit_peft.core.attach import detach
 from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys
+from lit_peft.testing.conformance import assert_same, snapshot
 
 STATISTICS = {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 IMAGES = 3 + torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -1,21 +1,20 @@
 """Prefix tuning: against HF PEFT and against the base on real text, on every architecture and attention."""
 
 import copy
-import pickle
 
 import peft
 import pytest
 import torch
 import transformers as tf
 from models import TINY, inputs, logits, tiny
-from test_prompt_tuning import CAUSAL, Language, frozen, generated, moved, one_step, padded, words
+from test_prompt_tuning import CAUSAL, Language, check_comes_and_goes, frozen, generated, one_step, padded, words
 from torch import nn
-from toys import adapters, assert_same, snapshot
+from toys import adapters
 
 import lit_peft
-from lit_peft.core.attach import detach, registry, set_active
 from lit_peft.methods import LoRA, PrefixTuning
 from lit_peft.methods.prefix_attention import attend
+from lit_peft.testing.conformance import assert_same, perturb, snapshot
 
 
 def prefixed(name: str, **arguments) -> nn.Module:
@@ -115,26 +114,10 @@ def test_every_attention_starts_from_the_text_in_any_mode(name, tmp_path):
 def test_every_architecture(name, arguments, implementation):
     model = frozen(name)
     model.set_attn_implementation(implementation)
-    base, keys = logits(model, name), set(model.state_dict())
     configs = [copy.deepcopy(m.config.to_dict()) for m in model.modules() if hasattr(m, "config")]
-    PrefixTuning(3, **arguments).attach(model)
-    assert {key for key in model.state_dict() if ".peft." not in key} == keys
-    y = logits(model, name)
-    assert (y - base).abs().max() > 1e-5
-    y.square().sum().backward()
-    for parameter_name, p in model.named_parameters():
-        assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, parameter_name
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin, name), y)
-        moved(twin)
-        assert torch.equal(logits(model, name), y)
-    set_active(model, None)
-    assert torch.equal(logits(model, name), base)
-    detach(model)
-    assert torch.equal(logits(model, name), base)
+    check_comes_and_goes(model, name, PrefixTuning(3, **arguments))
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {implementation}
     assert [m.config.to_dict() for m in model.modules() if hasattr(m, "config")] == configs
-    assert registry(model) is None
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -231,7 +214,7 @@ def test_two_prefixes_are_one_of_both_and_lora_goes_on_below():
     torch.testing.assert_close(logits(whole, "gpt2"), expected, rtol=1e-5, atol=1e-5)
     LoRA(r=2, dropout=0.0, name="lora").attach(both)
     torch.testing.assert_close(logits(both, "gpt2"), expected)
-    moved(both)
+    perturb(both)
     assert (logits(both, "gpt2") - expected).abs().max() > 1e-3
 
 
@@ -320,7 +303,7 @@ def test_counts():
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_a_folder_keeps_all_and_opens_in_hf_peft(name, arguments, tmp_path):
     model = prefixed(name, **arguments)
-    moved(model)
+    perturb(model)
     lit_peft.save(model, tmp_path)
     twin = frozen(name)
     adapter = lit_peft.load(twin, tmp_path)
@@ -364,7 +347,7 @@ def test_a_fit_starts_from_the_text_and_a_resumed_one_does_not(tmp_path):
     run = module.fit(method, max_steps=1, lr=0.0)
     for own, other in zip(table(module.model), table(expected), strict=True):
         torch.testing.assert_close(own, other)
-    moved(module)
+    perturb(module)
     run.save_checkpoint(tmp_path / "one.ckpt")
     again = Language("gpt2")
     again.fit(PrefixTuning(3, **arguments), max_steps=2, lr=0.0, ckpt_path=tmp_path / "one.ckpt")

@@ -12,12 +12,14 @@ import transformers as tf
 from models import TINY, inputs, logits, tiny
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import adapters, assert_same, snapshot, trainer
+from toys import adapters, trainer
 
 import lit_peft
 from lit_peft.core.attach import detach, registry, set_active
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.methods import LoRA, PromptTuning, PTuning
+from lit_peft.methods.base import Method
+from lit_peft.testing.conformance import assert_same, perturb, snapshot
 
 CAUSAL = ["gpt2", "llama"]
 METHODS = {"prompt": lambda **k: PromptTuning(3, **k), "p": lambda **k: PTuning(3, hidden_size=5, **k)}
@@ -38,12 +40,25 @@ def prompted(kind: str, name: str, **arguments) -> nn.Module:
     return model
 
 
-def moved(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+def check_comes_and_goes(model: nn.Module, name: str, method: Method) -> None:
+    """It changes the outputs and trains all of itself, copies and pickles, and is gone when it is off or detached."""
+    base, keys = logits(model, name), set(model.state_dict())
+    method.attach(model)
+    assert {key for key in model.state_dict() if ".peft." not in key} == keys
+    y = logits(model, name)
+    assert y.shape == base.shape and (y - base).abs().max() > 1e-5
+    y.square().sum().backward()
+    for parameter_name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, parameter_name
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, name), y)
+        perturb(twin)
+        assert torch.equal(logits(model, name), y)
+    set_active(model, None)
+    assert torch.equal(logits(model, name), base)
+    detach(model)
+    assert torch.equal(logits(model, name), base)
+    assert registry(model) is None
 
 
 def one_step(model: nn.Module, theirs: nn.Module, name: str) -> None:
@@ -243,24 +258,7 @@ def test_types_of_the_text_stay_with_it():
 @both
 @pytest.mark.parametrize("name", TINY)
 def test_every_architecture(kind, name):
-    model = frozen(name)
-    base, keys = logits(model, name), set(model.state_dict())
-    METHODS[kind]().attach(model)
-    assert {key for key in model.state_dict() if ".peft." not in key} == keys
-    y = logits(model, name)
-    assert y.shape == base.shape and (y - base).abs().max() > 1e-5
-    y.square().sum().backward()
-    for parameter_name, p in model.named_parameters():
-        assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, parameter_name
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin, name), y)
-        moved(twin)
-        assert torch.equal(logits(model, name), y)
-    set_active(model, None)
-    assert torch.equal(logits(model, name), base)
-    detach(model)
-    assert torch.equal(logits(model, name), base)
-    assert registry(model) is None
+    check_comes_and_goes(frozen(name), name, METHODS[kind]())
 
 
 @both
@@ -355,7 +353,7 @@ def test_starts_from_a_text_in_a_fit_and_goes_on_in_a_resumed_one(tmp_path):
     run = module.fit(PromptTuning(3, **arguments), max_steps=1, lr=0.0)
     rows = module.model.transformer.wte.weight[torch.tensor([4, 9, 4])]
     assert torch.equal(addition(module.model).prompt_embeddings, rows)
-    moved(module)
+    perturb(module)
     run.save_checkpoint(tmp_path / "one.ckpt")
     again = Language("gpt2")
     again.fit(PromptTuning(3, **arguments), max_steps=2, lr=0.0, ckpt_path=tmp_path / "one.ckpt")
@@ -448,7 +446,7 @@ def test_counts_and_why_nothing_merges():
 @pytest.mark.parametrize("name", ["distilbert", "gpt2", "t5"])
 def test_a_folder_keeps_all_and_opens_in_hf_peft(kind, name, tmp_path):
     model = prompted(kind, name)
-    moved(model)
+    perturb(model)
     lit_peft.save(model, tmp_path)
     twin = frozen(name)
     adapter = lit_peft.load(twin, tmp_path)
@@ -477,7 +475,7 @@ def test_a_decoder_that_classifies_reads_its_last_token_and_comes_back_from_a_fo
     METHODS[kind](train_also=["score"]).attach(model)
     alone = model(input_ids=batch["input_ids"][1:, :4]).logits  # the second text without its padding
     torch.testing.assert_close(model(**batch).logits[1:], alone, rtol=1e-5, atol=1e-6)
-    moved(model)
+    perturb(model)
     lit_peft.save(model, tmp_path)
     twin = make()
     lit_peft.load(twin, tmp_path)

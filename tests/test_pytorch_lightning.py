@@ -6,11 +6,12 @@ import torch
 from lightning.pytorch import Trainer as OtherTrainer
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.plugins.precision import BitsandbytesPrecision
-from toys import LORA_KEYS, Steps, adapters, assert_same, loader
+from toys import LORA_KEYS, Steps, adapters, loader
 from toys import net_lora as lora
 
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.methods.seam import AtomicCheckpointIO
+from lit_peft.testing.conformance import assert_same
 
 
 class Module(Steps, pl.LightningModule):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from test_cli import fit as fit_by_cli
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import ADAPTED, Module, assert_same, fit, loader, saved, snapshot, trainer
+from toys import ADAPTED, Module, fit, loader, saved, trainer
 
 from lit_peft import LoRA, SparseLoRA, load, save
 from lit_peft.core.addition import Call
@@ -24,6 +24,7 @@ from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, pack_mask, unpack_mask
 from lit_peft.core.merge import merge
 from lit_peft.methods.sparse_lora import GATE
+from lit_peft.testing.conformance import assert_same, snapshot
 
 WAYS = ["structured", "magnitude", "l1"]
 

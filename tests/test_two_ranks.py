@@ -8,13 +8,15 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from test_contract import IN, METHODS, OUT, perturb
+from test_contract import METHODS
 from test_data_order import EXAMPLES, QUIET, Data, Recorder
 from test_full import Blocks, Moves, moved
 from torch import nn
 from toys import loader
 
 from lit_peft import FullFineTuning
+from lit_peft.testing.conformance import perturb
+from lit_peft.testing.subjects import IN, OUT
 
 
 class Two(nn.Module):

@@ -43,9 +43,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 class Holder(nn.Module):
     """A module with one layer, named `layer`."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = LAYERS[kind]()
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -54,7 +54,7 @@ class Holder(nn.Module):
 def holder(kind: str) -> Holder:
     """A seeded `Holder` of a layer type."""
     torch.manual_seed(0)
-    return Holder(kind)
+    return Holder(LAYERS[kind]())
 
 
 def layer_input(kind: str) -> Tensor:
