@@ -44,7 +44,7 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[int, int, str, str]]:
         flag, equals, value = arguments[i].partition("=")
         if flag.startswith("-") and equals:
             yield i, i + 1, flag, value
-        elif flag.startswith("-") and i + 1 < len(arguments) and not arguments[i + 1].startswith("--"):
+        elif flag.startswith("-") and i + 1 < len(arguments) and not re.match(r"--\w", arguments[i + 1]):
             yield i, i + 2, flag, arguments[i + 1]
             i += 1
         i += 1

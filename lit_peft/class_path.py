@@ -21,9 +21,9 @@ def find_fault(class_path: str) -> str | None:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             return _no_module(error.name)
-        return _raised(name, error)
+        return raised(f"Importing {name}", error)
     except Exception as error:
-        return _raised(name, error)
+        return raised(f"Importing {name}", error)
     found = getattr(module, attribute, None)
     if found is None:
         return _no_class(module, attribute)
@@ -45,14 +45,17 @@ def _no_class(module: ModuleType, name: str) -> str:
     return f"Module {module.__name__!r} ({getattr(module, '__file__', None)}) has no class {name!r}.{hint}"
 
 
-def _raised(name: str, error: Exception) -> str:
+def raised(what: str, error: BaseException) -> str:
+    """Two lines or more on an exception of somebody's code: what was done, the place, and the exception itself."""
     last = traceback.format_exception_only(error)[-1].strip()
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     own = [f for f in frames if f.filename.startswith(str(Path.cwd()))]  # rather than deep in a library
-    file, line = ((own or frames)[-1].filename, (own or frames)[-1].lineno) if len(frames) > 1 else (name, None)
+    file, line = ((own or frames)[-1].filename, (own or frames)[-1].lineno) if len(frames) > 1 else (None, None)
     if isinstance(error, SyntaxError):
-        file, line = error.filename or name, error.lineno
-    return f"Importing {name} failed at {file}{f', line {line}' if line else ''}:\n{last}"
+        file, line = error.filename, error.lineno
+    if isinstance(error, ImportError) and not own:  # a package that another one wants: the place helps nobody
+        file = None
+    return f"{what} failed{f' at {file}, line {line}' if file else ''}:\n{last}"
 
 
 def _other_lightning(class_path: str, cls: type) -> str | None:

@@ -27,18 +27,22 @@ from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, check
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path, check_archive
+from lit_peft.faults import TrainingFault
 from lit_peft.hub import existing, same_source
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
-from lit_peft.mistakes import FULL, explain, of_lightning, of_system
+from lit_peft.mistakes import FULL, explain, of_built, of_system
 from lit_peft.runs import (
     check_unoccupied,
     claim_folder,
     free_file,
+    give_back_folder,
     is_first_rank,
+    lock_folder,
     newest_checkpoint,
     remove_parts,
     run_folder,
+    unlock_folders,
 )
 from lit_peft.trying import TextPrinter, take_texts, use_adapter
 
@@ -207,6 +211,9 @@ class LitPeftCLI(LightningCLI):
         self.best: ModelCheckpoint = self._get(self.config_init, "checkpoint")
         check_selection(stopper, self.best)
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        for key in ("max_epochs", "max_steps", "limit_train_batches"):
+            if self.subcommand == "fit" and config.get(key) == 0:
+                raise ValueError(f"trainer.{key} is 0: fit would train nothing. To score what there is: lit-peft test.")
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         self.folder: Path | None = None
@@ -267,9 +274,12 @@ class LitPeftCLI(LightningCLI):
                 return Path(folder)
         if run is None and given == "hpc" and (last := newest_checkpoint(root, "last")) is not None:
             run = last.parent.parent  # the same job, started again
+        folder = run or claim_folder(root)
+        if is_first_rank():
+            lock_folder(folder)
         if run is not None and is_first_rank():
             remove_parts(run)
-        return run or claim_folder(root)
+        return folder
 
     # ------------------------------------------------------------------------------------------ the verbs
 
@@ -308,6 +318,9 @@ class LitPeftCLI(LightningCLI):
         if trainer.barebones:
             print("barebones: no checkpoint, adapter, metrics or curves were written.")
             return
+        if not RunReport.running and trainer.is_global_zero:
+            done = f"{trainer.global_step:,} steps"
+            print(f"Nothing was left to train: the run had ended after {done}; --trainer.max_epochs N goes on with it.")
         # A fit too short for a validation has no best checkpoint: its last one is taken.
         best = Path(self.best.best_model_path) if self.best.best_model_path else self.latest.path
         weights = {"datamodule": self.datamodule, "ckpt_path": str(best) if best is not None else None}
@@ -320,7 +333,8 @@ class LitPeftCLI(LightningCLI):
                 results += trainer.test(self.model, verbose=False, **weights)
         scores = {key: float(value) for result in results for key, value in result.items()}
         steps = []
-        if self.folder is not None and best is not None:
+        answers = is_overridden("forward", self.model) or is_overridden("predict_step", self.model)
+        if self.folder is not None and best is not None and answers:
             text = ' --text "a great movie"' if isinstance(self.model, lit_peft.tasks.TextClassification) else ""
             steps.append(f"lit-peft predict --run {shown(self.folder)}{text}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
@@ -352,6 +366,8 @@ def run(arguments: list[str]) -> None:
     for entry in available().values():
         entry.load()
     RunReport.running = False
+    if is_first_rank():
+        os.environ.pop("LIT_PEFT_RUN", None)
     try:
         words, texts, pairs = take_texts(arguments)
         words, changes = change_method(words)
@@ -361,11 +377,16 @@ def run(arguments: list[str]) -> None:
         _quiet(words[0], bool(texts))
         LitPeftCLI(texts, pairs)
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
+        if not RunReport.running:
+            give_back_folder()
         # Once batches run, an error is the code's and not the command line's: its traceback is wanted.
         full = isinstance(error, OSError) and error.errno in FULL
-        if (RunReport.running and not full) or os.environ.get("LIT_PEFT_TRACEBACK") == "1":
+        told = full or isinstance(error, TrainingFault)
+        if (RunReport.running and not told) or os.environ.get("LIT_PEFT_TRACEBACK") == "1":
             raise
-        fail(of_system(error) if isinstance(error, OSError) and error.errno else of_lightning(str(error)))
+        fail(of_system(error) if isinstance(error, OSError) and error.errno else of_built(error))
+    finally:
+        unlock_folders()
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import configs, nearest, options, read_config, settings, values
-from lit_peft.class_path import find_fault
+from lit_peft.class_path import find_fault, raised
 from lit_peft.methods.registry import available, find
 
 CLASSES = ("model", "data", "method")
@@ -46,6 +47,20 @@ def shorten(text: str) -> str:
         reasons = [line.removeprefix("- ") for line in lines[lines.index("Errors:") + 1 :] if line.startswith("- ")]
         lines = [reason for reason in reasons if "NoneType" not in reason] or lines
     return "\n".join(lines[:3])
+
+
+def of_built(error: Exception) -> str:
+    """At most three lines on a class of the configuration that cannot be built, or on what Lightning or we raise.
+
+    What code raises without meaning it for the reader, a KeyError, is told with its place.
+    """
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    built = re.search(r"Given value: Namespace\(class_path='([\w.]+)'", str(error))
+    if built and not isinstance(cause, ValueError | OSError | MisconfigurationException):
+        return shorten(raised(f"Building {built[1]}", cause))
+    return of_lightning(str(error))
 
 
 def of_system(error: OSError) -> str:

@@ -1,10 +1,17 @@
 """Folders of runs: <root>/version_N with config.yaml, checkpoints, adapter and metrics."""
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Variables in which a launcher says which rank a process is, the first that is set."""
+
+LOCK = ".lock"
+"""File of a run's folder that the process which trains in it holds."""
 
 
 def is_first_rank() -> bool:
@@ -38,6 +45,42 @@ def claim_folder(root: Path) -> Path:
         else:
             os.environ["LIT_PEFT_RUN"] = str(folder)
             return folder
+
+
+def give_back_folder() -> None:
+    """Removes the folder that this process claimed, of a run that was refused before it began: nothing is in it."""
+    claimed = os.environ.pop("LIT_PEFT_RUN", None)
+    if claimed is None or not is_first_rank():
+        return
+    written = [file.name for file in Path(claimed).rglob("*") if file.is_file()]
+    if all(name in ("config.yaml", "hparams.yaml", LOCK) or "tfevents" in name for name in written):
+        shutil.rmtree(claimed, ignore_errors=True)
+
+
+_locks: list[FileLock] = []
+
+
+def lock_folder(folder: Path) -> None:
+    """Keeps a run's folder to this process until `unlock_folders`, or until the process ends in whatever way.
+
+    Raises:
+        ValueError: When another process has it: both would write the same files.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another process is training in this folder; wait for it, or stop it.") from None
+    _locks.append(lock)
+
+
+def unlock_folders() -> None:
+    """Lets other processes train in the folders that this one had locked."""
+    while _locks:
+        lock = _locks.pop()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:

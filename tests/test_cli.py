@@ -208,11 +208,11 @@ def test_a_configuration_behind_a_run_changes_its_model(quick, tmp_path):
     """The checkpoint brings what the run's own configuration left open, the classes for instance, and no more."""
     folder = tmp_path / "version_0"
     shutil.copytree(quick, folder)
-    (tmp_path / "more.yaml").write_text("model:\n  init_args:\n    schedule: cosine\n    weight_decay: 0.25\n")
-    options = ["--config", str(tmp_path / "more.yaml"), "--model.weight_decay", "0.5", "--trainer.max_epochs", "3"]
+    (tmp_path / "more.yaml").write_text("model:\n  init_args:\n    schedule: cosine\n    warmup: 0.25\n")
+    options = ["--config", str(tmp_path / "more.yaml"), "--model.warmup", "0.5", "--trainer.max_epochs", "3"]
     fit(tmp_path, "--run", str(folder), *options)
     model = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
-    assert (model["schedule"], model["weight_decay"]) == ("cosine", 0.5)
+    assert (model["schedule"], model["warmup"]) == ("cosine", 0.5)
     assert model["label_names"] == ["negative", "positive"]
 
 

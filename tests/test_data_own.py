@@ -231,11 +231,17 @@ CSV = "text,label\nw1,a\nw2,b\n"
         ("x.csv", CSV.encode() + b'"w3\nw4",a\nw5\n', "x.csv: the row of line 6 has 1 cells, expected 2"),
         ("x.csv", b"text,label\nw1,w2,a\nw3,w4,b\n", "x.csv: the row of line 2 has 3 cells"),
         ("x.csv", CSV.encode() + b'"w3,a\nw4,b', "x.csv: the quote opened in the row of line 4 is never closed"),
+        (
+            "x.csv",
+            CSV.encode() + b'"w3,a\nw4,b\nw1,a\n"w2,b\n',
+            "the quote opened in the row of line 4 is closed in line 7, and more text follows",
+        ),
+        ("x.csv", CSV.encode() + b'"w3,a\n', "x.csv: the quote opened in the row of line 4 is never closed"),
         ("x.csv", b"text, text\nw1,a\n", "x.csv has two columns 'text'"),
         (
             "x.csv",
             b"text;label\nw1;a\n",
-            "No column 'text' in .*x.csv; there are: text;label; did you mean 'text;label'",
+            "x.csv has one column, 'text;label': cells of a .csv file are parted by ',', these by ';'",
         ),
         (
             "x.csv",

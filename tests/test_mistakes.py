@@ -60,12 +60,25 @@ MISTAKES = [
     Mistake("an unknown key in a file", ["fit", "--config", "{typo}", *QUICK[1:]], "Did you mean 'method'?"),
     Mistake("a folder that is no run", ["predict", "--run", "{folder}"], "is not the folder of a run"),
     Mistake("a verb without weights", ["test", "--config", "quickstart"], "test needs the weights of a run"),
+    quick("a learning rate of 0", "--model.learning_rate 0", "model.learning_rate must be a number above 0, not 0.0"),
+    quick("nothing to train", "--trainer.max_epochs 0", "trainer.max_epochs is 0: fit would train nothing"),
+    quick("a package that is missing", "--trainer.logger WandbLogger", "Requirement 'wandb>=0.12.10' not met"),
     quick("a class that is not there", "--model my_package.Net", "There is no module 'my_package'"),
     # data
     Mistake("no data", ["fit", "--config", "text_classification/lora"], "data.path is empty: give --data.path FILE"),
     quick("a missing file", "--data.path {folder}/trian.csv", "No such file or folder"),
     quick("a missing column", "--data.path {csv} --data.text_column sentense", "No column 'sentense' in"),
     quick("data without labels", "--data.path {unlabelled}", "have no label"),
+    quick("one class alone", "--data.path {one_class}", "There is one class alone, 'good', in"),
+    quick("an empty text", "--data.path {blank}", "has 1 empty text, the first in row 2 of 3"),
+    quick("an empty file", "--data.path {empty}", "is empty: it has 0 bytes"),
+    quick("a file that is not UTF-8", "--data.path {latin}", "is not UTF-8: byte 0xe9 at offset 18, in line 2"),
+    quick("a line of 10 MB", "--data.path {endless}", "has 10,000,000 characters in column 'sentence'"),
+    quick("a stray quote", "--data.path {stray}", "the quote opened in the row of line 2 is closed in line 4"),
+    quick("semicolons in a csv", "--data.path {semicolons}", "are parted by ',', these by ';'"),
+    quick("labels that train does not have", "--data.path {unseen}", "have labels that are not in train"),
+    quick("one column for text and label", "--data.label_column sentence", "which is the column of a text too"),
+    quick("texts cut off whole", "--data.max_length 2", "of that 2 are marks of the tokenizer"),
     # trainer
     quick("a GPU that is not there", "--trainer.accelerator gpu", "this machine has no GPU; use auto or cpu"),
     quick("a precision that is none", "--trainer.precision bf61-true", "Did you mean 'bf16-true'?"),
@@ -88,6 +101,23 @@ MISTAKES = [
         "a checkpoint of another method", "--ckpt_path {best} --method BitFit", "made with lit_peft.methods.LoRA, not"
     ),
     quick("a checkpoint of another rank", "--ckpt_path {best} --method.r 8", "made with LoRA(r=4), not 8"),
+    # runs that go on
+    Mistake(
+        "another rate for a run that goes on",
+        ["fit", "--run", "{run}", "--model.learning_rate", "0.5"],
+        "The optimizer's learning rate is 0.5, and was 0.002 when this run began",
+    ),
+    Mistake(
+        "other data for a run that goes on",
+        ["fit", "--run", "{cut}", "--data.path", "{other}"],
+        "A fit that resumes goes on with the data that it began with",
+    ),
+    Mistake(
+        "a test on rows that were trained on",
+        ["test", "--run", "{cut}", "--data.seed", "3"],
+        "Which rows had been held out of it can no longer be told",
+    ),
+    Mistake("a run that another process trains", ["fit", "--run", "{busy}"], "another process is training in this"),
     # files and disks
     quick("a file where a folder belongs", "--trainer.default_root_dir {csv}", "is a file, expected a folder"),
     quick(
@@ -105,16 +135,36 @@ MISTAKES = [
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Files that are right or wrong in one way each, by the names that the mistakes use."""
     root = tmp_path_factory.mktemp("mistakes")
     folder = root / "folder"
     folder.mkdir()
-    (folder / "train.csv").write_text("sentence,label\na fine film,good\na dull film,bad\n" * 20)
+    table = "sentence,label\n"
+    (folder / "train.csv").write_text(table + "a fine film,good\na dull film,bad\n" * 20)
+    (root / "other.csv").write_text(table + "a long film,good\na dull film,bad\n" * 20)
     (root / "unlabelled.csv").write_text("sentence,label\na fine film,\na dull film,\n")
     (root / "broken.yaml").write_text("method:\n  class_path: [LoRA\n")
     (root / "typo.yaml").write_text("methd:\n  class_path: LoRA\n")
+    (root / "one_class.csv").write_text(table + "a fine film,good\n" * 9)
+    (root / "blank.csv").write_text(table + "a fine film,good\n,bad\na dull film,bad\n")
+    (root / "empty.csv").touch()
+    (root / "latin.csv").write_bytes(table.encode() + b"caf\xe9,good\n")
+    (root / "endless.csv").write_text(table + "a dull film,bad\n" + "x" * 10_000_000 + ",good\n")
+    (root / "stray.csv").write_text(table + '"a fine film,good\na dull film,bad\n"the film,good\n')
+    (root / "semicolons.csv").write_text("sentence;label\na fine film;good\na dull film;bad\n")
+    (root / "unseen").mkdir()
+    (root / "unseen" / "train.csv").write_text((folder / "train.csv").read_text())
+    (root / "unseen" / "test.csv").write_text(table + "a long film,ugly\n")
     run = fit(root / "runs", *QUICK[1:])
+    cut = fit(root / "runs", *QUICK[1:], "--data.path", str(folder / "train.csv"))
+    busy = root / "runs" / "busy"
+    shutil.copytree(cut, busy)
+    hold = f"from lit_peft.runs import Path, lock_folder; lock_folder(Path({str(busy)!r}))"
+    code = f"import time; {hold}; print(flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
     last = run / "checkpoints" / "last.ckpt"
     (root / "truncated.ckpt").write_bytes(last.read_bytes()[:2000])
     content = torch.load(last, weights_only=True)
@@ -126,7 +176,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     weights = load_file(root / "base" / "model.safetensors")
     next(iter(weights.values())).flatten()[0] += 1
     save_file(weights, root / "base" / "model.safetensors", {"format": "pt"})
-    return {
+    yield {
         **{path.stem: str(path) for path in root.iterdir() if path.is_file()},
         "base": str(root / "base"),
         "csv": str(folder / "train.csv"),
@@ -135,7 +185,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "run": str(run),
         "parent": str(run.parent),
         "name": run.name,
+        "cut": str(cut),
+        "busy": str(busy),
+        "unseen": str(root / "unseen"),
     }
+    other.kill()
+    other.wait()
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +198,13 @@ def answers() -> Iterator[dict[str, tuple[str, str]]]:
     """Collects what each mistake prints; at the end the table in the docs must hold just that."""
     found: dict[str, tuple[str, str]] = {}
     yield found
-    if len(found) < len(MISTAKES):
+    if not found.keys() >= {mistake.what for mistake in MISTAKES}:
         return  # not all were run
-    table = "".join(f"| {what} | `{command}` | {answer} |\n" for what, (command, answer) in found.items())
     text = DOCS.read_text() if DOCS.is_file() else ""
+    rows = {what: f"| {what} | `{command}` | {answer} |\n" for what, (command, answer) in found.items()}
+    for what in DISKS.keys() - rows.keys():  # where mounting is not allowed, they stand as they are
+        rows[what] = next((f"{line}\n" for line in text.splitlines() if line.startswith(f"| {what} |")), "")
+    table = "".join(rows[what] for what in (*(mistake.what for mistake in MISTAKES), *DISKS))
     head = text.partition("|---|---|---|\n")[0] or HEAD
     if os.environ.get("LIT_PEFT_WRITE_DOCS") == "1":
         DOCS.write_text(f"{head}|---|---|---|\n{table}")
@@ -220,18 +278,18 @@ def mounted(folder: Path, *options: str) -> Callable[[], None] | None:
     return None if done.returncode else lambda: subprocess.run(["umount", "-l", str(folder)], check=True) and None
 
 
+DISKS = {
+    "a folder without write permission": (("ro",), 0, "trainer.default_root_dir: Read-only file system"),
+    "a full disk": ((), 700_000, "No space left on device"),
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="mounting needs root on Linux")
-@pytest.mark.parametrize(
-    ("options", "filled", "expected"),
-    [
-        (("ro",), 0, "trainer.default_root_dir: Read-only file system"),
-        ((), 700_000, "No space left on device"),
-    ],
-    ids=["a folder without write permission", "a full disk"],
-)
+@pytest.mark.parametrize("what", DISKS)
 def test_a_disk_that_takes_nothing(
-    options: tuple[str, ...], filled: int, expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    what: str, answers: dict[str, tuple[str, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    options, filled, expected = DISKS[what]
     release = mounted(tmp_path / "disk", *options)
     if release is None:
         pytest.skip("mounting is not allowed here")
@@ -244,5 +302,8 @@ def test_a_disk_that_takes_nothing(
         assert not list((tmp_path / "disk").rglob("*.part"))  # nothing half-written stays behind
         for path in (tmp_path / "disk").rglob("*.ckpt"):
             torch.load(path, weights_only=True)
+        answer = answer.replace(str(tmp_path / "disk"), "DISK")
+        mistake = Mistake(what, [*QUICK, "--trainer.default_root_dir", "{disk}/runs"], expected)
+        answers[what] = _for_the_docs(mistake, answer, {})
     finally:
         release()

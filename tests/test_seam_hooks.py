@@ -8,6 +8,7 @@ from toys import ADAPTED, Module, adapters, fit, saved
 from toys import net_lora as lora
 
 from lit_peft.core.addition import Delta
+from lit_peft.faults import TrainingFault
 from lit_peft.methods import LinearProbe, Method, TargetedMethod
 
 # ----------------------------------------------------------------------------------- optimizers and gradients
@@ -22,7 +23,7 @@ def test_an_optimizer_built_too_early_is_refused():
         def configure_optimizers(self):
             return self.optimizer
 
-    with pytest.raises(RuntimeError, match=r"4 trainable parameters are in no optimizer, net\.first\.peft\.default"):
+    with pytest.raises(TrainingFault, match=r"4 trainable parameters are in no optimizer, net\.first\.peft\.default"):
         fit(Early(), lora())
 
 
@@ -38,16 +39,16 @@ def test_reentrant_checkpointing_of_frozen_input_is_refused():
 
     with (
         pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
-        pytest.raises(RuntimeError, match=r"4 tensors of 'default' got no gradient, .*use_reentrant=False"),
+        pytest.raises(TrainingFault, match=r"4 tensors of 'default' got no gradient, .*use_reentrant=False"),
     ):
         fit(Checkpointed(True), lora(train_also=["head"]))
     fit(Checkpointed(False), lora(train_also=["head"]))
 
 
 def test_an_adapter_that_the_forward_pass_leaves_out_is_refused():
-    with pytest.raises(RuntimeError, match=r"2 tensors of 'default' got no gradient, net\.unused\.peft.*lora_A"):
+    with pytest.raises(TrainingFault, match=r"2 tensors of 'default' got no gradient, net\.unused\.peft.*lora_A"):
         fit(Module(), lora(target_modules=["first", "unused"]))
-    with pytest.raises(RuntimeError, match=r"2 tensors of 'probe' got no gradient, net\.unused\.bias"):
+    with pytest.raises(TrainingFault, match=r"2 tensors of 'probe' got no gradient, net\.unused\.bias"):
         fit(Module(), lora(), LinearProbe(name="probe", train_also=["unused"]))
 
 
@@ -56,7 +57,7 @@ def test_zero_gradients_are_refused_by_the_second_step():
         def forward(self, x):
             return self.net.head(0.0 * self.net.second(torch.tanh(self.net.first(x))))
 
-    with pytest.raises(RuntimeError, match="4 tensors of 'default' got no gradient"):
+    with pytest.raises(TrainingFault, match="4 tensors of 'default' got no gradient"):
         fit(Dead(), lora())
     fit(Dead(), lora(), limit_train_batches=1)  # in the first step A's gradient is zero in any case
 

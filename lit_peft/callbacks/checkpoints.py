@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from lit_peft.arguments import nearest
+from lit_peft.faults import TrainingFault
 
 HIGHER_IS_BETTER = {"acc", "accuracy", "f1", "mcc", "auroc", "precision", "recall"}
 
@@ -91,16 +92,27 @@ class LatestCheckpoint(Checkpoint):
 
 
 class MonitorCheck(pl.Callback):
-    """Refuses, before training, to monitor what validation does not log; Lightning finds out after an epoch."""
+    """Refuses to monitor what validation does not log: before training where a sanity check validates, else then."""
+
+    def __init__(self) -> None:
+        self._checked = False
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._checked:
+            self._check(trainer)
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        self._checked = True
         logged = list(trainer.callback_metrics)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is None or monitor in logged or monitor.startswith("train"):
                 continue
             key = "checkpoint" if isinstance(callback, ModelCheckpoint) else "early_stopping"
-            raise ValueError(
+            raise TrainingFault(
                 f"{key}.monitor: validation logs no {monitor!r}.{nearest(monitor, logged)} "
                 f"It logs {', '.join(logged) or 'nothing'}."
             )

@@ -33,11 +33,17 @@ class SpeedMonitor(pl.Callback):
         return self.examples / self.batches_s if self.batches_s else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"examples": self.examples, "batches_s": self.batches_s, "train_s": self._elapsed()}
+        return {
+            "examples": self.examples,
+            "batches_s": self.batches_s,
+            "train_s": self._elapsed(),
+            "peak_bytes": self.peak_bytes,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.examples, self.batches_s = state_dict["examples"], state_dict["batches_s"]
         self.train_s = state_dict["train_s"]
+        self.peak_bytes = state_dict.get("peak_bytes", 0)
 
     def _elapsed(self) -> float:
         return self.train_s + (time.perf_counter() - self._start if self._start else 0.0)

@@ -65,6 +65,34 @@ def check_text(split: Dataset, column: str, where: str, *, numbers: bool = True)
         raise ValueError(f"Column {column!r} of {where} holds numbers alone, such as {texts[0]}, expected text.")
 
 
+def check_classes(names: Sequence[str], where: str) -> None:
+    """Raises ValueError when there is one class alone, from which nothing can be learnt."""
+    if len(names) == 1:
+        raise ValueError(f"There is one class alone, {names[0]!r}, in {where}; expected two or more.")
+
+
+def given_texts(texts: Sequence[str], pairs: Sequence[str] | None, column: str, pair_column: str | None) -> Dataset:
+    """A split of texts from elsewhere than a file, with a column for each text of a row.
+
+    Raises:
+        ValueError: There are no texts, or one is blank or too long; `pairs` is missing, is not expected, or is of
+            another length.
+    """
+    if (pairs is None) != (pair_column is None):
+        has = "no pairs" if pairs is None else "pairs"
+        raise ValueError(f"use_texts was given {has}, but data.text_pair_column is {pair_column!r}.")
+    columns = {column: texts} | ({str(pair_column): pairs} if pairs is not None else {})
+    for name, values in columns.items():
+        if isinstance(values, str) or not values or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"use_texts expects one text or more in a list, not {str(values)[:60]!r} as {name}.")
+    if pairs is not None and len(pairs) != len(texts):
+        raise ValueError(f"use_texts was given {len(texts):,} texts and {len(pairs):,} pairs.")
+    given = Dataset.from_dict({name: list(values) for name, values in columns.items()})
+    for name in columns:
+        check_text(given, name, "the texts given")
+    return given
+
+
 def _kind(feature: Any) -> str:
     return getattr(feature, "dtype", None) or str(feature)
 

@@ -243,7 +243,16 @@ def tokenise(
         max_length: Tokens after which a text is cut off.
         processes: Processes to share the work.
         desc: What the progress bar says.
+
+    Raises:
+        ValueError: The tokenizer's own marks alone fill `max_length`.
     """
+    marks = tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
+    if max_length < marks + len(columns):
+        raise ValueError(
+            f"data.max_length is {max_length}: of that {marks} are marks of the tokenizer, so that nothing of a text "
+            f"is left; expected at least {marks + len(columns)}."
+        )
     return split.map(
         _encode,
         with_indices=True,

@@ -3,10 +3,9 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-END = "\0end of file"  # read after a csv file's last line: if a quote is open, it lands inside a cell
 
 
 class FileError(ValueError):
@@ -135,26 +133,27 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
         stamps: Not used here; tells `datasets` whether its cached copy is up to date.
 
     Raises:
-        FileError: A file without rows or of other columns, a row of a wrong length, or a quote that is never closed.
+        FileError: A file without rows or of other columns, a row of a wrong length, a quote that is never closed, or
+            one that is closed before its cell ends.
     """
     limit = csv.field_size_limit(2**31 - 1)  # texts that are too long are told with their row, later
     columns: list[str] = []
     try:
         for file in files:
             with Path(file).open(encoding="utf-8-sig", newline="") as lines:
-                rows = csv.reader(chain(lines, [END]), delimiter=separator)
                 header: list[str] = []
-                count, last = 0, 0
-                for row in rows:
-                    start, last = last + 1, rows.line_num
-                    if row and row[-1].endswith(END) and row != [END]:
-                        raise FileError(f"{file}: the quote opened in the row of line {start} is never closed.")
-                    if not row or row == [END]:
-                        continue
+                count = 0
+                for start, row in _parsed(file, lines, separator):
                     if not header:
                         header = [cell.strip() or f"unnamed {at}" for at, cell in enumerate(row)]
                         if double := next((cell for cell in header if header.count(cell) > 1), None):
                             raise FileError(f"{file} has two columns {double!r}.")
+                        others = [mark for mark in ",;\t|" if mark != separator and mark in header[0]]
+                        if len(header) == 1 and others:
+                            raise FileError(
+                                f"{file} has one column, {header[0]!r}: cells of a {_suffix(Path(file))} file are "
+                                f"parted by {separator!r}, these by {others[0]!r}."
+                            )
                         columns = columns or sorted(header)
                         if sorted(header) != columns:
                             raise FileError(
@@ -173,6 +172,28 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
                     raise FileError(f"{file} is empty: it has a header at most, and no rows.")
     finally:
         csv.field_size_limit(limit)
+
+
+def _parsed(file: str, lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, with the line that each begins in.
+
+    Strict: a stray quote at a cell's start would otherwise take all rows up to the next stray one into that cell.
+    """
+    rows = csv.reader(lines, delimiter=separator, strict=True)
+    last = 0
+    try:
+        for row in rows:
+            start, last = last + 1, rows.line_num
+            if row:
+                yield start, row
+    except csv.Error as error:
+        quote = f"{file}: the quote opened in the row of line {last + 1}"
+        if "end of data" in str(error):
+            raise FileError(f"{quote} is never closed.") from None
+        raise FileError(
+            f"{quote} is closed in line {rows.line_num}, and more text follows ({error}). In a text that stands in "
+            "quotes, a quote is written twice."
+        ) from None
 
 
 @contextmanager

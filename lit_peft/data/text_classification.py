@@ -3,13 +3,16 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from lit_peft import hub
 from lit_peft.data.base import TextDataModule
-from lit_peft.data.columns import MISSING, SHOWN, Labels, check_text, has_labels, nearest
+from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts, has_labels, nearest
+from lit_peft.data.identity import check_identity, content
 from lit_peft.data.loaders import tokenise
 from lit_peft.data.splits import load_splits, stratified_subset
 
@@ -105,6 +108,10 @@ class TextClassificationDataModule(TextDataModule):
             raise ValueError(
                 "data.path is empty: give --data.path FILE (csv, tsv, json, jsonl or parquet), or a folder."
             )
+        if label_column in (text_column, text_pair_column):
+            raise ValueError(f"data.label_column is {label_column!r}, which is the column of a text too.")
+        if text_column == text_pair_column:
+            raise ValueError(f"data.text_column and data.text_pair_column are both {text_column!r}.")
         if not 0 < val_fraction < 0.5:
             raise ValueError(f"data.val_fraction is {val_fraction}, expected a share between 0 and 0.5.")
         self.save_hyperparameters()
@@ -132,8 +139,27 @@ class TextClassificationDataModule(TextDataModule):
             here, there = (", ".join(names[:SHOWN]) for names in (self._own_labels.names, self._known))
             raise ValueError(f"The data's classes are {here}; this model's are {there}.")
         if stage in ("fit", "test") and not self._known:
-            _check_classes(self._own_labels.names, self._where(next(iter(self._splits))))
+            check_classes(self._own_labels.names, self._where(next(iter(self._splits))))
         super().setup(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoints of a fit: what decides which rows of which data train, and which are held out."""
+        path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
+        return self._identity | {"path": path} if "train" in vars(self).get("_splits", ()) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where a resumed fit has other data, or rows that were trained on would be scored."""
+        roles: dict[Any, str] = {"fit": "train", "validate": "val", "test": "test"}
+        role = roles.get(self.trainer.state.fn if self.trainer else None)
+        if role is None or "train" not in self._splits:
+            return
+        same = self._content == state_dict["content"]
+        if self._whole and same:  # its own file, moved
+            self._whole = False
+            self._forget()
+        own = same or hub.same_source(state_dict["path"], self.path)
+        if role == "train" or (own and self._sources[role] is None):
+            check_identity(state_dict, self._identity, self._where("train"), role)
 
     def check(self, role: str) -> None:
         """Raises ValueError for what would make the rows of a role unusable: a missing split, label, or text."""
@@ -210,19 +236,7 @@ class TextClassificationDataModule(TextDataModule):
             ValueError: There are no texts, or one is blank or too long; `pairs` is missing, is not expected, or is
                 of another length.
         """
-        if (pairs is None) != (self.text_pair_column is None):
-            has = "no pairs" if pairs is None else "pairs"
-            raise ValueError(f"use_texts was given {has}, but data.text_pair_column is {self.text_pair_column!r}.")
-        columns = {self.text_column: texts} | ({str(self.text_pair_column): pairs} if pairs is not None else {})
-        for name, values in columns.items():
-            if isinstance(values, str) or not values or not all(isinstance(value, str) for value in values):
-                raise ValueError(f"use_texts expects one text or more in a list, not {str(values)[:60]!r} as {name}.")
-        if pairs is not None and len(pairs) != len(texts):
-            raise ValueError(f"use_texts was given {len(texts):,} texts and {len(pairs):,} pairs.")
-        given = Dataset.from_dict({name: list(values) for name, values in columns.items()})
-        for name in columns:
-            check_text(given, name, "the texts given")
-        self._given = given
+        self._given = given_texts(texts, pairs, self.text_column, self.text_pair_column)
         self._tokenised = {key: value for key, value in self._tokenised.items() if key[0] != "predict"}
 
     def load(self) -> dict[str, Dataset]:
@@ -288,6 +302,24 @@ class TextClassificationDataModule(TextDataModule):
             if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
                 sources[role] = usual
         return {role: None if name == CUT else name for role, name in sources.items()}
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        cut = None in self._sources.values()
+        return {
+            "rows": len(self._split("train")),
+            "content": self._content,
+            "seed": self.seed,
+            "val_fraction": self.val_fraction if cut else None,
+            **{f"{role}_split": self._sources[role] for role in ("val", "test")},
+            "limit_train": self.limits["train"],
+            "max_length": self.max_length,
+        }
+
+    @cached_property
+    def _content(self) -> str:
+        train = self._split("train")
+        return content(train, [c for c in (*self._text_columns, self.label_column) if c in train.column_names])
 
     @property
     def _labels(self) -> Labels:
@@ -383,11 +415,5 @@ class TextClassificationDataModule(TextDataModule):
         if role != "predict":
             self._labels.check(split, self.label_column, codes, where)
         if role == "train":
-            _check_classes([self.label_names[code] for code in np.unique(codes[rows])], where)
+            check_classes([self.label_names[code] for code in np.unique(codes[rows])], where)
         return (split.select(rows) if len(rows) < len(split) else split), codes[rows]
-
-
-def _check_classes(names: Sequence[str], where: str) -> None:
-    """Raises ValueError when there is one class alone, from which nothing can be learnt."""
-    if len(names) == 1:
-        raise ValueError(f"There is one class alone, {names[0]!r}, in {where}; expected two or more.")

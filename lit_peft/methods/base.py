@@ -220,6 +220,7 @@ class Method(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if any(is_a(callback, "LearningRateFinder") for callback in trainer.callbacks):  # type: ignore[attr-defined]
             check_rates(trainer, pl_module)  # it has given all groups one rate, unless the module made them anew
+        seam.begin(trainer, pl_module)
         self._steps: Counter[int] = Counter()
         adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
         if not adapter.prepared and _overrides(self, "prepare"):
@@ -286,6 +287,12 @@ def check_rank(name: str, r: int, site: Site) -> None:
         raise ValueError(
             f"{name} = {r} exceeds the smaller side of {site.path}, {site.out_features} x {site.in_features}."
         )
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raises ValueError, naming the argument, unless the value is a learning rate under which something moves."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a number above 0, not {value}.")
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None, *, open_above: bool = False) -> None:

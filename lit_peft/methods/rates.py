@@ -181,6 +181,37 @@ def _method(module: nn.Module, adapter: Adapter) -> "Method":
     return method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
 
 
+SETTINGS = ("lr", "weight_decay", "betas", "momentum", "eps")
+"""What a restored optimizer takes from its checkpoint, whatever it was built with."""
+
+
+def settings(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """`SETTINGS` of each group of the trainer's optimizers; of a rate that a schedule moves the one it began with."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    found = [{key: group[key] for key in SETTINGS if key in group} for group in groups]
+    return [one | {"lr": float(group.get("initial_lr", group["lr"]))} for one, group in zip(found, groups, strict=True)]
+
+
+def check_settings(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a resumed fit whose optimizers are built otherwise than when the run began.
+
+    The optimizer's state, which is restored, holds these settings too, so that the new ones would be passed over.
+
+    Raises:
+        ValueError: For the first one that differs.
+    """
+    rest = "A fit that resumes goes on with the optimizer that it began with: leave the change out."
+    if len(was) != len(now):
+        raise ValueError(f"The optimizers have {len(now)} groups, and had {len(was)} when this run began. {rest}")
+    for old, new in zip(was, now, strict=True):
+        for key in SETTINGS:
+            if old.get(key) != new.get(key):
+                name = "learning rate" if key == "lr" else key
+                raise ValueError(
+                    f"The optimizer's {name} is {new.get(key)}, and was {old.get(key)} when this run began. {rest}"
+                )
+
+
 def check_rates(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Makes sure that the optimizers have the rates that the methods ask for, up to one factor an optimizer.
 

@@ -33,11 +33,16 @@ from lit_peft.core.checkpoint import (
     record,
 )
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
+from lit_peft.faults import TrainingFault
 from lit_peft.methods import rates
 from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in, take_average
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
+
+
+BUILT, BEGAN = "_lit_peft_built", "_lit_peft_began"
+"""Where a module keeps the settings of its optimizers as they were built, and as they were when its run began."""
 
 
 class AdaptedLightningModule(Swapped):
@@ -101,7 +106,7 @@ class AdaptedLightningModule(Swapped):
             take_average(checkpoint, module.trainer)
         leave_base_out(checkpoint, adapter_keys(module))
         prepared = [adapter.name for adapter in registry(module).adapters.values() if adapter.prepared]  # type: ignore[union-attr]
-        checkpoint["lit_peft"] = record(module) | {"prepared": prepared}
+        checkpoint["lit_peft"] = record(module) | {"prepared": prepared, "optimizers": module.__dict__.get(BEGAN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
@@ -116,6 +121,9 @@ class AdaptedLightningModule(Swapped):
             adapter.prepared = adapter.name in checkpoint["lit_peft"].get("prepared", [adapter.name])
         if module._trainer is not None:
             _check_resume(module._trainer)
+        if fitting:
+            module.__dict__[BEGAN] = checkpoint["lit_peft"].get("optimizers")
+            _check_began(module)
         put_base_in(checkpoint, module, fitting=fitting)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -227,6 +235,8 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if writer.__name__ == "TorchCheckpointIO" and not issubclass(writer, AtomicCheckpointIO):
         trainer.strategy.checkpoint_io = swapped_class(AtomicCheckpointIO, writer)()
     adapt(module)
+    for key in (BUILT, BEGAN):
+        module.__dict__.pop(key, None)
     module.__dict__["_lit_peft_early"] = any(is_a(c, "WeightAveraging") for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
@@ -283,7 +293,7 @@ def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     Users write `Adam(self.parameters())`; what is frozen would cost state and, on resume, break the restore.
 
     Raises:
-        RuntimeError: When a parameter would never be optimised, as with an optimizer built before attaching.
+        TrainingFault: When a parameter would never be optimised, as with an optimizer built before attaching.
         ValueError: When the methods ask for rates that the optimizers do not have.
     """
     held: set[int] = set()
@@ -293,12 +303,27 @@ def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             held.update(map(id, group["params"]))
     lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
-        raise RuntimeError(
+        raise TrainingFault(
             f"{len(lost)} trainable parameters are in no optimizer, {lost[0]} among them: the optimizer was built "
             "before the method was attached. Build it in configure_optimizers from self.parameters() (with "
             "LightningCLI: take an OptimizerCallable, auto_configure_optimizers=False)."
         )
     rates.check_rates(trainer, module)
+    module.__dict__[BUILT] = rates.settings(trainer)
+    _check_began(module)
+
+
+def _check_began(module: Any) -> None:
+    """Compares the optimizers with those of the run that goes on, once both are known: which comes first depends."""
+    built, began = module.__dict__.get(BUILT), module.__dict__.get(BEGAN)
+    if built is not None and began is not None:
+        rates.check_settings(began, built)
+
+
+def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Notes what the optimizers are set to when training begins, unless it goes on."""
+    if module.__dict__.get(BEGAN) is None:
+        module.__dict__[BEGAN] = rates.settings(trainer)
 
 
 def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, step: int) -> None:
@@ -307,7 +332,7 @@ def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, s
     Base parameters that train are only warned about: a model may hold some that its loss does not use.
 
     Raises:
-        RuntimeError: When a tensor of the adapter would never move.
+        TrainingFault: When a tensor of the adapter would never move.
     """
     state = registry(module)
     if state is None or step > 1:
@@ -324,7 +349,7 @@ def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, s
     ]
     lost = [name for name in dead if name in additions]
     if lost or (dead and len(dead) == len(parameters)):
-        raise RuntimeError(
+        raise TrainingFault(
             f"{len(lost or dead)} tensors of {method.name!r} got no gradient, {(lost or dead)[0]} among them: "
             "they would never be trained. Is the layer used in the forward pass? With gradient checkpointing, use "
             "use_reentrant=False."

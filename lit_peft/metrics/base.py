@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_peft.faults import TrainingFault
+
 
 def checked_logits(preds: Tensor, target: Tensor, num_classes: int | None = None) -> Tensor:
     """Refuse what would give a wrong number in silence, and return the logits ready for a softmax.
@@ -19,8 +21,9 @@ def checked_logits(preds: Tensor, target: Tensor, num_classes: int | None = None
         The logits [N, C] in float32, cut from the autograd graph.
 
     Raises:
-        ValueError: On a wrong shape or dtype, a target outside [0, C), or a row of logits that has no
-            softmax (it holds NaN or +inf, or is -inf throughout). The text names the first such row.
+        ValueError: On a wrong shape or dtype, or a target outside [0, C).
+        TrainingFault: A ValueError too; on a row of logits that has no softmax (it holds NaN or +inf, or is -inf
+            throughout). The text names the first such row.
     """
     classes = preds.shape[1] if preds.ndim == 2 else 0
     if not preds.is_floating_point() or classes < 2 or classes != (num_classes or classes):
@@ -42,7 +45,7 @@ def checked_logits(preds: Tensor, target: Tensor, num_classes: int | None = None
                 "drop unlabelled examples before they reach a metric"
             )
         row = int(no_softmax.nonzero()[0])
-        raise ValueError(
+        raise TrainingFault(
             f"preds have no softmax in {int(no_softmax.sum())} of {len(preds)} rows; "
             f"row {row} starts with {logits[row, :4].tolist()}. Has the training diverged?"
         )

@@ -1,0 +1,5 @@
+"""What training itself shows to be wrong."""
+
+
+class TrainingFault(ValueError):
+    """Training cannot go on, for a reason that the message tells in full: the command line shows no traceback."""
