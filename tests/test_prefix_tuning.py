@@ -275,6 +275,16 @@ def test_attention_of_another_kind():
         PrefixTuning(3).attach(model)
 
 
+def test_gpt2s_own_eager_attention():
+    """GPT-2 takes it when it sees the name eager, which ours hides."""
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = tf.GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager")
+    with pytest.raises(ValueError, match="loses reorder_and_upcast_attn under eager attention"):
+        PrefixTuning(3).attach(tf.GPT2LMHeadModel(config))
+    config._attn_implementation = "sdpa"  # which passes it over, with a prefix or without
+    PrefixTuning(3).attach(tf.GPT2LMHeadModel(config))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

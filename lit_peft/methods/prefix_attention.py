@@ -83,6 +83,10 @@ def check_implementation(layer: Any) -> None:
     name = layer.config._attn_implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"Attention {name!r} takes no prefix: load the model with attn_implementation sdpa or eager.")
+    if name == "eager" and getattr(
+        layer, "reorder_and_upcast_attn", False
+    ):  # GPT-2's own float32 path, which eager has
+        raise ValueError("A prefix loses reorder_and_upcast_attn under eager attention: use attn_implementation sdpa.")
 
 
 def not_reached(layer: nn.Module) -> ValueError:
