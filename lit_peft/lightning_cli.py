@@ -1,18 +1,14 @@
 """The verbs that run a trainer: LightningCLI with a `method:` beside `model:`, `data:` and `trainer:`."""
 
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import disable_progress_bars
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,7 +19,7 @@ import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import change_method, settings
 from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, ReproducibleSteps, RunReport, SpeedMonitor
-from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, check_selection
+from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, TestSetCheck, check_selection
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path, check_archive
@@ -32,6 +28,7 @@ from lit_peft.hub import existing, same_source
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
+from lit_peft.quiet import be_quiet, without_notices
 from lit_peft.runs import (
     check_unoccupied,
     claim_folder,
@@ -84,15 +81,6 @@ class RunConfig(SaveConfigCallback):
         config["ckpt_path"] = None
         with atomic_path(self.folder / self.config_filename) as part:
             self.parser.save(config, part, skip_none=False, overwrite=True)
-
-
-class TestSetCheck(pl.Callback):
-    """Has the data module look at its test set before training: after it is late to find that it cannot be scored."""
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "check") and trainer.limit_test_batches and is_overridden("test_step", pl_module):
-            data.check("test")
 
 
 class LitPeftCLI(LightningCLI):
@@ -290,7 +278,7 @@ class LitPeftCLI(LightningCLI):
             and self._get(self.config_init, "ckpt_path") is None
             and self.folder is not None
         ):
-            with _without_notices():
+            with without_notices():
                 self.report.measure_base(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
@@ -324,7 +312,7 @@ class LitPeftCLI(LightningCLI):
         # A fit too short for a validation has no best checkpoint: its last one is taken.
         best = Path(self.best.best_model_path) if self.best.best_model_path else self.latest.path
         weights = {"datamodule": self.datamodule, "ckpt_path": str(best) if best is not None else None}
-        with _without_notices():
+        with without_notices():
             results: list[Any] = []
             if is_overridden("validation_step", self.model) and trainer.limit_val_batches:
                 with unlogged(trainer):  # the curve of val/* already has its last point, of the last weights
@@ -374,7 +362,7 @@ def run(arguments: list[str]) -> None:
         if is_first_rank():
             print("\n".join(changes), end="\n" * bool(changes))
         sys.argv[1:] = use_adapter(words, texts)  # not handed over: further ranks start with the command line
-        _quiet(words[0], bool(texts))
+        be_quiet(words[0], bool(texts))
         LitPeftCLI(texts, pairs)
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
         if not RunReport.running:
@@ -387,31 +375,3 @@ def run(arguments: list[str]) -> None:
         fail(of_system(error) if isinstance(error, OSError) and error.errno else of_built(error))
     finally:
         unlock_folders()
-
-
-@contextmanager
-def _without_notices() -> Iterator[None]:
-    """Keeps Lightning from telling which file it restores, while a fit scores its own checkpoints."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _quiet(verb: str, answers_only: bool) -> None:
-    """Silences what other packages print at every start and nobody can act on; or all but what is asked for."""
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-    if verb != "fit":
-        warnings.filterwarnings("ignore", ".*dirpath has changed.*")  # where checkpoints would go, if any were written
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-        if answers_only:
-            logging.getLogger(name).setLevel(logging.ERROR)
-    if answers_only:
-        disable_progress_bars()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_peft.arguments import nearest
 from lit_peft.faults import TrainingFault
@@ -116,6 +117,15 @@ class MonitorCheck(pl.Callback):
                 f"{key}.monitor: validation logs no {monitor!r}.{nearest(monitor, logged)} "
                 f"It logs {', '.join(logged) or 'nothing'}."
             )
+
+
+class TestSetCheck(pl.Callback):
+    """Has the data module look at its test set before training: after it is late to find that it cannot be scored."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "check") and trainer.limit_test_batches and is_overridden("test_step", pl_module):
+            data.check("test")
 
 
 def check_selection(*selecting: EarlyStopping | ModelCheckpoint) -> None:

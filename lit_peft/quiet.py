@@ -1,0 +1,37 @@
+"""What other packages print and nobody can act on, kept off the command line."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from datasets import disable_progress_bars
+
+
+@contextmanager
+def without_notices() -> Iterator[None]:
+    """Keeps Lightning from telling which file it restores, while a fit scores its own checkpoints."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def be_quiet(verb: str, answers_only: bool) -> None:
+    """Silences what other packages print at every start and nobody can act on; or all but what is asked for."""
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    if verb != "fit":
+        warnings.filterwarnings("ignore", ".*dirpath has changed.*")  # where checkpoints would go, if any were written
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        if answers_only:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    if answers_only:
+        disable_progress_bars()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
