@@ -1,6 +1,13 @@
-"""Every built-in method passes the suite that is shipped for methods of other packages."""
+"""Every built-in method passes the suite that is shipped for methods of other packages.
 
+docs/conformance.md is made from its outcomes: `make conformance`.
+"""
+
+from collections.abc import Iterator
 from typing import ClassVar
+
+import pytest
+from matrix import Matrix
 
 from lit_peft import (
     IA3,
@@ -22,6 +29,14 @@ from lit_peft.testing import MODELS, MethodConformance
 
 PLAIN = ("mlp", "conv_net")
 TEXT = tuple(name for name in MODELS if name not in PLAIN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _matrix(request: pytest.FixtureRequest) -> Iterator[None]:
+    matrix = Matrix(MethodConformance.__subclasses__())
+    request.config.pluginmanager.register(matrix)
+    yield
+    matrix.check_docs()
 
 
 class TestLoRA(MethodConformance):
@@ -89,7 +104,6 @@ class TestIA3(MethodConformance):
 
 class TestIA3AtInputs(MethodConformance):
     method = IA3(feedforward_modules="re:.*")
-    models = ("mlp", "distilbert", "gpt2")
 
     def count(self, out_features, in_features):
         return in_features
@@ -161,3 +175,4 @@ class TestReparametrisedPrefix(MethodConformance):
     starts_as_base = False
     layers = ()
     models = TEXT
+    refuses = TestPrefixTuning.refuses
