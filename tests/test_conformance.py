@@ -25,10 +25,24 @@ from lit_peft import (
     SparseLoRA,
     VeRA,
 )
+from lit_peft.core.attach import registry
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.targets import roles_of
 from lit_peft.testing import MODELS, MethodConformance
 
 PLAIN = ("mlp", "conv_net")
 TEXT = tuple(name for name in MODELS if name not in PLAIN)
+WIDTH = 16  # of the text models
+
+
+def adapted(module):
+    """Path and layer of the sites of a method."""
+    return [(path, module.get_submodule(path)) for path in registry(module).adapters["default"].sites]
+
+
+def attention_shape(model):
+    """How many attentions a model has, and the width of their keys."""
+    return {"t5": 6}.get(model.name, 2), {"llama": WIDTH // 2}.get(model.name, WIDTH)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +115,10 @@ class TestIA3(MethodConformance):
     def count(self, out_features, in_features):
         return out_features
 
+    def total(self, model, module):
+        layers = ((path, layer_ops(layer).size(layer)) for path, layer in adapted(module))
+        return sum(size["ffn_down" in roles_of(path)] for path, size in layers)
+
 
 class TestIA3AtInputs(MethodConformance):
     method = IA3(feedforward_modules="re:.*")
@@ -114,9 +132,15 @@ class TestBitFit(MethodConformance):
     models = tuple(name for name in MODELS if name not in ("llama", "t5"))
     refuses = dict.fromkeys(("llama", "t5"), "has no biases")
 
+    def total(self, model, module):
+        return sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias"))
+
 
 class TestFullFineTuning(MethodConformance):
     method = FullFineTuning()
+
+    def total(self, model, module):
+        return sum(p.numel() for p in model.build().parameters())
 
 
 class TestLinearProbe(MethodConformance):
@@ -124,6 +148,9 @@ class TestLinearProbe(MethodConformance):
 
     def make(self, model=None, **changes):
         return super().make(model, train_also=[model.head], **changes)
+
+    def total(self, model, module):
+        return sum(p.numel() for name, p in module.named_parameters() if f".{model.head}." in f".{name}")
 
 
 class TestHoulsbyAdapter(MethodConformance):
@@ -147,6 +174,12 @@ class TestParallelAdapter(MethodConformance):
         width = in_features // 4
         return (in_features + out_features) * width + width + out_features
 
+    def total(self, model, module):  # each reads what the up projection before it reads, as wide as what it returns
+        if model.targets is not None:
+            return super().total(model, module)
+        downs = [layer for path, layer in adapted(module) if "ffn_down" in roles_of(path)]
+        return sum(self.count(layer_ops(layer).size(layer)[0], layer_ops(layer).size(layer)[0]) for layer in downs)
+
 
 class TestPromptTuning(MethodConformance):
     method = PromptTuning(3)
@@ -154,12 +187,18 @@ class TestPromptTuning(MethodConformance):
     models = TEXT
     refuses = dict.fromkeys(PLAIN, "takes none")
 
+    def total(self, model, module):
+        return 3 * WIDTH
+
 
 class TestPTuning(MethodConformance):
     method = PTuning(3, hidden_size=5)
     starts_as_base = False
     models = TEXT
     refuses = dict.fromkeys(PLAIN, "takes none")
+
+    def total(self, model, module):
+        return 3 * WIDTH + (WIDTH + 1) * 5 + (5 + 1) * 5 + (5 + 1) * WIDTH
 
 
 class TestPrefixTuning(MethodConformance):
@@ -169,6 +208,10 @@ class TestPrefixTuning(MethodConformance):
     models = TEXT
     refuses = dict.fromkeys(PLAIN, "computes its attention itself")
 
+    def total(self, model, module):
+        attentions, width = attention_shape(model)
+        return attentions * 3 * 2 * width
+
 
 class TestReparametrisedPrefix(MethodConformance):
     method = PrefixTuning(3, reparametrise=True)
@@ -176,3 +219,7 @@ class TestReparametrisedPrefix(MethodConformance):
     layers = ()
     models = TEXT
     refuses = TestPrefixTuning.refuses
+
+    def total(self, model, module):
+        attentions, width = attention_shape(model)
+        return 3 * width + (width + 1) * width + attentions * (width + 1) * 2 * width

@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from lit_peft.core.addition import Call, Delta
+from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach, registry, set_active
 from lit_peft.core.checkpoint import adapter_keys
 from lit_peft.core.layers import layer_ops
@@ -22,6 +22,7 @@ from lit_peft.methods.base import Method, TargetedMethod
 from lit_peft.methods.folder import load, save
 from lit_peft.methods.lora import LoRA
 from lit_peft.testing.fits import Task, loader, trainer
+from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot
 from lit_peft.testing.subjects import LAYERS, MODELS, Model, holder, layer_input
 
 # Why a check runs on nothing.
@@ -61,6 +62,11 @@ class MethodConformance:
     def count(self, out_features: int, in_features: int) -> int:
         """The formula that the method's docstring gives: parameters that it adds to a layer of this size."""
         raise NotImplementedError(f"{type(self).__name__} must say how many parameters its method adds to a layer.")
+
+    def total(self, model: Model, module: nn.Module) -> int:
+        """The same for a model, of which `module` is one with the method attached; by default the sum over layers."""
+        layers = [module.get_submodule(path) for path in registry(module).adapters["default"].sites]  # type: ignore[union-attr]
+        return sum(self.count(*layer_ops(layer).size(layer)) for layer in layers)
 
     # --------------------------------------------------------------------------------------------- helpers
 
@@ -134,6 +140,11 @@ class MethodConformance:
             elif not method.lacks_gradient(name):
                 assert parameter.grad is not None and parameter.grad.any(), f"{name} got no gradient"
 
+    def test_trains_as_many_parameters_as_it_says(self, model: str) -> None:
+        """The formula that the method's docstring gives equals the count of trainable parameters."""
+        found, module = self.attached(model)
+        assert sum(p.numel() for p in module.parameters() if p.requires_grad) == self.total(found, module)
+
     def test_changes_the_outputs_in_both_modes(self, model: str) -> None:
         """It has a visible effect in train and in eval mode, and a forward pass moves nothing that is frozen."""
         found, module = self.attached(model)
@@ -149,6 +160,27 @@ class MethodConformance:
         buffers = {name for name, _ in module.named_buffers()}
         for name, value in module.state_dict().items():
             assert name in trainable | buffers or torch.equal(value, frozen[name]), f"{name} is frozen and moved"
+
+    def test_stands_beside_a_lora(self, model: str) -> None:
+        """A LoRA on the model leaves it as it is: both train, both show in the outputs, either one goes alone."""
+        found, module = self.attached(model)
+        method, own = self.make(found), registry(module).trainable_names()  # type: ignore[union-attr]
+        perturb(module)
+        alone = found.evaluate(module)
+        lora = LoRA(r=2, dropout=0.0, target_modules=found.targets, name="other")
+        lora.attach(module)
+        torch.testing.assert_close(found.evaluate(module), alone, rtol=1e-5, atol=1e-5)
+        perturb(module, only=".other.")
+        trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+        assert own < trainable and all(".peft.other." in name for name in trainable - own)
+        found.run(module).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and not method.lacks_gradient(name):
+                assert parameter.grad is not None and parameter.grad.any(), f"{name} got no gradient"
+        assert (found.evaluate(module) - alone).abs().max() > 1e-6
+        lora.detach(module)
+        assert torch.equal(found.evaluate(module), alone)
+        assert {name for name, p in module.named_parameters() if p.requires_grad} == own
 
     def test_merges_and_unmerges(self, model: str) -> None:
         """Merging gives the base's keys and classes and the same outputs; unmerging restores every bit."""
@@ -276,21 +308,27 @@ class MethodConformance:
             torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4 * slow.abs().max().item())
 
     def test_adds_as_many_parameters_as_it_says(self, layer: str) -> None:
-        """The formula that its docstring gives equals the count of trainable parameters."""
+        """The formula for one layer equals the count of the parameters that it adds."""
         child: Any = self.on_layer(layer).layer
         found = sum(p.numel() for p in child.peft["default"].parameters() if p.requires_grad)
         assert found == self.count(*layer_ops(child).size(child))
 
     def test_composes_with_lora(self, layer: str) -> None:
-        """With a LoRA at the same layer outputs follow the composed equation, in either order, and both train."""
+        """A LoRA's change of the same weight adds to its own, or is scaled by it, in either order, and both train."""
         module, x = self.on_layer(layer), layer_input(layer)
         LoRA(r=2, dropout=0.0, target_modules="layer", name="other").attach(module)
         perturb(module)
         set_active(module, ["default", "other"])
         both = module(x)
         child: Any = module.layer
-        if isinstance(child.peft["default"], Delta):
-            torch.testing.assert_close(both, by_equation(module, x), rtol=1e-4, atol=1e-5)
+        own, other, ops = child.peft["default"], child.peft["other"], layer_ops(child)
+        if isinstance(own, Delta):
+            W, b = ops.matrix(child), own.bias(ops.bias(child))
+            V = own.weight(other.weight(W)) if own.scales else own.weight(W) + other.weight(W) - W
+            torch.testing.assert_close(both, ops.apply(child, x, V, b), rtol=1e-4, atol=1e-5)
+        if getattr(own, "scales", False):
+            with pytest.raises(ValueError, match="both rescale this weight"):
+                self.make(target_modules=["layer"], name="third").attach(module)
         set_active(module, ["other", "default"])
         torch.testing.assert_close(module(x), both, rtol=1e-5, atol=1e-6)
         both.square().sum().backward()
@@ -299,7 +337,7 @@ class MethodConformance:
         assert (module(x) - both).abs().max() > 1e-4
 
     def test_merges_into_the_layer(self, layer: str) -> None:
-        """Merged into the layer, it gives the same outputs."""
+        """Merged into the layer, it gives the same outputs; unmerged, the same bits."""
         module, x = self.on_layer(layer), layer_input(layer)
         child: Any = module.layer
         if child.peft["default"].not_mergeable is not None or not layer_ops(child).writable:
@@ -309,6 +347,8 @@ class MethodConformance:
         adapted = module(x)
         merge(module)
         torch.testing.assert_close(module(x), adapted, rtol=1e-4, atol=1e-5)
+        unmerge(module)
+        assert torch.equal(module(x), adapted)
 
     # ------------------------------------------------------------------------------------------ once a method
 
@@ -341,34 +381,3 @@ class MethodConformance:
         assert_same(snapshot(again), snapshot(whole))
         after = snapshot(whole)
         assert any(not torch.equal(after[key], before.get(key, torch.zeros(0))) for key in adapter_keys(whole))
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
-
-
-def perturb(module: nn.Module) -> None:
-    """Moves every trainable tensor off its starting values, so that nothing is hidden behind zeros."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def by_equation(module: Any, x: Tensor) -> Tensor:
-    """The output of a `Holder` with its composed weight, computed without any forward of an addition."""
-    layer = module.layer
-    call = Call(layer, layer.peft.chain())
-    return layer_ops(layer).apply(layer, x, call.matrix(), call.bias())
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict."""
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal keys, dtypes and bits."""
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
