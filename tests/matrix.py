@@ -15,8 +15,8 @@ HEAD = """# Conformance
 
 What every method must hold, and on how many shapes it was seen to. `make conformance` runs all of it, prints this page
 and writes it; the tests fail where the page is old. A number counts the shapes on which the check passed, a letter says
-why there are no more; a dash is a check that does not apply. What a check means is the docstring of its function in
-[lit_peft/testing/conformance.py](../lit_peft/testing/conformance.py).
+why there are no more; a dash is a check that passed on none, for the reason given. What a check means is the docstring
+of its function in [lit_peft/testing/conformance.py](../lit_peft/testing/conformance.py).
 
 A method of your own takes the same suite, by a test file of six lines:
 [write_a_method.md](write_a_method.md#the-conformance-suite).
@@ -29,9 +29,11 @@ def argument(check: str) -> str:
     return next((p for p in inspect.signature(CHECKS[check]).parameters if p in ("model", "layer", "refused")), "")
 
 
-def group(*arguments: str) -> list[str]:
-    """The checks that run on one of these."""
-    return [check for check in CHECKS if argument(check) in arguments]
+def group(*arguments: str, slow: bool = False) -> list[str]:
+    """The checks of a tier that run on one of these."""
+    return [
+        name for name, check in CHECKS.items() if argument(name) in arguments and slow == hasattr(check, "pytestmark")
+    ]
 
 
 # Heading -> its checks.
@@ -39,6 +41,7 @@ GROUPS = {
     f"{len(MODELS)} models: {', '.join(MODELS)}": group("model", "refused"),
     f"{len(LAYERS)} layer types: {', '.join(LAYERS)}": group("layer"),
     "Once a method, on the first of its models": group(""),
+    "Once a method, in the slow tier": group("", slow=True),
 }
 
 
@@ -54,7 +57,8 @@ class Matrix:
         suite, _, check = report.nodeid.partition("[")[0].rpartition("::")
         key = suite.rpartition("::")[2], check
         if report.skipped:
-            self.reasons[key].append(report.longrepr[2].removeprefix("Skipped: "))
+            why = getattr(report, "wasxfail", None) or report.longrepr[2]
+            self.reasons[key].append(why.removeprefix("Skipped: "))
         elif report.passed and report.when == "call":
             self.passed[key] += 1
 

@@ -83,6 +83,7 @@ class TestSparseLoRA(MethodConformance):
 
 class TestSparseLoRAByMagnitude(MethodConformance):
     method = SparseLoRA("magnitude", r=4, dropout=0.0)
+    refuses_shards = "Masks by magnitude need whole factors"
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features)
@@ -100,6 +101,11 @@ class TestAdaLoRA(MethodConformance):
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features + 1)
+
+    @pytest.mark.slow
+    @pytest.mark.xfail(reason="it fails: the penalty multiplies sharded factors.", raises=RuntimeError, strict=True)
+    def test_fsdp2_equals_one_process(self):
+        super().test_fsdp2_equals_one_process()
 
 
 class TestVeRA(MethodConformance):

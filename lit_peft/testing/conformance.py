@@ -8,20 +8,18 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
 from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach, registry, set_active
-from lit_peft.core.checkpoint import adapter_keys
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
 from lit_peft.methods import hf_peft
 from lit_peft.methods.base import Method, TargetedMethod
 from lit_peft.methods.folder import load, save
 from lit_peft.methods.lora import LoRA
-from lit_peft.testing.fits import Task, loader, trainer
+from lit_peft.testing.fits import assert_resumes_exactly, assert_two_ranks_equal_one
 from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot
 from lit_peft.testing.subjects import LAYERS, MODELS, Model, holder, layer_input
 
@@ -51,6 +49,7 @@ class MethodConformance:
         models: Models, of `MODELS`, that it is for.
         refuses: Model -> words of the sentence that says why it is not for this one.
         starts_as_base: Whether training starts from the base's outputs.
+        refuses_shards: Words of the sentence that says why it does not train sharded parameters, if it does not.
     """
 
     method: ClassVar[Method]
@@ -58,6 +57,7 @@ class MethodConformance:
     models: ClassVar[tuple[str, ...]] = tuple(MODELS)
     refuses: ClassVar[dict[str, str]] = {}
     starts_as_base: ClassVar[bool] = True
+    refuses_shards: ClassVar[str] = ""
 
     def count(self, out_features: int, in_features: int) -> int:
         """The formula that the method's docstring gives: parameters that it adds to a layer of this size."""
@@ -74,8 +74,7 @@ class MethodConformance:
         """Runs a test for each layer type or model that it asks for."""
         for fixture, names in self.cases().items():
             if fixture in metafunc.fixturenames:
-                none = pytest.param(None, marks=pytest.mark.skip(reason=_NONE[fixture]))
-                metafunc.parametrize(fixture, names or [none])
+                metafunc.parametrize(fixture, names or [pytest.param(None, marks=pytest.mark.skip(_NONE[fixture]))])
 
     @classmethod
     def cases(cls) -> dict[str, tuple[str, ...]]:
@@ -127,10 +126,8 @@ class MethodConformance:
         """Each trainable tensor gets a gradient, starting values of zero perturbed, and no frozen one does."""
         found, module = self.attached(model)
         state, method = registry(module), self.make(found)
-        assert (
-            state is not None
-            and {n for n, p in module.named_parameters() if p.requires_grad} == state.trainable_names()
-        )
+        assert state is not None
+        assert {name for name, p in module.named_parameters() if p.requires_grad} == state.trainable_names()
         perturb(module)
         module.train()
         found.run(module).square().sum().backward()
@@ -352,7 +349,7 @@ class MethodConformance:
 
     # ------------------------------------------------------------------------------------------ once a method
 
-    def test_compiles_without_more_breaks(self) -> None:
+    def test_compiles_without_more_breaks(self, backend: str = "aot_eager") -> None:
         """torch.compile makes one graph of the model (`aot_eager`), whose outputs and gradients are eager's."""
         found, module = self.attached(self.models[0])
         perturb(module)
@@ -361,7 +358,7 @@ class MethodConformance:
         gradients = {name: p.grad for name, p in module.named_parameters()}
         module.zero_grad()
         torch._dynamo.reset()
-        module.compile(fullgraph=True, backend="aot_eager")
+        module.compile(fullgraph=True, backend=backend)
         compiled = found.run(module)
         torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
         compiled.square().sum().backward()
@@ -371,13 +368,32 @@ class MethodConformance:
     def test_trains_and_resumes_exactly(self, tmp_path: Path) -> None:
         """A fit by Lightning's trainer saves it alone; resumed, it ends bit for bit where an uninterrupted one does."""
         found = MODELS[self.models[0]]
-        whole, again = Task(found), Task(found)
-        before = snapshot(whole)
-        keep = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=2, save_top_k=-1)
-        trainer(self.make(found), keep, max_epochs=4, enable_checkpointing=True).fit(whole, loader())
-        content = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
-        assert content["state_dict"].keys() == adapter_keys(whole)
-        trainer(self.make(found), max_epochs=4).fit(again, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
-        assert_same(snapshot(again), snapshot(whole))
-        after = snapshot(whole)
-        assert any(not torch.equal(after[key], before.get(key, torch.zeros(0))) for key in adapter_keys(whole))
+        assert_resumes_exactly([self.make(found), self.make(found)], found, tmp_path)
+
+    # ---------------------------------------------------------------------- the slow tier, `-m slow`, once a method
+
+    @pytest.mark.slow
+    def test_inductor_computes_the_same(self) -> None:
+        """Compiled by inductor, outputs and gradients are eager's to rtol 1e-4 and 1e-3."""
+        self.test_compiles_without_more_breaks("inductor")
+
+    @pytest.mark.slow
+    def test_ddp_equals_one_process(self) -> None:
+        """Fitted under DDP, two ranks end with equal bits, those of one process at twice the batch to 1e-5."""
+        found = self._distributed()
+        assert_two_ranks_equal_one(self.make(found), found, sharded=False)
+
+    @pytest.mark.slow
+    def test_fsdp2_equals_one_process(self) -> None:
+        """The same under FSDP2, with each block of the model sharded."""
+        found = self._distributed()
+        if not self.refuses_shards:
+            assert_two_ranks_equal_one(self.make(found), found, sharded=True)
+            return
+        with pytest.raises(RuntimeError, match=self.refuses_shards):
+            assert_two_ranks_equal_one(self.make(found), found, sharded=True)
+        pytest.skip(f"sharding is refused: {self.refuses_shards}.")
+
+    def _distributed(self) -> Model:
+        """A model with blocks to shard where the method is for one."""
+        return MODELS["distilbert" if "distilbert" in self.models else self.models[0]]
