@@ -37,7 +37,7 @@ check-all: $(READY)  ## check, and the slow tests too
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SHARED)
 
-conformance: $(READY)  ## methods by checks, the slow ones too: printed, and written to docs/conformance.md
+conformance: $(READY)  ## methods by checks, slow ones too (9 minutes on one core): printed and written to docs/conformance.md
 	LIT_PEFT_WRITE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_conformance.py
 
 format: $(READY)  ## write what `check` asks for

@@ -41,7 +41,7 @@ GROUPS = {
     f"{len(MODELS)} models: {', '.join(MODELS)}": group("model", "refused"),
     f"{len(LAYERS)} layer types: {', '.join(LAYERS)}": group("layer"),
     "Once a method, on the first of its models": group(""),
-    "Once a method, in the slow tier": group("", slow=True),
+    "The slow tier": group("model", "", slow=True),
 }
 
 

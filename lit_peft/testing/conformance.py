@@ -19,6 +19,7 @@ from lit_peft.methods import hf_peft
 from lit_peft.methods.base import Method, TargetedMethod
 from lit_peft.methods.folder import load, save
 from lit_peft.methods.lora import LoRA
+from lit_peft.testing.compiling import assert_compiles
 from lit_peft.testing.fits import assert_resumes_exactly, assert_two_ranks_equal_one
 from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot
 from lit_peft.testing.subjects import LAYERS, MODELS, Model, holder, layer_input
@@ -349,33 +350,26 @@ class MethodConformance:
 
     # ------------------------------------------------------------------------------------------ once a method
 
-    def test_compiles_without_more_breaks(self, backend: str = "aot_eager") -> None:
+    def test_compiles_without_more_breaks(self) -> None:
         """torch.compile makes one graph of the model (`aot_eager`), whose outputs and gradients are eager's."""
-        found, module = self.attached(self.models[0])
-        perturb(module)
-        expected = found.run(module)
-        expected.square().sum().backward()
-        gradients = {name: p.grad for name, p in module.named_parameters()}
-        module.zero_grad()
-        torch._dynamo.reset()
-        module.compile(fullgraph=True, backend=backend)
-        compiled = found.run(module)
-        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
-        compiled.square().sum().backward()
-        for name, parameter in module.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+        assert_compiles(*self.attached(self.models[0]), "aot_eager")
 
     def test_trains_and_resumes_exactly(self, tmp_path: Path) -> None:
         """A fit by Lightning's trainer saves it alone; resumed, it ends bit for bit where an uninterrupted one does."""
         found = MODELS[self.models[0]]
         assert_resumes_exactly([self.make(found), self.make(found)], found, tmp_path)
 
-    # ---------------------------------------------------------------------- the slow tier, `-m slow`, once a method
+    # --------------------------------------------------------------------------------- the slow tier, `-m slow`
+
+    @pytest.mark.slow
+    def test_compiles_every_model(self, model: str) -> None:
+        """torch.compile makes one graph of each model (`aot_eager`), whose outputs and gradients are eager's."""
+        assert_compiles(*self.attached(model), "aot_eager")
 
     @pytest.mark.slow
     def test_inductor_computes_the_same(self) -> None:
         """Compiled by inductor, outputs and gradients are eager's to rtol 1e-4 and 1e-3."""
-        self.test_compiles_without_more_breaks("inductor")
+        assert_compiles(*self.attached(self.models[0]), "inductor")
 
     @pytest.mark.slow
     def test_ddp_equals_one_process(self) -> None:
