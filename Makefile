@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 # Two workers; the tests of a file stay on one, whose fixtures they share.
 SHARED := -n 2 --dist loadfile
 
-.PHONY: help quickstart test check check-all format clean
+.PHONY: help quickstart test check check-all conformance format clean
 
 help:             ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | sort
@@ -36,6 +36,9 @@ check-all: $(READY)  ## check, and the slow tests too
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SHARED)
+
+conformance: $(READY)  ## methods by checks, slow ones too (9 minutes on one core): printed and written to docs/conformance.md
+	LIT_PEFT_WRITE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_conformance.py
 
 format: $(READY)  ## write what `check` asks for
 	$(BIN)/ruff format .

@@ -1,6 +1,13 @@
-"""Every built-in method passes the suite that is shipped for methods of other packages."""
+"""Every built-in method passes the suite that is shipped for methods of other packages.
 
+docs/conformance.md is made from its outcomes: `make conformance`.
+"""
+
+from collections.abc import Iterator
 from typing import ClassVar
+
+import pytest
+from matrix import Matrix
 
 from lit_peft import (
     IA3,
@@ -18,10 +25,32 @@ from lit_peft import (
     SparseLoRA,
     VeRA,
 )
+from lit_peft.core.attach import registry
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.targets import roles_of
 from lit_peft.testing import MODELS, MethodConformance
 
 PLAIN = ("mlp", "conv_net")
 TEXT = tuple(name for name in MODELS if name not in PLAIN)
+WIDTH = 16  # of the text models
+
+
+def adapted(module):
+    """Path and layer of the sites of a method."""
+    return [(path, module.get_submodule(path)) for path in registry(module).adapters["default"].sites]
+
+
+def attention_shape(model):
+    """How many attentions a model has, and the width of their keys."""
+    return {"t5": 6}.get(model.name, 2), {"llama": WIDTH // 2}.get(model.name, WIDTH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _matrix(request: pytest.FixtureRequest) -> Iterator[None]:
+    matrix = Matrix(MethodConformance.__subclasses__())
+    request.config.pluginmanager.register(matrix)
+    yield
+    matrix.check_docs()
 
 
 class TestLoRA(MethodConformance):
@@ -54,6 +83,7 @@ class TestSparseLoRA(MethodConformance):
 
 class TestSparseLoRAByMagnitude(MethodConformance):
     method = SparseLoRA("magnitude", r=4, dropout=0.0)
+    refuses_shards = "Masks by magnitude need whole factors"
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features)
@@ -72,6 +102,11 @@ class TestAdaLoRA(MethodConformance):
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features + 1)
 
+    @pytest.mark.slow
+    @pytest.mark.xfail(reason="it fails: the penalty multiplies sharded factors.", raises=RuntimeError, strict=True)
+    def test_fsdp2_equals_one_process(self):
+        super().test_fsdp2_equals_one_process()
+
 
 class TestVeRA(MethodConformance):
     method = VeRA(r=8)
@@ -86,10 +121,13 @@ class TestIA3(MethodConformance):
     def count(self, out_features, in_features):
         return out_features
 
+    def total(self, model, module):
+        layers = ((path, layer_ops(layer).size(layer)) for path, layer in adapted(module))
+        return sum(size["ffn_down" in roles_of(path)] for path, size in layers)
+
 
 class TestIA3AtInputs(MethodConformance):
     method = IA3(feedforward_modules="re:.*")
-    models = ("mlp", "distilbert", "gpt2")
 
     def count(self, out_features, in_features):
         return in_features
@@ -100,9 +138,15 @@ class TestBitFit(MethodConformance):
     models = tuple(name for name in MODELS if name not in ("llama", "t5"))
     refuses = dict.fromkeys(("llama", "t5"), "has no biases")
 
+    def total(self, model, module):
+        return sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias"))
+
 
 class TestFullFineTuning(MethodConformance):
     method = FullFineTuning()
+
+    def total(self, model, module):
+        return sum(p.numel() for p in model.build().parameters())
 
 
 class TestLinearProbe(MethodConformance):
@@ -110,6 +154,9 @@ class TestLinearProbe(MethodConformance):
 
     def make(self, model=None, **changes):
         return super().make(model, train_also=[model.head], **changes)
+
+    def total(self, model, module):
+        return sum(p.numel() for name, p in module.named_parameters() if f".{model.head}." in f".{name}")
 
 
 class TestHoulsbyAdapter(MethodConformance):
@@ -133,6 +180,12 @@ class TestParallelAdapter(MethodConformance):
         width = in_features // 4
         return (in_features + out_features) * width + width + out_features
 
+    def total(self, model, module):  # each reads what the up projection before it reads, as wide as what it returns
+        if model.targets is not None:
+            return super().total(model, module)
+        downs = [layer for path, layer in adapted(module) if "ffn_down" in roles_of(path)]
+        return sum(self.count(layer_ops(layer).size(layer)[0], layer_ops(layer).size(layer)[0]) for layer in downs)
+
 
 class TestPromptTuning(MethodConformance):
     method = PromptTuning(3)
@@ -140,12 +193,18 @@ class TestPromptTuning(MethodConformance):
     models = TEXT
     refuses = dict.fromkeys(PLAIN, "takes none")
 
+    def total(self, model, module):
+        return 3 * WIDTH
+
 
 class TestPTuning(MethodConformance):
     method = PTuning(3, hidden_size=5)
     starts_as_base = False
     models = TEXT
     refuses = dict.fromkeys(PLAIN, "takes none")
+
+    def total(self, model, module):
+        return 3 * WIDTH + (WIDTH + 1) * 5 + (5 + 1) * 5 + (5 + 1) * WIDTH
 
 
 class TestPrefixTuning(MethodConformance):
@@ -155,9 +214,18 @@ class TestPrefixTuning(MethodConformance):
     models = TEXT
     refuses = dict.fromkeys(PLAIN, "computes its attention itself")
 
+    def total(self, model, module):
+        attentions, width = attention_shape(model)
+        return attentions * 3 * 2 * width
+
 
 class TestReparametrisedPrefix(MethodConformance):
     method = PrefixTuning(3, reparametrise=True)
     starts_as_base = False
     layers = ()
     models = TEXT
+    refuses = TestPrefixTuning.refuses
+
+    def total(self, model, module):
+        attentions, width = attention_shape(model)
+        return 3 * width + (width + 1) * width + attentions * (width + 1) * 2 * width

@@ -78,26 +78,22 @@ class Indices(BasePredictionWriter):
 
 
 def _train_on_one_rank(rank: int, tokenizer: str, use_distributed_sampler: bool) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        for name, value in ranks.items():
-            patch.setenv(name, str(value))
-        writer = Indices("epoch")
-        trainer = pl.Trainer(
-            **QUIET,
-            strategy=DDPStrategy(process_group_backend="gloo"),
-            devices=2,
-            plugins=[TorchElasticEnvironment()],
-            use_distributed_sampler=use_distributed_sampler,
-            callbacks=[writer],
-            enable_checkpointing=False,
-            max_epochs=2,
-            num_sanity_val_steps=0,
-        )
-        model, data = Recorder(tokenizer), Data(batch_size=4, eval_batch_size=4)
-        trainer.fit(model, data)
-        trainer.test(model, data, verbose=False)
-        trainer.predict(model, data)
+    writer = Indices("epoch")
+    trainer = pl.Trainer(
+        **QUIET,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=2,
+        plugins=[TorchElasticEnvironment()],
+        use_distributed_sampler=use_distributed_sampler,
+        callbacks=[writer],
+        enable_checkpointing=False,
+        max_epochs=2,
+        num_sanity_val_steps=0,
+    )
+    model, data = Recorder(tokenizer), Data(batch_size=4, eval_batch_size=4)
+    trainer.fit(model, data)
+    trainer.test(model, data, verbose=False)
+    trainer.predict(model, data)
     return {**model.seen, "rows": writer.rows, "predicted": writer.numbers}
 
 
@@ -119,21 +115,17 @@ def test_lightning_on_two_ranks(two_ranks: Any, tokenizer: str, use_distributed_
 
 
 def _unfreeze_on_one_rank(rank: int) -> tuple[list[set[str]], dict[str, torch.Tensor]]:
-    with pytest.MonkeyPatch.context() as patch:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        for name, value in ranks.items():
-            patch.setenv(name, str(value))
-        watch, module = Moves(), Blocks()
-        trainer = pl.Trainer(
-            **QUIET,
-            strategy=DDPStrategy(process_group_backend="gloo"),  # without find_unused_parameters
-            devices=2,
-            plugins=[TorchElasticEnvironment()],
-            callbacks=[FullFineTuning(1), watch],
-            enable_checkpointing=False,
-            max_epochs=3,
-        )
-        trainer.fit(module, loader())
+    watch, module = Moves(), Blocks()
+    trainer = pl.Trainer(
+        **QUIET,
+        strategy=DDPStrategy(process_group_backend="gloo"),  # without find_unused_parameters
+        devices=2,
+        plugins=[TorchElasticEnvironment()],
+        callbacks=[FullFineTuning(1), watch],
+        enable_checkpointing=False,
+        max_epochs=3,
+    )
+    trainer.fit(module, loader())
     return watch.moved, module.state_dict()
 
 

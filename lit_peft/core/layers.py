@@ -68,6 +68,10 @@ class LayerOps:
 
     is_linear = True
     """Whether the layer multiplies a vector by its matrix, y = Wx + b, as "all-linear" means it."""
+    looks_up = False
+    """Whether the layer is given ids and returns columns of its matrix."""
+    fan_in_fan_out = False
+    """Whether a linear layer stores its weight as [in, out]; HF PEFT's name for it."""
     writable = True
     """Whether `store` can write a weight in place."""
     features_last = True
@@ -116,6 +120,13 @@ class LayerOps:
             return y + self.apply(layer, x, alpha * (B @ A))
         return self.combine(y, self.apply(layer, x, A), B, alpha)
 
+    def factor_weights(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`A`, [r, in], and `B`, [out, r], as weights of two layers in a row that do what `apply(x, B @ A)` does.
+
+        None where two layers of the plain kind, with this one's size, stride and padding alone, do not.
+        """
+        return A, B
+
     def along_features(self, v: Tensor) -> Tensor:
         """`v`, [n], shaped so that it broadcasts over the n features of an output."""
         return v
@@ -138,6 +149,8 @@ class LinearOps(LayerOps):
 @register_layer_ops("transformers.pytorch_utils.Conv1D")
 class Conv1DOps(LayerOps):
     """GPT-2's Conv1D: a linear layer whose weight is stored as [in, out]."""
+
+    fan_in_fan_out = True
 
     def size(self, layer: Any) -> tuple[int, int]:
         return layer.weight.shape[1], layer.weight.shape[0]
@@ -175,6 +188,7 @@ class EmbeddingOps(LayerOps):
     """`nn.Embedding` as a matrix on one-hot vectors: [out, in] = [dim, vocabulary], the stored weight's transpose."""
 
     is_linear = False
+    looks_up = True
 
     def size(self, layer: Any) -> tuple[int, int]:
         if layer.max_norm is not None:
@@ -218,6 +232,11 @@ class Conv2dOps(LayerOps):
 
     def separable(self, layer: Any) -> bool:
         return layer.groups == 1  # r channels need not divide into the groups
+
+    def factor_weights(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        if layer.groups > 1 or layer.padding_mode != "zeros" or set(layer.dilation) != {1}:
+            return None
+        return A.view(-1, *layer.weight.shape[1:]), B[:, :, None, None]
 
     def along_features(self, v: Tensor) -> Tensor:
         return v[:, None, None]

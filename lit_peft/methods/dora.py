@@ -40,10 +40,9 @@ class DoRA(LoRA):
         entries, tensors = super().to_hf_peft(sites)
         for site, delta in sites:
             m, ops = delta.lora_magnitude_vector, layer_ops(site.layer)
-            if not ops.is_linear and f"{site.path}.lora_embedding_A" in tensors:
+            if ops.looks_up:
                 raise ValueError(f"{site.path}: HF PEFT's DoRA of an embedding has another equation.")
-            convolves = tensors[f"{site.path}.lora_A.weight"].ndim == 4
-            tensors[f"{site.path}.lora_magnitude_vector"] = m[None, :, None, None] if convolves else m
+            tensors[f"{site.path}.lora_magnitude_vector"] = m if ops.is_linear else ops.along_features(m)[None]
         return entries, tensors
 
 

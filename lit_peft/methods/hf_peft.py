@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import Adapter
 from lit_peft.core.checkpoint import CheckpointMismatch
-from lit_peft.core.layers import find_layer_ops
+from lit_peft.core.layers import find_layer_ops, layer_ops
 from lit_peft.core.targets import Site, make_site
 
 PREFIX = "base_model.model."
@@ -188,7 +188,7 @@ def has_form(method: type) -> bool:
 
 def stores_transposed(sites: Iterable[tuple[Site, Any]]) -> bool:
     """Whether a layer stores its weight as [in, out], as GPT-2's do: HF PEFT's `fan_in_fan_out`."""
-    return any(cls.__name__ == "Conv1D" for site, _ in sites for cls in type(site.layer).__mro__)
+    return any(layer_ops(site.layer).fan_in_fan_out for site, _ in sites)
 
 
 def read_options(config: Mapping[str, Any], known: Mapping[str, Any], reader: str) -> dict[str, Any]:

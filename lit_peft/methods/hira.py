@@ -57,10 +57,10 @@ class HiRA(TargetedMethod):
         """HF PEFT's HIRA, which has linear layers and embeddings; see `lit_peft.methods.folder`."""
         tensors: dict[str, Tensor] = {}
         for site, delta in sites:
-            layer: Any = site.layer
-            if layer.weight.ndim == 4:
+            ops = layer_ops(site.layer)
+            if not (ops.is_linear or ops.looks_up):
                 raise ValueError(f"{site.path}: HF PEFT's HiRA of a convolution has another equation.")
-            kind = "hira" if layer_ops(layer).is_linear else "hira_embedding"
+            kind = "hira_embedding" if ops.looks_up else "hira"
             tensors |= {f"{site.path}.{kind}_A": delta.hira_A, f"{site.path}.{kind}_B": delta.hira_B}
         return {"r": self.r, "hira_dropout": self.dropout, "fan_in_fan_out": stores_transposed(sites)}, tensors
 

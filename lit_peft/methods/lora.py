@@ -121,18 +121,14 @@ class LoRA(TargetedMethod):
         alpha = 2 * self.r if self.alpha is None else self.alpha
         tensors: dict[str, Tensor] = {}
         for site, delta in sites:
-            layer: Any = site.layer
-            A, B, shape = delta.lora_A, delta.lora_B, layer.weight.shape
-            if len(shape) == 4:
-                if layer.groups > 1 or layer.padding_mode != "zeros" or set(layer.dilation) != {1}:
-                    raise ValueError(
-                        f"{site.path}: HF PEFT's LoRA of a convolution has no groups, dilation or padding_mode."
-                    )
-                A, B = A.view(-1, *shape[1:]), B[:, :, None, None]
-            elif not layer_ops(layer).is_linear:
-                tensors |= {f"{site.path}.lora_embedding_A": A, f"{site.path}.lora_embedding_B": B}
-                continue
-            tensors |= {f"{site.path}.lora_A.weight": A, f"{site.path}.lora_B.weight": B}
+            ops = layer_ops(site.layer)
+            factors = ops.factor_weights(site.layer, delta.lora_A, delta.lora_B)
+            if factors is None:
+                raise ValueError(
+                    f"{site.path}: HF PEFT's LoRA of a convolution has no groups, dilation or padding_mode."
+                )
+            names = ("lora_embedding_A", "lora_embedding_B") if ops.looks_up else ("lora_A.weight", "lora_B.weight")
+            tensors |= {f"{site.path}.{name}": factor for name, factor in zip(names, factors, strict=True)}
         entries = {
             "r": self.r,
             "lora_alpha": alpha,

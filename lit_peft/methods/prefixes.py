@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -51,7 +52,8 @@ class ReparametrisedPrefix(Prefix):
             init_linear(self.trunk.hidden, generator)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        key, value = self.output(self._shared[0]()).split(self.widths, dim=-1)
+        h = self._shared[0]().to(self.output.weight.dtype)  # FSDP2 may compute in another one where it gathers
+        key, value = self.output(h).split(self.widths, dim=-1)
         return key, value
 
 
@@ -64,7 +66,18 @@ class Trunk(nn.Module):
         self.hidden = skip_init(nn.Linear, width, hidden)
 
     def forward(self) -> Tensor:
-        return torch.tanh(self.hidden(self.embedding))
+        embedding, weight, bias = map(_gathered, (self.embedding, self.hidden.weight, self.hidden.bias))
+        return torch.tanh(F.linear(embedding, weight, bias))
+
+
+def _gathered(p: Any) -> Tensor:
+    """The parameter, whole: FSDP2 gathers it for the block that owns the trunk, and not for those that share it."""
+    if not hasattr(p, "full_tensor"):
+        return p
+    from torch.distributed.tensor import Partial
+
+    # As FSDP2 reduces a gradient: the mean over the ranks, each of which has its own.
+    return p.full_tensor(grad_placements=[Partial("avg")] * p.device_mesh.ndim)
 
 
 class ShiftedPositions(Addition):

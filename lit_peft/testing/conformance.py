@@ -2,27 +2,40 @@
 
 import copy
 import pickle
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from safetensors.torch import load_file
+from torch import nn
 
-from lit_peft.core.addition import Call, Delta
+from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach, registry, set_active
-from lit_peft.core.checkpoint import adapter_keys
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
+from lit_peft.methods import hf_peft
 from lit_peft.methods.base import Method, TargetedMethod
 from lit_peft.methods.folder import load, save
 from lit_peft.methods.lora import LoRA
+from lit_peft.testing.compiling import assert_compiles
+from lit_peft.testing.fits import assert_resumes_exactly, assert_two_ranks_equal_one
+from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot
 from lit_peft.testing.subjects import LAYERS, MODELS, Model, holder, layer_input
+
+# Why a check runs on nothing.
+_NONE = {
+    "model": "it is for none of the models.",
+    "layer": "it adds nothing to single layers.",
+    "refused": "it refuses none of the models.",
+}
+_NO_EQUATION = "it adds a computation and has no equation of a weight."
+# Words of the sentence with which saving is refused -> why.
+_NO_FOLDER = {
+    "trains every parameter": "all of the model trains, so that there is no adapter.",
+    "HF PEFT": "HF PEFT has no form for one of the layers or parameters.",
+}
 
 
 class MethodConformance:
@@ -37,6 +50,7 @@ class MethodConformance:
         models: Models, of `MODELS`, that it is for.
         refuses: Model -> words of the sentence that says why it is not for this one.
         starts_as_base: Whether training starts from the base's outputs.
+        refuses_shards: Words of the sentence that says why it does not train sharded parameters, if it does not.
     """
 
     method: ClassVar[Method]
@@ -44,21 +58,30 @@ class MethodConformance:
     models: ClassVar[tuple[str, ...]] = tuple(MODELS)
     refuses: ClassVar[dict[str, str]] = {}
     starts_as_base: ClassVar[bool] = True
+    refuses_shards: ClassVar[str] = ""
 
     def count(self, out_features: int, in_features: int) -> int:
         """The formula that the method's docstring gives: parameters that it adds to a layer of this size."""
         raise NotImplementedError(f"{type(self).__name__} must say how many parameters its method adds to a layer.")
 
+    def total(self, model: Model, module: nn.Module) -> int:
+        """The same for a model, of which `module` is one with the method attached; by default the sum over layers."""
+        layers = [module.get_submodule(path) for path in registry(module).adapters["default"].sites]  # type: ignore[union-attr]
+        return sum(self.count(*layer_ops(layer).size(layer)) for layer in layers)
+
     # --------------------------------------------------------------------------------------------- helpers
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Runs a test for each layer type or model that it asks for."""
-        for fixture, names in (("layer", self._layers()), ("model", self.models), ("refused", self.refuses)):
+        for fixture, names in self.cases().items():
             if fixture in metafunc.fixturenames:
-                metafunc.parametrize(fixture, names)
+                metafunc.parametrize(fixture, names or [pytest.param(None, marks=pytest.mark.skip(_NONE[fixture]))])
 
-    def _layers(self) -> tuple[str, ...]:
-        return self.layers if isinstance(self.method, TargetedMethod) and self.method.layers_only else ()
+    @classmethod
+    def cases(cls) -> dict[str, tuple[str, ...]]:
+        """What the tests run on, by the name of their argument."""
+        at_layers = isinstance(cls.method, TargetedMethod) and cls.method.layers_only
+        return {"model": cls.models, "layer": cls.layers if at_layers else (), "refused": tuple(cls.refuses)}
 
     def make(self, model: Model | None = None, **changes: Any) -> Method:
         """The method with other arguments, and with the targets that a model without known roles needs."""
@@ -83,13 +106,16 @@ class MethodConformance:
     # ---------------------------------------------------------------------------------------- on every model
 
     def test_starts_as_the_base(self, model: str) -> None:
+        """Outputs are the base's when training starts."""
         found, module = self.attached(model)
         base, started = found.evaluate(found.build()), found.evaluate(module)
         assert started.shape == base.shape
-        if self.starts_as_base:
-            torch.testing.assert_close(started, base, rtol=1e-5, atol=1e-5)
+        if not self.starts_as_base:
+            pytest.skip("it declares that it starts elsewhere.")
+        torch.testing.assert_close(started, base, rtol=1e-5, atol=1e-5)
 
     def test_keeps_the_keys_of_the_base(self, model: str) -> None:
+        """The state dict has the base's keys under their names, in their order, and a checkpoint of the base loads."""
         found, module = self.attached(model)
         base = found.build(seed=1).state_dict()
         assert [key for key in module.state_dict() if ".peft." not in f".{key}"] == list(base)
@@ -98,12 +124,11 @@ class MethodConformance:
         assert all(torch.equal(module.state_dict()[key], value) for key, value in base.items())
 
     def test_trains_what_it_says_and_nothing_else(self, model: str) -> None:
+        """Each trainable tensor gets a gradient, starting values of zero perturbed, and no frozen one does."""
         found, module = self.attached(model)
         state, method = registry(module), self.make(found)
-        assert (
-            state is not None
-            and {n for n, p in module.named_parameters() if p.requires_grad} == state.trainable_names()
-        )
+        assert state is not None
+        assert {name for name, p in module.named_parameters() if p.requires_grad} == state.trainable_names()
         perturb(module)
         module.train()
         found.run(module).square().sum().backward()
@@ -113,7 +138,13 @@ class MethodConformance:
             elif not method.lacks_gradient(name):
                 assert parameter.grad is not None and parameter.grad.any(), f"{name} got no gradient"
 
+    def test_trains_as_many_parameters_as_it_says(self, model: str) -> None:
+        """The formula that the method's docstring gives equals the count of trainable parameters."""
+        found, module = self.attached(model)
+        assert sum(p.numel() for p in module.parameters() if p.requires_grad) == self.total(found, module)
+
     def test_changes_the_outputs_in_both_modes(self, model: str) -> None:
+        """It has a visible effect in train and in eval mode, and a forward pass moves nothing that is frozen."""
         found, module = self.attached(model)
         base, frozen = found.evaluate(found.build()), snapshot(module)
         perturb(module)
@@ -128,16 +159,38 @@ class MethodConformance:
         for name, value in module.state_dict().items():
             assert name in trainable | buffers or torch.equal(value, frozen[name]), f"{name} is frozen and moved"
 
+    def test_stands_beside_a_lora(self, model: str) -> None:
+        """A LoRA on the model leaves it as it is: both train, both show in the outputs, either one goes alone."""
+        found, module = self.attached(model)
+        method, own = self.make(found), registry(module).trainable_names()  # type: ignore[union-attr]
+        perturb(module)
+        alone = found.evaluate(module)
+        lora = LoRA(r=2, dropout=0.0, target_modules=found.targets, name="other")
+        lora.attach(module)
+        torch.testing.assert_close(found.evaluate(module), alone, rtol=1e-5, atol=1e-5)
+        perturb(module, only=".other.")
+        trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+        assert own < trainable and all(".peft.other." in name for name in trainable - own)
+        found.run(module).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and not method.lacks_gradient(name):
+                assert parameter.grad is not None and parameter.grad.any(), f"{name} got no gradient"
+        assert (found.evaluate(module) - alone).abs().max() > 1e-6
+        lora.detach(module)
+        assert torch.equal(found.evaluate(module), alone)
+        assert {name for name, p in module.named_parameters() if p.requires_grad} == own
+
     def test_merges_and_unmerges(self, model: str) -> None:
+        """Merging gives the base's keys and classes and the same outputs; unmerging restores every bit."""
         found, module = self.attached(model)
         perturb(module)
         adapted, before = found.evaluate(module), snapshot(module)
-        additions = [child for child in module.modules() if getattr(child, "not_mergeable", None) is not None]
-        if additions:
+        reasons = [why for child in module.modules() if (why := getattr(child, "not_mergeable", None)) is not None]
+        if reasons:
             with pytest.raises(ValueError, match="cannot be merged: "):
                 merge(module)
             assert_same(snapshot(module), before)
-            return
+            pytest.skip(f"merging is refused: {reasons[0]}")
         merge(module)
         assert list(module.state_dict()) == list(found.build().state_dict())
         assert {type(child) for child in module.modules()} == {type(child) for child in found.build().modules()}
@@ -147,19 +200,28 @@ class MethodConformance:
         assert torch.equal(found.evaluate(module), adapted)
 
     def test_saves_and_loads_a_folder(self, model: str, tmp_path: Path) -> None:
+        """The folder holds nothing frozen but a head, as HF PEFT's; a fresh base that loads it gives the same bits."""
         found, module = self.attached(model)
         perturb(module)
         try:
             folder = save(module, tmp_path / "adapter")
-        except ValueError as error:  # all of the model trains, or HF PEFT has no form for this layer or parameter
-            assert re.search("trains every parameter|HF PEFT", str(error)) and len(str(error).splitlines()) == 1
-            return
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+            for words, why in _NO_FOLDER.items():
+                if words in str(error):
+                    pytest.skip(f"saving is refused: {why}")
+            raise
+        base, _ = hf_peft.split(module, load_file(folder / "adapter_model.safetensors"))
+        heads = hf_peft.modules_to_save(module, {name for names in hf_peft.HEADS.values() for name in names})
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        assert all(hf_peft.is_inside(name, heads) for name in frozen & base.keys())
         other = found.build()
         load(other, folder)
         assert torch.equal(found.evaluate(other), found.evaluate(module))
         assert {n for n, p in other.named_parameters() if p.requires_grad} == registry(module).trainable_names()  # type: ignore[union-attr]
 
     def test_detaches_and_switches_off(self, model: str) -> None:
+        """Switched off or detached, the module computes what the base does; detached, it is the base."""
         found, module = self.attached(model)
         plain = found.build()
         base = found.evaluate(plain)
@@ -175,6 +237,7 @@ class MethodConformance:
             assert_same(snapshot(module), snapshot(plain))
 
     def test_copies_and_pickles(self, model: str) -> None:
+        """`deepcopy` and `pickle` give the same outputs and share no tensor with the original."""
         found, module = self.attached(model)
         perturb(module)
         adapted = found.evaluate(module)
@@ -184,6 +247,7 @@ class MethodConformance:
             assert torch.equal(found.evaluate(module), adapted), "the copy shares a tensor with the original"
 
     def test_computes_in_the_dtype_of_the_base(self, model: str) -> None:
+        """Outputs in float32, under bfloat16 autocast and of a bfloat16 base agree; what trains stays float32."""
         found, module = self.attached(model)
         perturb(module)
         expected = found.evaluate(module)
@@ -201,6 +265,7 @@ class MethodConformance:
         assert (output.float() - expected).abs().max() < 0.2 * scale
 
     def test_says_why_it_is_not_for(self, refused: str) -> None:
+        """A model that it is not for is refused in one sentence and left as it was."""
         found = MODELS[refused]
         module = found.build()
         before = snapshot(module)
@@ -213,19 +278,23 @@ class MethodConformance:
     # ----------------------------------------------------------------------------------- on every layer type
 
     def test_the_fast_path_equals_the_equation(self, layer: str) -> None:
+        """The forward pass gives what the layer gives with the weight of the method's equation."""
         module, x = self.on_layer(layer), layer_input(layer)
+        child: Any = module.layer
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 changed = module(x)
-            child: Any = module.layer
+            assert (changed - holder(layer)(x)).abs().max() > 1e-3
             if isinstance(child.peft["default"], Delta):
                 torch.testing.assert_close(changed, by_equation(module, x), rtol=1e-4, atol=1e-5)
-            assert (changed - holder(layer)(x)).abs().max() > 1e-3
+        if not isinstance(child.peft["default"], Delta):
+            pytest.skip(_NO_EQUATION)
 
     def test_gradients_are_those_of_the_equation(self, layer: str) -> None:
+        """So do the gradients, of every trainable tensor and of the input."""
         module: Any = self.on_layer(layer)
         if not isinstance(module.layer.peft["default"], Delta):
-            pytest.skip("it adds a computation")
+            pytest.skip(_NO_EQUATION)
         results = []
         for compute in (module, partial(by_equation, module)):
             module.zero_grad()
@@ -237,19 +306,27 @@ class MethodConformance:
             torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4 * slow.abs().max().item())
 
     def test_adds_as_many_parameters_as_it_says(self, layer: str) -> None:
+        """The formula for one layer equals the count of the parameters that it adds."""
         child: Any = self.on_layer(layer).layer
         found = sum(p.numel() for p in child.peft["default"].parameters() if p.requires_grad)
         assert found == self.count(*layer_ops(child).size(child))
 
     def test_composes_with_lora(self, layer: str) -> None:
+        """A LoRA's change of the same weight adds to its own, or is scaled by it, in either order, and both train."""
         module, x = self.on_layer(layer), layer_input(layer)
         LoRA(r=2, dropout=0.0, target_modules="layer", name="other").attach(module)
         perturb(module)
         set_active(module, ["default", "other"])
         both = module(x)
         child: Any = module.layer
-        if isinstance(child.peft["default"], Delta):
-            torch.testing.assert_close(both, by_equation(module, x), rtol=1e-4, atol=1e-5)
+        own, other, ops = child.peft["default"], child.peft["other"], layer_ops(child)
+        if isinstance(own, Delta):
+            W, b = ops.matrix(child), own.bias(ops.bias(child))
+            V = own.weight(other.weight(W)) if own.scales else own.weight(W) + other.weight(W) - W
+            torch.testing.assert_close(both, ops.apply(child, x, V, b), rtol=1e-4, atol=1e-5)
+        if getattr(own, "scales", False):
+            with pytest.raises(ValueError, match="both rescale this weight"):
+                self.make(target_modules=["layer"], name="third").attach(module)
         set_active(module, ["other", "default"])
         torch.testing.assert_close(module(x), both, rtol=1e-5, atol=1e-6)
         both.square().sum().backward()
@@ -258,103 +335,59 @@ class MethodConformance:
         assert (module(x) - both).abs().max() > 1e-4
 
     def test_merges_into_the_layer(self, layer: str) -> None:
+        """Merged into the layer, it gives the same outputs; unmerged, the same bits."""
         module, x = self.on_layer(layer), layer_input(layer)
         child: Any = module.layer
         if child.peft["default"].not_mergeable is not None or not layer_ops(child).writable:
-            with pytest.raises(ValueError, match="layer cannot be merged: "):
+            with pytest.raises(ValueError, match="layer cannot be merged: ") as caught:
                 merge(module)
-            return
+            pytest.skip(f"merging is refused: {str(caught.value).partition(': ')[2]}")
         adapted = module(x)
         merge(module)
         torch.testing.assert_close(module(x), adapted, rtol=1e-4, atol=1e-5)
+        unmerge(module)
+        assert torch.equal(module(x), adapted)
 
     # ------------------------------------------------------------------------------------------ once a method
 
     def test_compiles_without_more_breaks(self) -> None:
-        found, module = self.attached(self.models[0])
-        perturb(module)
-        expected = found.run(module)
-        expected.square().sum().backward()
-        gradients = {name: p.grad for name, p in module.named_parameters()}
-        module.zero_grad()
-        torch._dynamo.reset()
-        module.compile(fullgraph=True, backend="aot_eager")
-        compiled = found.run(module)
-        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
-        compiled.square().sum().backward()
-        for name, parameter in module.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+        """torch.compile makes one graph of the model (`aot_eager`), whose outputs and gradients are eager's."""
+        assert_compiles(*self.attached(self.models[0]), "aot_eager")
 
     def test_trains_and_resumes_exactly(self, tmp_path: Path) -> None:
+        """A fit by Lightning's trainer saves it alone; resumed, it ends bit for bit where an uninterrupted one does."""
         found = MODELS[self.models[0]]
-        whole, again = Task(found), Task(found)
-        before = snapshot(whole)
-        keep = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=2, save_top_k=-1)
-        trainer(self.make(found), keep, max_epochs=4, enable_checkpointing=True).fit(whole, loader())
-        content = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
-        assert content["state_dict"].keys() == adapter_keys(whole)
-        trainer(self.make(found), max_epochs=4).fit(again, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
-        assert_same(snapshot(again), snapshot(whole))
-        after = snapshot(whole)
-        assert any(not torch.equal(after[key], before.get(key, torch.zeros(0))) for key in adapter_keys(whole))
+        assert_resumes_exactly([self.make(found), self.make(found)], found, tmp_path)
 
+    # --------------------------------------------------------------------------------- the slow tier, `-m slow`
 
-# ---------------------------------------------------------------------------------------------------- helpers
+    @pytest.mark.slow
+    def test_compiles_every_model(self, model: str) -> None:
+        """torch.compile makes one graph of each model (`aot_eager`), whose outputs and gradients are eager's."""
+        assert_compiles(*self.attached(model), "aot_eager")
 
+    @pytest.mark.slow
+    def test_inductor_computes_the_same(self) -> None:
+        """Compiled by inductor, outputs and gradients are eager's to rtol 1e-4 and 1e-3."""
+        assert_compiles(*self.attached(self.models[0]), "inductor")
 
-def perturb(module: nn.Module) -> None:
-    """Moves every trainable tensor off its starting values, so that nothing is hidden behind zeros."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    @pytest.mark.slow
+    def test_ddp_equals_one_process(self) -> None:
+        """Fitted under DDP, two ranks end with equal bits, those of one process at twice the batch to 1e-5."""
+        found = self._distributed()
+        assert_two_ranks_equal_one(self.make(found), found, sharded=False)
 
+    @pytest.mark.slow
+    def test_fsdp2_equals_one_process(self) -> None:
+        """The same under FSDP2, with each block of the model sharded."""
+        found = self._distributed()
+        if not self.refuses_shards:
+            assert_two_ranks_equal_one(self.make(found), found, sharded=True)
+            return
+        with pytest.raises(RuntimeError, match=self.refuses_shards):
+            assert_two_ranks_equal_one(self.make(found), found, sharded=True)
+        pytest.skip(f"sharding is refused: {self.refuses_shards}.")
 
-def by_equation(module: Any, x: Tensor) -> Tensor:
-    """The output of a `Holder` with its composed weight, computed without any forward of an addition."""
-    layer = module.layer
-    call = Call(layer, layer.peft.chain())
-    return layer_ops(layer).apply(layer, x, call.matrix(), call.bias())
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict."""
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal keys, dtypes and bits."""
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
-
-
-class Task(pl.LightningModule):
-    """A LightningModule around a model, that brings its outputs to fixed values."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model, self._run = model.build(), model.run
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return (self._run(self.model) - batch.mean()).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-def loader() -> Any:
-    """Three batches of numbers."""
-    return DataLoader(torch.tensor([0.1, -0.2, 0.3]), batch_size=1)  # type: ignore[arg-type]
-
-
-def trainer(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
-    """A quiet trainer on the CPU."""
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet | arguments)
+    def _distributed(self) -> Model:
+        """A model with blocks to shard where the method is for one."""
+        return MODELS["distilbert" if "distilbert" in self.models else self.models[0]]
