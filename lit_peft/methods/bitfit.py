@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_peft.core.attach import Adapter
-from lit_peft.core.targets import Site, make_site
+from lit_peft.core.targets import Site, make_site, roles_of
 from lit_peft.methods.base import Method
 
 ALL = "all"
@@ -39,7 +39,7 @@ class BitFit(Method):
 
     def lacks_gradient(self, name: str) -> bool:
         # A key's bias adds the same to all scores of a query, which softmax cancels: its gradient is zero.
-        return True
+        return roles_of(name.rpartition(".")[0]) == ("key",)
 
     def attach(self, module: nn.Module, dtype: torch.dtype | None = None) -> Adapter:
         if "trains" not in vars(self):  # a folder that is loaded names its biases itself
