@@ -4,9 +4,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
-from toys import LORA_KEYS, Module, Net, adapters, fit, loader, trainer
+from toys import ADAPTED, LORA_KEYS, Module, Net, adapters, fit, loader, trainer
 from toys import net_lora as lora
 
+from lit_peft import AdaLoRA
 from lit_peft.testing.conformance import assert_same
 
 BUILT = pytest.mark.parametrize("built", ["init", "setup", "configure_model"])
@@ -115,6 +116,16 @@ def test_neither_base_nor_integers_are_averaged():
     for key in (key for key in before if key.startswith(("net", "positions"))):
         assert torch.equal(state[key], before[key]), key
     assert module.norm.num_batches_tracked == 20
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_masked_ranks_stay_zero_in_the_average(use_buffers):
+    module = Module()
+    method = AdaLoRA(init_r=4, target_r=1, tfinal=0.5, target_modules=ADAPTED)
+    fit(module, method, EMAWeightAveraging(decay=0.7, use_buffers=use_buffers), max_epochs=3)
+    deltas = list(method.additions(module).values())
+    assert sum(int(delta.kept.sum()) for delta in deltas) == 2
+    assert all(torch.equal(delta.lora_E[:, 0] != 0, delta.kept) for delta in deltas)
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

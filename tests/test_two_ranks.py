@@ -14,7 +14,8 @@ from test_full import Blocks, Moves, moved
 from torch import nn
 from toys import loader
 
-from lit_peft import FullFineTuning
+from lit_peft import AdaLoRA, FullFineTuning
+from lit_peft.core.checkpoint import whole
 from lit_peft.testing.conformance import perturb
 from lit_peft.testing.subjects import IN, OUT
 
@@ -70,6 +71,47 @@ def test_two_ranks_under_fsdp2_equal_one(two_ranks, name):
         assert scale > 0.1
         assert output < 1e-6
         assert gradients and max(gradients.values()) < 1e-6
+
+
+def _adalora_steps(rank: int, wrapped: str) -> list[torch.Tensor]:
+    """`A`, `E`, `B` of two layers after six steps; each of two ranks has half of the batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    module: Any = Two()
+    method = AdaLoRA(init_r=5, target_r=2, tinit=0.0, total_steps=6, every=2, target_modules=["a", "b"])
+    method.attach(module)
+    perturb(module)
+    model = module
+    if wrapped == "fsdp2":
+        mesh = init_device_mesh("cpu", (2,))
+        for child in (module.a, module.b, module):
+            fully_shard(child, mesh=mesh)
+    elif wrapped == "ddp":
+        model = nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(6):
+        x = torch.randn(4, IN, generator=generator)
+        (
+            model(x if wrapped == "no" else x[2 * rank : 2 * rank + 2]).square().mean() + method.penalty(module)
+        ).backward()
+        method.before_optimizer_step(module)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_optimizer_step(module)
+    return [whole(t).detach() for path in "ab" for t in getattr(module, path).peft["default"].state_dict().values()]
+
+
+@pytest.mark.parametrize("wrapped", ["fsdp2", "ddp"])
+def test_adalora_masks_on_two_ranks_as_on_one(two_ranks, wrapped):
+    alone = _adalora_steps(0, "no")
+    assert sum(int(t.sum()) for t in alone if t.dtype == torch.bool) == 4
+    first, second = two_ranks(_adalora_steps, wrapped)
+    for one, other, reference in zip(first, second, alone, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, reference)
 
 
 class Indices(BasePredictionWriter):

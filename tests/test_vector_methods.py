@@ -5,13 +5,13 @@ import peft
 import pytest
 import torch
 from models import logits, tiny
-from torch import nn
-from toys import Module, fit, loader, trainer
+from torch import Tensor, nn
+from toys import ADAPTED, Module, Net, adapters, fit, loader, trainer
 
 import lit_peft
 from lit_peft import IA3, AdaLoRA, VeRA
 from lit_peft.core.attach import registry
-from lit_peft.testing.conformance import perturb
+from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import holder
 
 SETS = {
@@ -150,6 +150,8 @@ def test_adaloras_masks_follow_hf_pefts_step_by_step(every):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
             (model(x) - y).square().mean().backward()
+            if model is ours:
+                method.before_optimizer_step(ours)
             optimizer.step()
         method.after_optimizer_step(ours)
         theirs.base_model.update_and_allocate(step)
@@ -174,15 +176,85 @@ def test_the_orthogonal_penalty_is_its_formula():
     assert AdaLoRA(init_r=4, target_r=2, orthogonal=0.0).penalty(module) is None
 
 
-def test_the_trainer_tells_the_budgets_end():
+def adalora(**arguments) -> AdaLoRA:
+    """On two layers of `Net`, 8 ranks of which 4 stay."""
+    return AdaLoRA(**{"init_r": 4, "target_r": 2, "tinit": 0.0, "target_modules": ADAPTED} | arguments)
+
+
+def masks(module: nn.Module) -> Tensor:
+    """Which numbers of `E` are not zero, of both layers."""
+    return torch.cat([module.get_submodule(path).peft["default"].lora_E[:, 0] != 0 for path in ADAPTED])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tfinal": 0.5},
+        {"tfinal": 0.0},
+        {"tfinal": 0.0, "every": 100},
+        {"tfinal": 0.05, "every": 7},
+        {"tinit": 0.95, "tfinal": 0.0},
+        {"total_steps": 1, "every": 5},
+        {"total_steps": 9, "tfinal": 0.1, "every": 4},
+    ],
+)
+def test_the_budget_is_reached_at_the_end_whatever_the_schedule(arguments):
     module = Module()
-    method = AdaLoRA(init_r=4, target_r=2, tinit=0.0, tfinal=0.5, target_modules=["net.first", "net.second"])
-    fit(module, method, max_epochs=3)
-    kept = [int((module.net.get_submodule(n).peft["default"].lora_E != 0).sum()) for n in ("first", "second")]
-    assert sum(kept) == 4
-    endless = trainer(AdaLoRA(target_r=2, init_r=4, target_modules="net.first"), max_epochs=-1, limit_train_batches=1)
+    fit(module, adalora(**arguments), max_epochs=3)
+    assert masks(module).sum() == 4
+
+
+def test_a_run_without_an_end_is_refused():
+    endless = trainer(adalora(), max_epochs=-1, limit_train_batches=1)
     with pytest.raises(ValueError, match="budget falls until the run ends"):
         endless.fit(Module(), loader())
+
+
+def test_importances_are_the_modules_not_the_methods():
+    """One method object for two modules masks each as a method of its own does."""
+    alone, first, second = Module(seed=1), Module(seed=0), Module(seed=1)
+    method = adalora()
+    for module in (first, second):
+        fit(module, method, max_epochs=2)
+    fit(alone, adalora(), max_epochs=2)
+    assert_same(adapters(second), adapters(alone))
+    assert second.net.first.peft["default"].step == 8
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_module_that_zeroes_gradients_after_the_step_is_masked_alike(set_to_none):
+    class Zeroes(Module):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(optimizer_closure)
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    plain, zeroes = Module(), Zeroes()
+    for module in (plain, zeroes):
+        fit(module, adalora(), max_epochs=2)
+    assert_same(adapters(zeroes), adapters(plain))
+
+
+def test_masks_without_any_gradient_are_refused():
+    model, method = Net(), AdaLoRA(init_r=4, target_r=2, tinit=0.0, total_steps=4, target_modules=["first", "second"])
+    method.attach(model)
+    method.after_optimizer_step(model)
+    with pytest.raises(RuntimeError, match="has seen no gradient of theirs: call before_optimizer_step"):
+        method.after_optimizer_step(model)
+
+
+def test_a_layer_without_ranks_resumes(tmp_path):
+    """Its `A` and `B` get no gradient, which is no fault."""
+    arguments = {"orthogonal": 0.0, "total_steps": 8}
+    module = Module()
+    run = fit(module, adalora(**arguments), max_epochs=2)
+    first, second = (module.get_submodule(path).peft["default"] for path in ADAPTED)
+    first.kept.fill_(False)
+    second.kept.fill_(True)
+    first.mask()
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = Module()
+    fit(resumed, adalora(**arguments), max_epochs=3, ckpt_path=tmp_path / "run.ckpt")
+    assert not masks(resumed)[:4].any() and masks(resumed)[4:].any()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +263,9 @@ def test_the_trainer_tells_the_budgets_end():
         ({"target_r": 13}, "target_r must be at least 1 and at most 12, not 13"),
         ({"tinit": 0.8, "tfinal": 0.3}, "tfinal must be at least 0 and below 0.2, not 0.3"),
         ({"beta1": 1.0}, "beta1 must be at least 0 and below 1"),
+        ({"beta1": 0}, "beta1 must be above 0, not 0"),
         ({"alpha": 0}, "alpha must be above 0"),
+        ({"total_steps": 0}, "total_steps must be at least 1, not 0"),
     ],
 )
 def test_what_adalora_cannot_be_is_refused(arguments, message):

@@ -45,6 +45,9 @@ class Addition(nn.Module):
             generator: A CPU generator, seeded from the site's name, so that every rank draws the same values.
         """
 
+    def after_averaging(self) -> None:
+        """Runs once tensors of this were averaged over steps: puts back what must hold exactly, the zeros of a mask."""
+
     def describe(self) -> dict[str, Any]:
         """What the table of sites shows of it beside its size, `{"r": 8, "alpha": 16}`."""
         return {}

@@ -262,6 +262,15 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def sharded_like(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor, equal on every rank, laid out as `like` is: the way back from `whole`."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Reads an adapter folder: (config, tensors on the host, metadata of the tensor file).
 

@@ -1,5 +1,6 @@
 """AdaLoRA: a budget of ranks that moves to the layers which need them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, dropped
+from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod, check_range, check_rank
@@ -19,11 +21,12 @@ class AdaLoRA(TargetedMethod):
     a row of `A`, a number of `E` and a column of `B`, has an importance: of each of its entries the moving average of
     |p dL/dp| times that of its uncertainty, averaged over `A`'s row and `B`'s column, summed with `E`'s. Of all layers
     the least important are masked, `E = 0`, until `target_r` a layer are left on average: a cubic schedule from `tinit`
-    to the end but `tfinal`, after which the masks stay. Shapes stay too: the checkpoint and a step cost what `init_r`
-    ranks cost. `E` starts at zero, so that training starts from the base.
+    to the end but `tfinal` (equation 12), after which the masks stay. Shapes stay too: the checkpoint and a step cost
+    what `init_r` ranks cost. `E` starts at zero, so that training starts from the base.
 
-    The importances are part of the checkpoint. Trains `r (in + out + 1)` parameters a layer, with two to three times
-    that in memory for the importances.
+    Importances, masks and the step are buffers of the additions: they belong to the module, are in its checkpoint, and
+    are whole and equal on every rank. Gradients are read before clipping. Trains `r (in + out + 1)` parameters a layer,
+    with two to three times that in memory for the importances.
 
     Args:
         init_r: Ranks of each layer at the start; half as many again as in the end, as in the paper (section 4.1).
@@ -68,16 +71,16 @@ class AdaLoRA(TargetedMethod):
         check_range("beta1", beta1, 0, 1, open_above=True)
         check_range("beta2", beta2, 0, 1, open_above=True)
         check_range("orthogonal", orthogonal, 0)
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"alpha must be above 0, not {alpha}.")
+        check_range("total_steps", 1 if total_steps is None else total_steps, 1)
+        for name, value in {"alpha": alpha, "beta1": beta1}.items():  # beta1 0: the uncertainty would be 0 throughout
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}.")
         self.init_r, self.target_r, self.alpha, self.dropout = init_r, target_r, alpha, dropout
         self.tinit, self.tfinal, self.every = tinit, tfinal, every
         self.beta1, self.beta2, self.orthogonal, self.total_steps = beta1, beta2, orthogonal, total_steps
-        self._step = 0
-        self._importance: dict[str, Tensor] = {}
-        self._uncertainty: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor] = {}
         self._total = total_steps
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._gone: tuple[str, ...] = ()
 
     def build(self, site: Site) -> "AdaLoRADelta":
         check_rank("init_r", self.init_r, site)
@@ -94,18 +97,13 @@ class AdaLoRA(TargetedMethod):
                 "AdaLoRA's budget falls until the run ends: set trainer.max_epochs, max_steps or total_steps."
             )
         self._total = int(steps)
+        self._gone = tuple(
+            f"{path}.peft.{self.name}." for path, delta in self.additions(pl_module).items() if not delta.kept.any()
+        )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self._step,
-            "importance": self._importance,
-            "uncertainty": self._uncertainty,
-            "masks": self._masks,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._step, self._masks = state_dict["step"], dict(state_dict["masks"])
-        self._importance, self._uncertainty = dict(state_dict["importance"]), dict(state_dict["uncertainty"])
+    def lacks_gradient(self, name: str) -> bool:
+        # A layer that had lost all of its ranks when this fit began, from a checkpoint.
+        return name.startswith(self._gone)
 
     def notes(self, module: nn.Module) -> list[str]:
         n = len(self.additions(module))
@@ -116,65 +114,69 @@ class AdaLoRA(TargetedMethod):
             return None
         terms = []
         for delta in self.additions(module).values():
-            for rows in (delta.lora_A, delta.lora_B.t()):
+            for rows in (whole(delta.lora_A), whole(delta.lora_B).t()):
                 product = rows @ rows.t()
                 terms.append(torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)))
         return self.orthogonal * torch.stack(terms).mean()
 
+    def before_optimizer_step(self, module: nn.Module) -> None:
+        """Keeps the step's gradients, which a module may have zeroed when it is made."""
+        parameters = (p for delta in self.additions(module).values() for p in delta.parameters())
+        self._gradients = {p: whole(p.grad).clone() for p in parameters if p.grad is not None}
+
+    @torch.no_grad()
     def after_optimizer_step(self, module: nn.Module) -> None:
-        """Updates the importances from the gradients of the step that was made, and masks."""
+        """Updates the importances from the values after the step and the gradients before it, and masks.
+
+        Raises:
+            RuntimeError: When masks are due and there never was a gradient to choose them by.
+        """
         if self._total is None:
             raise ValueError("AdaLoRA needs total_steps where no trainer tells it.")
-        step, deltas = self._step, self.additions(module)
-        self._step += 1
-        first, last = int(self.tinit * self._total), self._total - int(self.tfinal * self._total)
-        if step < last:
-            self._weigh(deltas)
-        if step <= first:
-            return
-        if step > last and self._masks:
-            for path, delta in deltas.items():
-                delta.mask(self._masks[path].to(delta.lora_E.device))
-        elif step >= last or step % self.every == 0:
-            left = max(0.0, 1 - (step - first) / max(1, last - first))
-            self._mask(deltas, int(len(deltas) * (self.target_r + (self.init_r - self.target_r) * left**3)))
+        deltas = list(self.additions(module).values())
+        gradients, self._gradients = self._gradients, {}
+        step = int(deltas[0].step)
+        for delta in deltas:
+            delta.step += 1
+        first, last = int(self.tinit * self._total), self._total - max(1, int(self.tfinal * self._total))
+        if step < max(1, last) and all(gradient.isfinite().all() for gradient in gradients.values()):
+            for delta in deltas:  # not in a step that a gradient scaler left out
+                delta.weigh(gradients, self.beta1, self.beta2)
+        if step == last or (first < step < last and step % self.every == 0):
+            left = 0.0 if step == last else 1 - (step - first) / (last - first)
+            _allocate(deltas, len(deltas) * self.target_r, left**3)
+        elif step > last:
+            for delta in deltas:
+                delta.mask()
 
-    @torch.no_grad()
-    def _weigh(self, deltas: dict[str, "AdaLoRADelta"]) -> None:
-        tensors = [
-            (f"{path}.{key}", p) for path, d in deltas.items() for key, p in d.named_parameters() if p.grad is not None
-        ]
-        if not tensors or not torch.stack([p.grad.isfinite().all() for _, p in tensors]).all():  # type: ignore[union-attr]
-            return  # a step that a gradient scaler left out
-        for name, p in tensors:
-            found = (p * p.grad).abs()  # type: ignore[operator]
-            zero = torch.zeros_like(p)
-            average = self._importance.get(name, zero).to(p.device).lerp(found, 1 - self.beta1)
-            uncertain = self._uncertainty.get(name, zero).to(p.device).lerp((found - average).abs(), 1 - self.beta2)
-            self._importance[name], self._uncertainty[name] = average, uncertain
 
-    @torch.no_grad()
-    def _mask(self, deltas: dict[str, "AdaLoRADelta"], budget: int) -> None:
-        """Keeps so many ranks of all layers, the most important ones."""
-        if not self._importance:
-            return
-        scores = {path: self._scores(path) for path in deltas}
-        everything = torch.cat(list(scores.values()))
-        gone = len(everything) - budget
-        threshold = everything.kthvalue(gone).values if gone > 0 else everything.new_tensor(-1.0)
-        for path, delta in deltas.items():
-            self._masks[path] = scores[path] > threshold
-            delta.mask(self._masks[path])
-
-    def _scores(self, path: str) -> Tensor:
-        A, E, B = (
-            self._importance[f"{path}.lora_{x}"] * self._uncertainty[f"{path}.lora_{x}"] for x in ("A", "E", "B")
+def _allocate(deltas: list["AdaLoRADelta"], target: int, left: float) -> None:
+    """Keeps of all layers' ranks the most important ones: `target` and this share of the others."""
+    if not any(delta.importance_E.any() for delta in deltas):
+        raise RuntimeError(
+            "AdaLoRA must mask ranks and has seen no gradient of theirs: call before_optimizer_step once gradients are "
+            "there and after_optimizer_step once parameters have moved, as a trainer does under automatic optimization."
         )
-        return E[:, 0] + A.mean(1) + B.mean(0)
+    sizes = [len(delta.kept) for delta in deltas]
+    scores = torch.cat([delta.scores().to(deltas[0].kept.device) for delta in deltas])
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    budget = target + int((len(scores) - target) * left)
+    kept[scores.argsort(descending=True, stable=True)[:budget]] = True  # stable: equal on every rank, ties too
+    for delta, mask in zip(deltas, kept.split(sizes), strict=True):
+        delta.kept.copy_(mask)
+        delta.mask()
 
 
 class AdaLoRADelta(Delta):
-    """`W + s B diag(E) A`; `lora_A`: [r, in], `lora_E`: [r, 1], `lora_B`: [out, r]."""
+    """`W + s B diag(E) A`; `lora_A`: [r, in], `lora_E`: [r, 1], `lora_B`: [out, r].
+
+    Buffers: `importance_A` and so on, `uncertainty_A` and so on, of the shapes of these; `kept`: [r], False where a
+    rank is masked; `step`: [1], the number of steps made.
+    """
+
+    kept: Tensor
+    step: Tensor
+    importance_E: Tensor
 
     def __init__(self, out_features: int, in_features: int, r: int, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -182,6 +184,11 @@ class AdaLoRADelta(Delta):
         self.lora_E = nn.Parameter(torch.zeros(r, 1))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
         self.scaling, self.dropout = scaling, dropout
+        for x in "AEB":
+            for kind in ("importance", "uncertainty"):
+                self.register_buffer(f"{kind}_{x}", torch.zeros(getattr(self, f"lora_{x}").shape))
+        self.register_buffer("kept", torch.ones(r, dtype=torch.bool))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.long))
 
     def init(self, site: Site, generator: torch.Generator) -> None:
         for factor in (self.lora_A, self.lora_B):
@@ -190,10 +197,29 @@ class AdaLoRADelta(Delta):
     def describe(self) -> dict[str, Any]:
         return {"r": len(self.lora_A), "scaling": self.scaling}
 
-    def mask(self, keep: Tensor) -> None:
-        """Sets the numbers of `E` to zero that are not kept."""
-        with torch.no_grad():
-            self.lora_E.mul_(keep[:, None])
+    def weigh(self, gradients: Mapping[nn.Parameter, Tensor], beta1: float, beta2: float) -> None:
+        """Updates importances and uncertainties, equations 9 and 10."""
+        for x in "AEB":
+            p, importance, uncertainty = (
+                getattr(self, f"{kind}_{x}") for kind in ("lora", "importance", "uncertainty")
+            )
+            if p in gradients:
+                found = (whole(p) * gradients[p]).abs()
+                importance.lerp_(found, 1 - beta1)
+                uncertainty.lerp_((found - importance).abs(), 1 - beta2)
+
+    def scores(self) -> Tensor:
+        """The importance of each rank, [r]."""
+        A, E, B = (getattr(self, f"importance_{x}") * getattr(self, f"uncertainty_{x}") for x in "AEB")
+        return E[:, 0] + A.mean(1) + B.mean(0)
+
+    @torch.no_grad()
+    def mask(self) -> None:
+        """Sets the numbers of `E` to zero whose ranks are not kept."""
+        self.lora_E.mul_(sharded_like(self.kept[:, None].to(self.lora_E.dtype), self.lora_E))
+
+    def after_averaging(self) -> None:
+        self.mask()
 
     def weight(self, W: Tensor) -> Tensor:
         return W + (self.scaling * self.lora_B @ (self.lora_E * self.lora_A)).to(W.dtype)

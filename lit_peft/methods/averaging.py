@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_peft.core.addition import Addition
 from lit_peft.core.checkpoint import adapter_keys
 from lit_peft.core.swap import Swapped, swap_class
 
@@ -30,6 +31,9 @@ class AveragedAdapters(Swapped):
         for old, new in zip(mine, theirs, strict=True):
             if not old.is_floating_point():
                 old.copy_(new)
+        for child in whole.modules():
+            if isinstance(child, Addition):
+                child.after_averaging()
 
 
 def _holder(tensors: Iterable[Tensor]) -> nn.Module:
