@@ -102,11 +102,6 @@ class TestAdaLoRA(MethodConformance):
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features + 1)
 
-    @pytest.mark.slow
-    @pytest.mark.xfail(reason="it fails: the penalty multiplies sharded factors.", raises=RuntimeError, strict=True)
-    def test_fsdp2_equals_one_process(self):
-        super().test_fsdp2_equals_one_process()
-
 
 class TestVeRA(MethodConformance):
     method = VeRA(r=8)

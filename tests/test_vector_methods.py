@@ -11,6 +11,7 @@ from toys import ADAPTED, Module, Net, adapters, fit, loader, trainer
 import lit_peft
 from lit_peft import IA3, AdaLoRA, VeRA
 from lit_peft.core.attach import registry
+from lit_peft.faults import TrainingFault
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import holder
 
@@ -238,7 +239,7 @@ def test_masks_without_any_gradient_are_refused():
     model, method = Net(), AdaLoRA(init_r=4, target_r=2, tinit=0.0, total_steps=4, target_modules=["first", "second"])
     method.attach(model)
     method.after_optimizer_step(model)
-    with pytest.raises(RuntimeError, match="has seen no gradient of theirs: call before_optimizer_step"):
+    with pytest.raises(TrainingFault, match="has seen no gradient of theirs: call before_optimizer_step"):
         method.after_optimizer_step(model)
 
 

@@ -11,6 +11,7 @@ from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
+from lit_peft.faults import TrainingFault
 from lit_peft.methods.base import TargetedMethod, check_range, check_rank
 
 
@@ -129,7 +130,7 @@ class AdaLoRA(TargetedMethod):
         """Updates the importances from the values after the step and the gradients before it, and masks.
 
         Raises:
-            RuntimeError: When masks are due and there never was a gradient to choose them by.
+            TrainingFault: When masks are due and there never was a gradient to choose them by.
         """
         if self._total is None:
             raise ValueError("AdaLoRA needs total_steps where no trainer tells it.")
@@ -153,7 +154,7 @@ class AdaLoRA(TargetedMethod):
 def _allocate(deltas: list["AdaLoRADelta"], target: int, left: float) -> None:
     """Keeps of all layers' ranks the most important ones: `target` and this share of the others."""
     if not any(delta.importance_E.any() for delta in deltas):
-        raise RuntimeError(
+        raise TrainingFault(
             "AdaLoRA must mask ranks and has seen no gradient of theirs: call before_optimizer_step once gradients are "
             "there and after_optimizer_step once parameters have moved, as a trainer does under automatic optimization."
         )
