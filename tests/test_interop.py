@@ -583,9 +583,9 @@ UNLOADABLE = {
     ),
     "no peft_type": (both(FOREIGN, lambda f: (f / "adapter_config.json").write_text("{}")), DISTILBERT, "no peft_type"),
     "another method": (
-        both(FOREIGN, edit(peft_type="VERA")),
+        both(FOREIGN, edit(peft_type="LOHA")),
         DISTILBERT,
-        "'VERA' has no method here; known: HIRA",
+        "'LOHA' has no method here; known: ADALORA, HIRA, IA3",
     ),
     "DoRA": (both(FOREIGN, edit(use_dora=True)), DISTILBERT, r"lacks .*lora_magnitude_vector"),
     "replicated": (both(FOREIGN, edit(layer_replication=[[0, 1]])), DISTILBERT, r"layer_replication=\[\[0, 1\]\]"),

@@ -1,5 +1,10 @@
 """(IA)^3, VeRA and AdaLoRA against HF PEFT: outputs, one training step, AdaLoRA's masks step by step."""
 
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import peft
 import pytest
@@ -11,9 +16,10 @@ from toys import ADAPTED, Module, Net, adapters, fit, loader, trainer
 import lit_peft
 from lit_peft import IA3, AdaLoRA, VeRA
 from lit_peft.core.attach import registry
+from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.faults import TrainingFault
 from lit_peft.testing.conformance import assert_same, perturb
-from lit_peft.testing.subjects import holder
+from lit_peft.testing.subjects import holder, layer_input
 
 SETS = {
     "distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"]),
@@ -21,6 +27,11 @@ SETS = {
     "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
     "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
 }
+
+
+KINDS = ["IA3", "VeRA", "AdaLoRA"]
+CLOSE = 2e-5
+"""Largest `distance`; HF PEFT's AdaLoRA adds 1e-5 to a denominator of 4."""
 
 
 def methods(kind: str, targets: list[str], feedforward: list[str]):
@@ -35,12 +46,27 @@ def methods(kind: str, targets: list[str], feedforward: list[str]):
     return AdaLoRA(init_r=4, target_r=2, alpha=4, total_steps=10, target_modules=targets), config
 
 
+def loud(name: str) -> nn.Module:
+    """A tiny model with weights so large that its logits hear every layer; as built they hear the head alone."""
+    model = tiny(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model
+
+
+def move_far(model: nn.Module) -> None:
+    for _ in range(3):
+        perturb(model)
+
+
 def pair(kind: str, name: str):
-    """Our model and HF PEFT's with equal values, none at its start; the tensors in pairs."""
-    ours, theirs = tiny(name), tiny(name)
+    """Our model and HF PEFT's with equal values, far from their start; the tensors in pairs."""
+    ours, theirs = loud(name), loud(name)
     method, config = methods(kind, *SETS[name])
     method.attach(ours)
-    perturb(ours)
+    move_far(ours)
     theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False).eval()
     state, tensors = dict(theirs.named_parameters()), []
     for path in registry(ours).adapters["default"].sites:
@@ -52,20 +78,40 @@ def pair(kind: str, name: str):
     return ours, theirs, tensors
 
 
+def distance(name: str, ours: nn.Module, theirs: nn.Module) -> float:
+    """Norm of the difference of their logits, by that of what our adapter does to the base's."""
+    mine, base = logits(ours, name).detach(), logits(loud(name), name).detach()
+    effect = (mine - base).norm()
+    assert effect > 0.1 * base.norm(), "the base's output hides the adapter"
+    return ((mine - logits(theirs, name)).norm() / effect).item()
+
+
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("kind", ["IA3", "VeRA", "AdaLoRA"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_one_step_equal_hf_peft(kind, name):
     ours, theirs, tensors = pair(kind, name)
-    torch.testing.assert_close(logits(ours, name), logits(theirs, name), rtol=1e-4, atol=1e-5)
+    assert distance(name, ours, theirs) < CLOSE
     for model in (ours, theirs):
         logits(model, name).square().mean().backward()
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
     for mine, other in tensors:
         largest = other.grad.abs().max().item()
         assert largest > 0
-        torch.testing.assert_close(mine.grad.view_as(other), other.grad, rtol=2e-3, atol=1e-3 * largest)
+        torch.testing.assert_close(mine.grad.view_as(other), other.grad, rtol=1e-3, atol=1e-4 * largest)
         clear = other.grad.abs() > 2e-2 * largest  # where it is almost zero, Adam's step may have either sign
         torch.testing.assert_close(mine.view_as(other)[clear], other[clear], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_comparison_hears_one_tensor_of_one_layer(kind, name):
+    ours, theirs, tensors = pair(kind, name)
+    for mine, _ in tensors[-3:]:
+        kept = mine.detach().clone()
+        with torch.no_grad():
+            mine.mul_(1.01)
+            assert distance(name, ours, theirs) > 5 * CLOSE
+            mine.copy_(kept)
 
 
 def test_veras_projections_are_hf_pefts_and_saved_once(tmp_path):
@@ -75,7 +121,7 @@ def test_veras_projections_are_hf_pefts_and_saved_once(tmp_path):
     assert torch.equal(shared.vera_B, theirs.base_model.vera_B["default"])
     assert sum(key.endswith("vera_A") for key in ours.state_dict()) == 1
     lit_peft.save(ours, tmp_path)
-    other = tiny("bert")
+    other = loud("bert")
     lit_peft.load(other, tmp_path)
     (loaded,) = {id(m): m for m in other.modules() if hasattr(m, "vera_A")}.values()
     loaded.vera_A.zero_()  # all layers use the one that was loaded
@@ -86,6 +132,107 @@ def test_veras_projections_are_drawn_on_the_host_whatever_the_context():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
         VeRA(r=2, target_modules="0").attach(model)  # a generator of the host draws nothing elsewhere
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def opened_by_peft(name: str, folder) -> nn.Module:
+    """What HF PEFT makes of a folder on the same base; any warning of its is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return peft.PeftModel.from_pretrained(loud(name), str(folder)).eval()
+
+
+def peft_type(folder: Path) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+
+
+def check_both_ways(name: str, ours: nn.Module, theirs: nn.Module, folder: Path) -> None:
+    """A folder of ours and one of HF PEFT's, each opened on both sides."""
+    expected = logits(theirs, name)
+    lit_peft.save(ours, folder / "ours")
+    theirs.save_pretrained(folder / "theirs")
+    assert peft_type(folder / "ours") == peft_type(folder / "theirs")
+    mine, read = loud(name), loud(name)
+    lit_peft.load(mine, folder / "ours")
+    assert distance(name, mine, ours) < 1e-6
+    lit_peft.load(read, folder / "theirs")
+    lit_peft.save(read, folder / "again")
+    assert distance(name, read, theirs) < CLOSE
+    for each in ("ours", "again"):
+        torch.testing.assert_close(logits(opened_by_peft(name, folder / each), name), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_go_both_ways(kind, name, tmp_path):
+    ours, theirs, _ = pair(kind, name)
+    check_both_ways(name, ours, theirs, tmp_path)
+
+
+def test_pruned_ranks_are_left_out_of_folders_both_ways(tmp_path):
+    """One layer keeps two of its ranks, one none, which HF PEFT's folder leaves out and ours keeps one of."""
+    ours, theirs, _ = pair("AdaLoRA", "bert")
+    sites, pattern = registry(ours).adapters["default"].sites, {}
+    masks = [[False, True, True, False], [False] * 4, *[[True] * 4] * (len(sites) - 2)]
+    for path, kept in zip(sites, masks, strict=True):
+        delta = ours.get_submodule(path).peft["default"]
+        delta.kept.copy_(torch.tensor(kept))
+        delta.mask()
+        theirs.get_parameter(f"base_model.model.{path}.lora_E.default").data.copy_(delta.lora_E)
+        pattern[f"{path}.lora_E.default"] = kept
+    theirs.peft_config["default"].rank_pattern = pattern
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", peft.utils.warning.PeftWarning)  # of the layer without ranks
+        check_both_ways("bert", ours, theirs, tmp_path)
+    for folder, left in (("ours", [2, 1, 4, 4, 4, 4]), ("theirs", [2, 4, 4, 4, 4])):
+        model = loud("bert")
+        method = AdaLoRA(**lit_peft.load(model, tmp_path / folder).spec["init_args"])
+        assert [len(delta.kept) for delta in method.additions(model).values()] == left
+
+
+@pytest.mark.parametrize("feedforward", ["re:.*", "re:none"])
+def test_ia3_at_one_side_only_goes_both_ways(feedforward, tmp_path):
+    ours = loud("bert")
+    IA3(feedforward_modules=feedforward, target_modules=["attention.self.value", "output.dense"]).attach(ours)
+    move_far(ours)
+    lit_peft.save(ours, tmp_path)
+    assert distance("bert", ours, opened_by_peft("bert", tmp_path)) < CLOSE
+
+
+def test_ia3_tells_layers_of_one_name_apart(tmp_path):
+    """BERT's `dense` is an input here, an output there."""
+    ours, targets = loud("bert"), ["attention.output.dense", "intermediate.dense"]
+    IA3(feedforward_modules=targets[1], target_modules=targets).attach(ours)
+    move_far(ours)
+    lit_peft.save(ours, tmp_path)
+    assert distance("bert", ours, opened_by_peft("bert", tmp_path)) < CLOSE
+    again = loud("bert")
+    lit_peft.load(again, tmp_path)
+    assert torch.equal(logits(again, "bert"), logits(ours, "bert"))
+
+
+def test_veras_projections_must_be_in_the_folder(tmp_path):
+    with pytest.warns(UserWarning, match="not save vera_A"):
+        config = peft.VeraConfig(r=8, target_modules=["query"], save_projection=False)
+        peft.get_peft_model(loud("bert"), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointMismatch, match="lacks vera_A and vera_B: save the adapter in HF PEFT with save_proj"):
+        lit_peft.load(loud("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("method", [IA3, partial(VeRA, r=4), partial(AdaLoRA, init_r=4, target_r=2)])
+def test_layers_that_hf_peft_lacks_are_written_in_our_own_form(method, tmp_path):
+    ours, again = holder("embedding"), holder("embedding")
+    method(target_modules="layer").attach(ours)
+    perturb(ours)
+    lit_peft.save(ours, tmp_path)
+    assert peft_type(tmp_path) == "LIT_PEFT"
+    lit_peft.load(again, tmp_path)
+    assert torch.equal(again(layer_input("embedding")), ours(layer_input("embedding")))
+
+
+# ------------------------------------------------------------------------------------------------ (IA)^3
 
 
 def test_ia3_scales_inputs_of_feed_forward_modules_and_outputs_of_the_others():
@@ -266,6 +413,7 @@ def test_a_layer_without_ranks_resumes(tmp_path):
         ({"beta1": 1.0}, "beta1 must be at least 0 and below 1"),
         ({"beta1": 0}, "beta1 must be above 0, not 0"),
         ({"alpha": 0}, "alpha must be above 0"),
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be at least 1 and at most 12, not 0"),
         ({"total_steps": 0}, "total_steps must be at least 1, not 0"),
     ],
 )

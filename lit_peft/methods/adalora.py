@@ -1,7 +1,7 @@
 """AdaLoRA: a budget of ranks that moves to the layers which need them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +12,20 @@ from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.faults import TrainingFault
-from lit_peft.methods.base import TargetedMethod, check_range, check_rank
+from lit_peft.methods.base import TargetedMethod, by_pattern, check_pattern, check_range, check_rank
+from lit_peft.methods.hf_peft import stores_transposed
+
+_SAME = {
+    "init_r": "init_r",
+    "target_r": "target_r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "deltaT": "every",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "orth_reg_weight": "orthogonal",
+}
+"""HF PEFT's names of arguments that mean the same."""
 
 
 class AdaLoRA(TargetedMethod):
@@ -41,11 +54,31 @@ class AdaLoRA(TargetedMethod):
         beta2: Decay of the average of its uncertainty; .85, the paper's.
         orthogonal: Weight of the penalty, the mean of `|A A^T - I|` and `|B^T B - I|` over the layers (equation 4).
         total_steps: Optimizer steps of the run; null: the trainer's.
+        rank_pattern: Fewer ranks of particular layers: {role, name, glob or re: -> r}; the first that matches
+            counts. Their `s` is that of `init_r`: it is how `lit_peft.save` writes layers that have lost ranks.
         **common: See `TargetedMethod` and `Method`.
     """
 
     learning_rate = 1e-2  # E starts at zero and A and B small: the best of a sweep on SST-2, docs/results/sst2.md
     may_change = frozenset({"dropout", "total_steps"})
+    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "ADALORA"}
+    hf_options: ClassVar[dict[str, Any]] = {
+        "init_r": 12,
+        "target_r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "deltaT": 1,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.5,
+        "tinit": 0,
+        "tfinal": 0,
+        "total_step": 1,
+        "rank_pattern": {},
+        # Change nothing, or stand in the tensors:
+        **dict.fromkeys(("r", "bias", "fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size")),
+    }
+    hf_linear_only = True
 
     def __init__(
         self,
@@ -60,6 +93,7 @@ class AdaLoRA(TargetedMethod):
         beta2: float = 0.85,
         orthogonal: float = 0.5,
         total_steps: int | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -73,20 +107,30 @@ class AdaLoRA(TargetedMethod):
         check_range("beta2", beta2, 0, 1, open_above=True)
         check_range("orthogonal", orthogonal, 0)
         check_range("total_steps", 1 if total_steps is None else total_steps, 1)
+        for key, r in (rank_pattern or {}).items():
+            check_range(f"rank_pattern[{key!r}]", r, 1, init_r)
         for name, value in {"alpha": alpha, "beta1": beta1}.items():  # beta1 0: the uncertainty would be 0 throughout
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}.")
         self.init_r, self.target_r, self.alpha, self.dropout = init_r, target_r, alpha, dropout
         self.tinit, self.tfinal, self.every = tinit, tfinal, every
         self.beta1, self.beta2, self.orthogonal, self.total_steps = beta1, beta2, orthogonal, total_steps
+        self.rank_pattern = dict(rank_pattern or {})
         self._total = total_steps
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._gone: tuple[str, ...] = ()
 
+    def plan(self, sites: list[Site]) -> None:
+        check_pattern("rank_pattern", self.rank_pattern, sites)
+
     def build(self, site: Site) -> "AdaLoRADelta":
-        check_rank("init_r", self.init_r, site)
-        alpha = self.init_r if self.alpha is None else self.alpha
-        return AdaLoRADelta(*site.size, self.init_r, alpha / self.init_r, self.dropout)
+        r = by_pattern(self.rank_pattern, site, self.init_r)
+        check_rank("init_r", r, site)
+        return AdaLoRADelta(*site.size, r, self._alpha / self.init_r, self.dropout)
+
+    @property
+    def _alpha(self) -> float:
+        return self.init_r if self.alpha is None else self.alpha
 
     # ------------------------------------------------------------------------------------------- in training
 
@@ -107,8 +151,8 @@ class AdaLoRA(TargetedMethod):
         return name.startswith(self._gone)
 
     def notes(self, module: nn.Module) -> list[str]:
-        n = len(self.additions(module))
-        return [f"Ranks in all: {n * self.init_r} at first, {n * self.target_r} in the end."]
+        ranks = [len(delta.kept) for delta in self.additions(module).values()]
+        return [f"Ranks in all: {sum(ranks)} at first, {min(sum(ranks), len(ranks) * self.target_r)} in the end."]
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         if not self.orthogonal:
@@ -140,8 +184,9 @@ class AdaLoRA(TargetedMethod):
         for delta in deltas:
             delta.step += 1
         first, last = int(self.tinit * self._total), self._total - max(1, int(self.tfinal * self._total))
-        if step < max(1, last) and all(gradient.isfinite().all() for gradient in gradients.values()):
-            for delta in deltas:  # not in a step that a gradient scaler left out
+        finite = [gradient.isfinite().all() for gradient in gradients.values()]
+        if step < max(1, last) and finite and torch.stack(finite).all():  # else a gradient scaler left the step out
+            for delta in deltas:
                 delta.weigh(gradients, self.beta1, self.beta2)
         if step == last or (first < step < last and step % self.every == 0):
             left = 0.0 if step == last else 1 - (step - first) / (last - first)
@@ -149,6 +194,50 @@ class AdaLoRA(TargetedMethod):
         elif step > last:
             for delta in deltas:
                 delta.mask()
+
+    # ---------------------------------------------------------------------------------------------- folders
+
+    def exported(self, sites: list[tuple[Site, Any]]) -> tuple["AdaLoRA", list[tuple[Site, Any]]]:
+        """What a folder holds in the place of this: the ranks that are left; see `lit_peft.methods.folder`."""
+        left = [(site, delta.compacted()) for site, delta in sites]
+        ranks = {site.path or "*": len(delta.kept) for site, delta in left}
+        if all(delta is old for (_, delta), (_, old) in zip(left, sites, strict=True)):
+            return self, left
+        return type(self)(**self.arguments() | {"rank_pattern": _longest_first(ranks)}), left
+
+    def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """HF PEFT's ADALORA, its schedule in steps; see `lit_peft.methods.folder`."""
+        tensors = {f"{site.path}.{key}": value for site, delta in sites for key, value in delta.named_parameters()}
+        steps = self.total_steps or 1000  # HF PEFT wants a number; `from_hf_peft` reads shares
+        # By then it is only told how many ranks are left; the scaling stays that of init_r.
+        ranks = {f"{site.path}.lora_E": [i < len(delta.kept) for i in range(self.init_r)] for site, delta in sites}
+        return {
+            **{theirs: getattr(self, ours) for theirs, ours in _SAME.items()},
+            "lora_alpha": self._alpha,
+            "tinit": int(self.tinit * steps),
+            "tfinal": int(self.tfinal * steps),
+            "total_step": steps,
+            "rank_pattern": None if all(map(all, ranks.values())) else ranks,
+            "bias": "none",
+            "fan_in_fan_out": stores_transposed(sites),
+        }, tensors
+
+    @classmethod
+    def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+        """Arguments of the same AdaLoRA; see `lit_peft.methods.folder`."""
+        r, steps = options["init_r"], options["total_step"]
+        left = {key.removesuffix(".lora_E"): sum(kept) for key, kept in options["rank_pattern"].items()}
+        return {
+            **{ours: options[theirs] for theirs, ours in _SAME.items()},
+            "tinit": options["tinit"] / steps,
+            "tfinal": options["tfinal"] / steps,
+            "rank_pattern": _longest_first({path: left.get(path, r) for path in paths}) if left else {},
+        }
+
+
+def _longest_first(ranks: dict[str, int]) -> dict[str, int]:
+    """A path may end with another, and of a pattern the first that matches counts."""
+    return dict(sorted(ranks.items(), key=lambda item: -len(item[0])))
 
 
 def _allocate(deltas: list["AdaLoRADelta"], target: int, left: float) -> None:
@@ -221,6 +310,18 @@ class AdaLoRADelta(Delta):
 
     def after_averaging(self) -> None:
         self.mask()
+
+    @torch.no_grad()
+    def compacted(self) -> "AdaLoRADelta":
+        """A copy without the ranks that are masked, or this where none is; of a layer that has lost all, one stays."""
+        A, E, B = (whole(p) for p in (self.lora_A, self.lora_E, self.lora_B))
+        left = self.kept | (E[:, 0] != 0)  # what is masked may grow again between two choices
+        left[:1] |= ~left.any()
+        if left.all():
+            return self
+        twin = AdaLoRADelta(len(B), A.shape[1], int(left.sum()), self.scaling, self.dropout).to(A.device, A.dtype)
+        twin.lora_A, twin.lora_E, twin.lora_B = (nn.Parameter(t) for t in (A[left], E[left], B[:, left]))
+        return twin
 
     def weight(self, W: Tensor) -> Tensor:
         return W + (self.scaling * self.lora_B @ (self.lora_E * self.lora_A)).to(W.dtype)

@@ -295,6 +295,18 @@ def check_rate(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number above 0, not {value}.")
 
 
+def by_pattern(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
+    """The value of a `rank_pattern` for a site: of the first role, name, glob or `re:` that means it."""
+    return next((value for key, value in pattern.items() if site.answers_to(key)), default)
+
+
+def check_pattern(name: str, pattern: Iterable[str], sites: Sequence[Site]) -> None:
+    """Raises ValueError, naming the argument, for a key of a `rank_pattern` that means none of the sites."""
+    for key in pattern:
+        if not any(site.answers_to(key) for site in sites):
+            raise ValueError(f"{name}: {key!r} matches none of the {len(sites)} adapted layers.")
+
+
 def check_range(name: str, value: float, low: float, high: float | None = None, *, open_above: bool = False) -> None:
     """Raises ValueError, naming the argument and its range, unless low <= value <= high (< high if `open_above`)."""
     above = high is not None and (value >= high if open_above else value > high)

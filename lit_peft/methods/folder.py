@@ -11,6 +11,8 @@ A method takes part through four members and no base class; `LoRA` has them all:
     from_hf_peft(options, paths) -> arguments
                   class method: the constructor arguments that these entries mean for layers at these paths
 
+A method that HF PEFT has for linear layers alone says `hf_linear_only = True`; other layers are written as below.
+
 A method whose additions shrink or that masks them has a fifth:
 
     exported(sites) -> (method, sites)
@@ -20,8 +22,8 @@ A method whose additions shrink or that masks them has a fifth:
 A method that adds nothing (BitFit, LinearProbe) needs none of them. HF PEFT must adapt some layer, so the folder
 holds a LoRA of rank 1 whose factors are zero, beside the base parameters that train.
 
-A method that lacks them is written in the same files for `load` alone: `peft_type` is LIT_PEFT, which HF PEFT does not
-know, and tensors are named by their place here, "encoder.q.peft.gate".
+A method that lacks the four is written in the same files for `load` alone: `peft_type` is LIT_PEFT, which HF PEFT
+does not know, and tensors are named by their place here, "encoder.q.peft.gate".
 """
 
 import json
@@ -100,7 +102,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     saved = hf_peft.modules_to_save(model, [*whole, *hf_peft.HEADS.get(task, ())])
     if not pairs:
         method, pairs = _no_change(model, saved)
-    form, spec = (method if hf_peft.has_form(type(method)) else hf_peft.OwnForm), adapter.spec
+    form, spec = hf_peft.form_of(method, pairs), adapter.spec
     if hasattr(form, "exported"):
         form, pairs = form.exported(pairs)
         spec = spec if form is method else form.spec()
@@ -260,7 +262,7 @@ def _load_folder(
 ) -> Adapter:
     root = find_root(module)
     mine = _read_record(metadata, module, root)
-    base, changes = hf_peft.split(root.model, tensors)
+    base, changes = hf_peft.split(root.model, config, tensors)
     paths = hf_peft.site_paths(root.model, changes)
     if mine is not None:
         (spec,) = mine["methods"].values()

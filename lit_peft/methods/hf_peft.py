@@ -16,6 +16,8 @@ PREFIX = "base_model.model."
 """What HF PEFT puts before the names of the model."""
 PROMPT = "prompt_embeddings"
 """The one tensor of HF PEFT's prompt methods, without a prefix; they wrap the model once, not twice."""
+SHARED = ("vera_A", "vera_B")
+"""Tensors that all layers share, which HF PEFT keeps beside the model."""
 
 OWN = ".peft."
 """What stands between the path of a layer and the name of a tensor where HF PEFT has no form for the method."""
@@ -186,6 +188,14 @@ def has_form(method: type) -> bool:
     return mapped is not None and issubclass(mapped, built)
 
 
+def form_of(method: Any, sites: Iterable[tuple[Site, Any]]) -> Any:
+    """What maps these additions: the method, or `OwnForm` where HF PEFT lacks it, or has it for linear layers alone."""
+    if not has_form(type(method)):
+        return OwnForm
+    linear_only = getattr(method, "hf_linear_only", False)
+    return method if not linear_only or all(layer_ops(site.layer).is_linear for site, _ in sites) else OwnForm
+
+
 def stores_transposed(sites: Iterable[tuple[Site, Any]]) -> bool:
     """Whether a layer stores its weight as [in, out], as GPT-2's do: HF PEFT's `fan_in_fan_out`."""
     return any(layer_ops(site.layer).fan_in_fan_out for site, _ in sites)
@@ -212,11 +222,16 @@ def prefix(key: str, keys: Collection[str]) -> str:
     """What HF PEFT puts before the name of this tensor in a folder that holds these."""
     if key == PROMPT:
         return ""
-    return PREFIX.removesuffix("model.") if PROMPT in keys else PREFIX
+    wrapper = PREFIX.removesuffix("model.")
+    return wrapper if PROMPT in keys or key.removeprefix(wrapper) in SHARED else PREFIX
 
 
-def split(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Splits the tensors of a folder, by names in the model: those of the base, and those of the additions."""
+    patterns = (config.get("rank_pattern") or {}).items()
+    empty = tuple(key.removesuffix("lora_E") for key, kept in patterns if isinstance(kept, list) and not any(kept))
     known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     base, changes = {}, {}
     for key, tensor in tensors.items():
@@ -224,6 +239,8 @@ def split(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Te
             continue  # with bias="all", HF PEFT writes the biases of modules_to_save three times
         name = key.removeprefix(prefix(key, tensors))
         plain = name.replace(".base_layer.", ".")
+        if name.startswith(empty):
+            continue  # a layer that HF PEFT's AdaLoRA has left no rank
         if plain in known:
             base[plain] = tensor
         else:
@@ -240,7 +257,7 @@ def site_paths(model: nn.Module, keys: Collection[str]) -> list[str]:
         return []
     modules = dict(model.named_modules())
     paths = set()
-    for key in sorted(keys):
+    for key in sorted(set(keys).difference(SHARED)):
         path, own, _ = key.partition(OWN)
         while path not in modules:
             path = path.rpartition(".")[0]

@@ -1,7 +1,8 @@
 """(IA)^3: scales keys, values and feed-forward activations."""
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from lit_peft.core.kernels import scale_features
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.hf_peft import stores_transposed
 
 
 class IA3(TargetedMethod):
@@ -32,6 +34,13 @@ class IA3(TargetedMethod):
     default_targets = ("key", "value", "ffn_down")
     learning_rate = 5e-3  # factors start at one and have far to go: the best of a sweep on SST-2, docs/results/sst2.md
 
+    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "IA3"}
+    hf_options: ClassVar[dict[str, Any]] = {
+        "feedforward_modules": [],
+        **dict.fromkeys(("fan_in_fan_out", "init_ia3_weights")),  # change nothing
+    }
+    hf_linear_only = True
+
     def __init__(self, feedforward_modules: str | Sequence[str] = ("ffn_down",), **common: Any) -> None:
         super().__init__(**common)
         self.feedforward_modules = (
@@ -42,6 +51,37 @@ class IA3(TargetedMethod):
         if any(site.answers_to(pattern) for pattern in self.feedforward_modules):
             return InputScale(site.in_features)
         return OutputScale(site.out_features)
+
+    def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """HF PEFT's IA3, whose vectors are rows or columns; see `lit_peft.methods.folder`."""
+        inputs = [site.path for site, delta in sites if isinstance(delta, InputScale)]
+        outputs = [site.path for site, delta in sites if isinstance(delta, OutputScale)]
+        tensors = {f"{site.path}.ia3_l": delta.row_or_column() for site, delta in sites}
+        return {
+            "feedforward_modules": _expression(inputs, outputs),
+            "fan_in_fan_out": stores_transposed(sites),
+        }, tensors
+
+    @classmethod
+    def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+        """Arguments of the same IA3; see `lit_peft.methods.folder`."""
+        named = options["feedforward_modules"]
+        if isinstance(named, str):
+            return {"feedforward_modules": [path for path in paths if re.fullmatch(named, path)]}
+        return {"feedforward_modules": [path for path in paths if path.endswith(tuple(named))]}
+
+
+def _expression(paths: list[str], others: list[str]) -> str | list[str]:
+    """An expression for these paths and not for the others, by their last parts where that is enough.
+
+    A list of names would not do: HF PEFT wants them among the names of the targets.
+    """
+    leaves, taken = ({path.rpartition(".")[2] for path in group} for group in (paths, others))
+    if not paths:
+        return []
+    if leaves.isdisjoint(taken):
+        return rf"(.*\.)?({'|'.join(map(re.escape, sorted(leaves)))})"
+    return "|".join(map(re.escape, paths))
 
 
 class Scale(Delta):
@@ -60,8 +100,12 @@ class OutputScale(Scale):
     def describe(self) -> dict[str, Any]:
         return {"scales": "outputs"}
 
+    def row_or_column(self) -> Tensor:
+        """`l` as it stands in the equation, [out, 1]."""
+        return self.ia3_l[:, None]
+
     def weight(self, W: Tensor) -> Tensor:
-        return self.ia3_l.to(W.dtype)[:, None] * W
+        return self.row_or_column().to(W.dtype) * W
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         return None if b is None else self.ia3_l.to(b.dtype) * b
@@ -77,8 +121,12 @@ class InputScale(Scale):
     def describe(self) -> dict[str, Any]:
         return {"scales": "inputs"}
 
+    def row_or_column(self) -> Tensor:
+        """`l` as it stands in the equation, [1, in]."""
+        return self.ia3_l[None, :]
+
     def weight(self, W: Tensor) -> Tensor:
-        return W * self.ia3_l.to(W.dtype)[None, :]
+        return W * self.row_or_column().to(W.dtype)
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         if layer_ops(layer).is_linear:

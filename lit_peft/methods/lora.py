@@ -11,7 +11,7 @@ from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_choice, check_range, check_rank
+from lit_peft.methods.base import TargetedMethod, by_pattern, check_choice, check_pattern, check_range, check_rank
 from lit_peft.methods.hf_peft import match_pattern, stores_transposed
 
 
@@ -87,16 +87,14 @@ class LoRA(TargetedMethod):
 
     def plan(self, sites: list[Site]) -> None:
         self._biases = {f"{site.path}.bias".lstrip(".") for site in sites}
-        for argument in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, argument):
-                if not any(site.answers_to(pattern) for site in sites):
-                    raise ValueError(f"{argument}: {pattern!r} matches none of the {len(sites)} adapted layers.")
+        check_pattern("rank_pattern", self.rank_pattern, sites)
+        check_pattern("alpha_pattern", self.alpha_pattern, sites)
 
     def build(self, site: Site) -> "LoRADelta":
-        r = _first(self.rank_pattern, site, self.r)
+        r = by_pattern(self.rank_pattern, site, self.r)
         check_rank("r", r, site)
         default = 2 * r if self.alpha is None else self.alpha
-        alpha = _first(self.alpha_pattern, site, default)
+        alpha = by_pattern(self.alpha_pattern, site, default)
         return self.delta(site, r, alpha, alpha / (math.sqrt(r) if self.use_rslora else r))
 
     def delta(self, site: Site, r: int, alpha: float, scaling: float) -> "LoRADelta":
@@ -162,10 +160,6 @@ class LoRA(TargetedMethod):
             "rank_pattern": {path: value for path, value in ranks.items() if value != r},
             "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         }
-
-
-def _first(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if site.answers_to(key)), default)
 
 
 class LoRADelta(Delta):

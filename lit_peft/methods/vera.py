@@ -1,15 +1,18 @@
 """VeRA: one frozen random pair of factors for all layers, and two trained vectors for each."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, dropped
+from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod, check_range
+from lit_peft.methods.hf_peft import stores_transposed
 
 
 class VeRA(TargetedMethod):
@@ -30,6 +33,16 @@ class VeRA(TargetedMethod):
 
     may_change = frozenset({"dropout"})
     learning_rate = 1e-2  # the best of a sweep on SST-2, docs/results/sst2.md: the vectors have far to go
+    hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "VERA"}
+    hf_options: ClassVar[dict[str, Any]] = {
+        "r": 256,
+        "d_initial": 0.1,
+        "vera_dropout": 0.0,
+        "projection_prng_key": 0,
+        "save_projection": True,
+        **dict.fromkeys(("bias", "fan_in_fan_out", "init_weights")),  # change nothing, or stand in the tensors
+    }
+    hf_linear_only = True
 
     def __init__(
         self, r: int = 256, d_initial: float = 0.1, dropout: float = 0.0, seed: int = 0, **common: Any
@@ -51,6 +64,35 @@ class VeRA(TargetedMethod):
     def build(self, site: Site) -> "VeRADelta":
         assert self._shared is not None
         return VeRADelta(self._shared, site.path == self._holder, *site.size, self.d_initial, self.dropout)
+
+    def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """HF PEFT's VERA with its projections; see `lit_peft.methods.folder`."""
+        shared = sites[0][1].shared
+        tensors = {"vera_A": shared.vera_A, "vera_B": shared.vera_B}
+        for site, delta in sites:
+            tensors |= {f"{site.path}.{key}": value for key, value in delta.named_parameters()}
+        return {
+            "r": self.r,
+            "d_initial": self.d_initial,
+            "vera_dropout": self.dropout,
+            "projection_prng_key": self.seed,
+            "save_projection": True,
+            "fan_in_fan_out": stores_transposed(sites),
+        }, tensors
+
+    @classmethod
+    def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+        """Arguments of the same VeRA; see `lit_peft.methods.folder`."""
+        if not options["save_projection"]:
+            raise CheckpointMismatch(
+                "The folder lacks vera_A and vera_B: save the adapter in HF PEFT with save_projection=True."
+            )
+        return {
+            "r": options["r"],
+            "d_initial": options["d_initial"],
+            "dropout": options["vera_dropout"],
+            "seed": options["projection_prng_key"],
+        }
 
 
 class Projections(nn.Module):

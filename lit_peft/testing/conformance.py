@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.checkpoint import read_folder
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
 from lit_peft.methods import hf_peft
@@ -211,7 +211,8 @@ class MethodConformance:
                 if words in str(error):
                     pytest.skip(f"saving is refused: {why}")
             raise
-        base, _ = hf_peft.split(module, load_file(folder / "adapter_model.safetensors"))
+        config, tensors, _ = read_folder(folder)
+        base, _ = hf_peft.split(module, config, tensors)
         heads = hf_peft.modules_to_save(module, {name for names in hf_peft.HEADS.values() for name in names})
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
         assert all(hf_peft.is_inside(name, heads) for name in frozen & base.keys())
