@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from toys import ADAPTED, LORA_KEYS, Module, Net, adapters, fit, loader, trainer
 from toys import net_lora as lora
 
-from lit_peft import AdaLoRA
+from lit_peft import AdaLoRA, SparseLoRA
 from lit_peft.testing.conformance import assert_same
 
 BUILT = pytest.mark.parametrize("built", ["init", "setup", "configure_model"])
@@ -126,6 +126,15 @@ def test_masked_ranks_stay_zero_in_the_average(use_buffers):
     deltas = list(method.additions(module).values())
     assert sum(int(delta.kept.sum()) for delta in deltas) == 2
     assert all(torch.equal(delta.lora_E[:, 0] != 0, delta.kept) for delta in deltas)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averages_keep_what_is_masked_at_zero(use_buffers):
+    module, method = Module(), SparseLoRA("magnitude", target_modules=ADAPTED, r=2, begin=0.5, every=1)
+    fit(module, method, EMAWeightAveraging(decay=0.7, use_buffers=use_buffers), max_epochs=3)
+    for delta in method.additions(module).values():
+        for factor, mask in zip((delta.lora_A, delta.lora_B), delta.masks(), strict=True):
+            assert torch.equal(factor != 0, mask) and mask.sum() == mask.numel() / 2
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

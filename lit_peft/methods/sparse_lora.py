@@ -237,6 +237,11 @@ class SparseLoRADelta(LoRADelta):
         return [self.mask_A, self.mask_B] if self.sparsity == "magnitude" else []
 
     @torch.no_grad()
+    def after_averaging(self) -> None:
+        for factor, mask in zip((self.lora_A, self.lora_B), self.masks(), strict=False):
+            factor.masked_fill_(~mask, 0.0)
+
+    @torch.no_grad()
     def live(self) -> Tensor:
         """Which ranks change something, [r] of booleans."""
         A, B = (whole(factor.detach()) for factor in self.factors())
