@@ -15,6 +15,8 @@ from toys import lora
 
 from lit_peft import methods
 from lit_peft.methods import BUILT_IN, BitFit, FullFineTuning, LinearProbe, LoRA, Method, TargetedMethod, registry
+from lit_peft.testing.states import assert_same, snapshot
+from lit_peft.testing.subjects import MODELS
 
 
 def on_meta(make):
@@ -53,6 +55,18 @@ def test_counts_of_full_size(make, method, count):
     method.attach(module)
     assert counted(module) == count
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_device_context_does_not_reach_starting_values(name):
+    """A trainer's accelerator is the default device while it configures the model, and the values are the host's."""
+    plain, inside = (MODELS["distilbert"].build() for _ in range(2))
+    arguments = {"train_also": ["classifier"]} | ({"r": 4} if name == "HiRA" else {})  # its default is too much here
+    torch.manual_seed(1)
+    getattr(methods, name)(**arguments).attach(plain)
+    with torch.device("meta"):
+        getattr(methods, name)(**arguments).attach(inside)
+    assert_same(snapshot(inside), snapshot(plain))
 
 
 # ------------------------------------------------------------------------------------------ selection only

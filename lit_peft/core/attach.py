@@ -251,7 +251,7 @@ def _initialise(site: Site, name: str, addition: Addition) -> None:
     """Starting values from a stream of the site's own: equal on every rank, whatever else is attached."""
     digest = hashlib.sha256(f"{torch.initial_seed()}/{name}/{site.path}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):  # Lightning is in its accelerator's context
         addition.init(site, generator)
 
 
