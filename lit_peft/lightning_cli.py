@@ -259,14 +259,17 @@ class LitPeftCLI(LightningCLI):
             if (folder := getattr(logger, "log_dir", None)) is not None:
                 if run is None or run.resolve() != Path(folder).resolve():
                     check_unoccupied(Path(folder))
-                return Path(folder)
+                return self._locked(Path(folder), clean=run is not None)
         if run is None and given == "hpc" and (last := newest_checkpoint(root, "last")) is not None:
             run = last.parent.parent  # the same job, started again
-        folder = run or claim_folder(root)
+        return self._locked(run or claim_folder(root), clean=run is not None)
+
+    @staticmethod
+    def _locked(folder: Path, clean: bool) -> Path:
         if is_first_rank():
             lock_folder(folder)
-        if run is not None and is_first_rank():
-            remove_parts(run)
+            if clean:
+                remove_parts(folder)
         return folder
 
     # ------------------------------------------------------------------------------------------ the verbs
@@ -291,13 +294,17 @@ class LitPeftCLI(LightningCLI):
         """Nothing was ever cut from data that the run was not trained on; an option that names a split is obeyed."""
         found = settings(sys.argv[1:], "data")
         given = {name for setting in found if setting.source.startswith("--") for name in setting.init_args}
-        if "path" not in given or split in given or not hasattr(self.datamodule, "score_whole"):
+        if split in given or not hasattr(self.datamodule, "score_whole"):
             return
-        trained = [s.init_args["path"] for s in found if "path" in s.init_args and not s.source.startswith("--")]
+        trained: list[Any] = []
         checkpoint = self._get(self.config_init, "ckpt_path")
         if checkpoint is not None and Path(checkpoint).is_file():
             content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)  # checked before
-            trained.append(content.get("datamodule_hyper_parameters", {}).get("path", ""))
+            trained = [value for key, value in content.get("datamodule_hyper_parameters", {}).items() if key == "path"]
+        if not trained and "path" not in given:
+            return
+        if not trained:
+            trained = [s.init_args["path"] for s in found if "path" in s.init_args and not s.source.startswith("--")]
         if not any(same_source(str(path), self.datamodule.path) for path in trained):
             self.datamodule.score_whole()
 
@@ -365,8 +372,6 @@ def run(arguments: list[str]) -> None:
         be_quiet(words[0], bool(texts))
         LitPeftCLI(texts, pairs)
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
-        if not RunReport.running:
-            give_back_folder()
         # Once batches run, an error is the code's and not the command line's: its traceback is wanted.
         full = isinstance(error, OSError) and error.errno in FULL
         told = full or isinstance(error, TrainingFault)
@@ -375,3 +380,5 @@ def run(arguments: list[str]) -> None:
         fail(of_system(error) if isinstance(error, OSError) and error.errno else of_built(error))
     finally:
         unlock_folders()
+        if not RunReport.running and sys.exc_info()[0] is not None:
+            give_back_folder()

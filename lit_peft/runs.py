@@ -1,8 +1,8 @@
 """Folders of runs: <root>/version_N with config.yaml, checkpoints, adapter and metrics."""
 
+import errno
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -68,10 +68,15 @@ def lock_folder(folder: Path) -> None:
     """
     lock = FileLock(folder / LOCK)
     try:
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder}: another process is training in this folder; wait for it, or stop it.") from None
+    except NotImplementedError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks
+            raise
+        return
     _locks.append(lock)
 
 
@@ -102,9 +107,12 @@ def newest_checkpoint(root: Path, name: str) -> Path | None:
 def check_unoccupied(folder: Path) -> None:
     """Raises FileExistsError for a folder that holds a run already, which a new one would write over."""
     if (folder / "config.yaml").is_file() or (folder / "metrics.json").is_file():
+        way_on = (
+            f"Go on with it, lit-peft fit --run {folder}, or let" if any(folder.glob("checkpoints/*.ckpt")) else "Let"
+        )
         raise FileExistsError(
-            f"{folder} holds a run already. Go on with it, lit-peft fit --run {folder}, or let the new one make a "
-            "folder of its own: leave out the logger's version."
+            f"{folder} holds a run already. {way_on} the new one make a folder of its own: leave out the logger's "
+            "version."
         )
 
 

@@ -309,6 +309,13 @@ def test_files_of_one_split_must_have_the_same_columns(tmp_path: Path) -> None:
     assert load_splits(str(tmp_path))["train"].to_dict() == {"text": ["w1", "w2"], "label": ["1", "0"]}
 
 
+def test_a_blank_line_among_texts_alone_is_an_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text\nw1\n\nw2\n\n")
+    assert load_splits(str(tmp_path / "x.csv"))["train"]["text"][:] == ["w1", "", "w2"]
+    (tmp_path / "y.csv").write_text("text,label\nw1,a\n\nw2,b\n")
+    assert load_splits(str(tmp_path / "y.csv"))["train"]["text"][:] == ["w1", "w2"]
+
+
 def test_every_cell_of_a_csv_file_is_a_text(tmp_path: Path) -> None:
     """Whatever the rest of the file looks like: bytes before the header, numbers, quotes, Windows' line ends."""
     path = tmp_path / "x.csv"

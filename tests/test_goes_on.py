@@ -57,7 +57,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 HELD = "Which rows had been held out of it can no longer be told: name a split to score, --data.{role}_split NAME"
-GOES_ON = "A fit that resumes goes on with the data that it began with."
+GOES_ON = "A fit that resumes goes on with the data that it began with; "
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ GOES_ON = "A fit that resumes goes on with the data that it began with."
         ("fit", 21, [], "has 63 rows, and had 60 when this run was trained. " + GOES_ON),
         ("fit", 20, ["--data.seed", "1"], "data.seed is 1, and was 0"),
         ("fit", 20, ["--data.max_length", "16"], "data.max_length is 16, and was 128"),
-        ("fit", 20, ["--data.limit_train", "9"], "data.limit_train is 9, and was None"),
+        ("fit", 20, ["--data.limit_train", "9"], "data.limit_train is 9, and was 48"),
         ("fit", 20, ["--data.path", "{root}/other.csv"], "holds other rows than when this run was trained. "),
         ("fit", 20, ["--model.learning_rate", "0.5"], "The optimizer's learning rate is 0.5, and was 0.001 when this"),
         ("fit", 20, ["--model.weight_decay", "0.5"], "The optimizer's weight_decay is 0.5, and was 0.01 when this"),
@@ -225,6 +225,7 @@ class Rated(Module):
     [
         ({"lr": 0.2}, "learning rate is 0.2, and was 0.1 when"),
         ({"lr": 0.1, "momentum": 0.5}, "momentum is 0.5, and was 0 when"),
+        ({"lr": 0.1, "maximize": True}, "maximize is True, and was False when"),
     ],
 )
 def test_any_modules_optimizer_is_held_to_what_it_began_with(
@@ -235,6 +236,50 @@ def test_any_modules_optimizer_is_held_to_what_it_began_with(
     with pytest.raises(ValueError, match=message):
         train(Rated(**options), net_lora(), max_epochs=9, max_steps=4, ckpt_path=tmp_path / "x.ckpt")
     train(Rated(**options), net_lora(), max_epochs=9, max_steps=2)  # a fit of its own may have it
+
+
+def test_another_optimizer_is_told_by_its_name(tmp_path: Path) -> None:
+    class Adamax(Rated):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adamax(self.parameters(), lr=0.1)
+
+    train(Rated(lr=0.1), net_lora(), max_epochs=9, max_steps=2).save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="The optimizer is Adamax, and was SGD when this run began"):
+        train(Adamax(), net_lora(), max_epochs=9, max_steps=4, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_an_optimizer_without_a_rate_of_its_own_trains(tmp_path: Path) -> None:
+    class Own(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.sub_(p.grad)
+            return loss
+
+    class Rateless(Rated):
+        def configure_optimizers(self) -> Any:
+            return Own(self.parameters(), {"lr": None} if self.options else {})
+
+    for options in ({}, {"named": True}):
+        train(Rateless(**options), net_lora(), max_epochs=9, max_steps=2).save_checkpoint(tmp_path / "x.ckpt")
+        train(Rateless(**options), net_lora(), max_epochs=9, max_steps=4, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_another_batch_size_is_told(root: Path, recwarn: pytest.WarningsRecorder) -> None:
+    run(
+        resolve(
+            ["fit", "--run", str(root / "runs" / "version_0"), "--data.batch_size", "4", "--trainer.max_steps", "4"]
+        )
+    )
+    assert any("4 rows a step, and 8 when this run began" in str(warning.message) for warning in recwarn)
+
+
+def test_data_that_a_configuration_names_are_scored_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(root / "new.csv", 3)
+    (root / "more.yaml").write_text(f"data:\n  init_args:\n    path: {root / 'new.csv'}\n")
+    run(resolve(["test", "--run", str(root / "runs" / "version_0"), "--config", str(root / "more.yaml")]))
+    assert "Data: 9 to test\n" in capsys.readouterr().out
 
 
 def test_a_rate_that_moved_is_not_taken_for_another_one(tmp_path: Path) -> None:

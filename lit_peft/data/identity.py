@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-CUT = ("rows", "content", "seed", "val_fraction", "val_split", "test_split")
+CUT = ("rows", "content", "val_split", "test_split", "seed", "val_fraction")
 """What decides which rows of train are held out."""
 
 
@@ -17,6 +17,11 @@ def content(split: Dataset, columns: Iterable[str]) -> str:
         for rows in split.select_columns([column]).with_format(None).iter(1000):
             digest.update(repr([str(value) for value in rows[column]]).encode())
     return digest.hexdigest()[:32]
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """A digest of a tokenizer's words and their numbers."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
 
 
 def check_identity(was: Mapping[str, Any], now: Mapping[str, Any], where: str, role: str) -> None:
@@ -32,7 +37,7 @@ def check_identity(was: Mapping[str, Any], now: Mapping[str, Any], where: str, r
     Raises:
         ValueError: For the first thing that differs.
     """
-    keys = now if role == "train" else CUT
+    keys = dict.fromkeys((*CUT, *(now if role == "train" else ())))
     key = next((key for key in keys if was.get(key, now[key]) != now[key]), None)
     if key is None:
         return
@@ -40,10 +45,12 @@ def check_identity(was: Mapping[str, Any], now: Mapping[str, Any], where: str, r
         fault = f"{where} has {now[key]:,} rows, and had {was[key]:,} when this run was trained."
     elif key == "content":
         fault = f"{where} holds other rows than when this run was trained."
+    elif key == "tokenizer":
+        fault = "The tokenizer is another one than when this run was trained."
     else:
         fault = f"data.{key} is {now[key]!r}, and was {was[key]!r} when this run was trained."
     rest = (
-        "A fit that resumes goes on with the data that it began with."
+        "A fit that resumes goes on with the data that it began with; lit_peft.load, in Python, begins one with others."
         if role == "train"
         else "Which rows had been held out of it can no longer be told: name a split to score, "
         f"--data.{role}_split NAME, or a file of its own, --data.path FILE."

@@ -142,8 +142,11 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
         for file in files:
             with Path(file).open(encoding="utf-8-sig", newline="") as lines:
                 header: list[str] = []
-                count = 0
+                count = blank = 0
                 for start, row in _parsed(file, lines, separator):
+                    if not row:
+                        blank += len(header) == 1  # an empty text, unless nothing comes after it
+                        continue
                     if not header:
                         header = [cell.strip() or f"unnamed {at}" for at, cell in enumerate(row)]
                         if double := next((cell for cell in header if header.count(cell) > 1), None):
@@ -166,7 +169,8 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
                             f"({', '.join(header)}). A text that holds {separator!r} must stand in double quotes."
                         )
                     else:
-                        count += 1
+                        yield from [{header[0]: ""}] * blank
+                        count, blank = count + 1, 0
                         yield dict(zip(header, row, strict=True))
                 if not count:
                     raise FileError(f"{file} is empty: it has a header at most, and no rows.")
@@ -175,17 +179,16 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
 
 
 def _parsed(file: str, lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not blank, with the line that each begins in.
+    """The rows, blank ones empty, with the line that each begins in.
 
-    Strict: a stray quote at a cell's start would otherwise take all rows up to the next stray one into that cell.
+    Strict: a quote at a cell's start that is closed within another row's text would otherwise take all between.
     """
     rows = csv.reader(lines, delimiter=separator, strict=True)
     last = 0
     try:
         for row in rows:
             start, last = last + 1, rows.line_num
-            if row:
-                yield start, row
+            yield start, row
     except csv.Error as error:
         quote = f"{file}: the quote opened in the row of line {last + 1}"
         if "end of data" in str(error):

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_peft import hub
 from lit_peft.data.base import TextDataModule
 from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts, has_labels, nearest
-from lit_peft.data.identity import check_identity, content
+from lit_peft.data.identity import check_identity, content, vocabulary
 from lit_peft.data.loaders import tokenise
 from lit_peft.data.splits import load_splits, stratified_subset
 
@@ -145,13 +146,14 @@ class TextClassificationDataModule(TextDataModule):
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoints of a fit: what decides which rows of which data train, and which are held out."""
         path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
-        return self._identity | {"path": path} if "train" in vars(self).get("_splits", ()) else {}
+        more = {"path": path, "global_batch": self._global_batch}
+        return self._identity | more if "train" in vars(self).get("_splits", ()) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where a resumed fit has other data, or rows that were trained on would be scored."""
         roles: dict[Any, str] = {"fit": "train", "validate": "val", "test": "test"}
         role = roles.get(self.trainer.state.fn if self.trainer else None)
-        if role is None or "train" not in self._splits:
+        if role is None or "train" not in self._splits or "content" not in state_dict:
             return
         same = self._content == state_dict["content"]
         if self._whole and same:  # its own file, moved
@@ -160,6 +162,11 @@ class TextClassificationDataModule(TextDataModule):
         own = same or hub.same_source(state_dict["path"], self.path)
         if role == "train" or (own and self._sources[role] is None):
             check_identity(state_dict, self._identity, self._where("train"), role)
+        if role == "train" and (was := state_dict["global_batch"]) != self._global_batch:
+            rank_zero_warn(
+                f"{self._global_batch} rows a step, and {was} when this run began: if it goes on within an epoch, some "
+                "rows of that one are seen twice or not at all."
+            )
 
     def check(self, role: str) -> None:
         """Raises ValueError for what would make the rows of a role unusable: a missing split, label, or text."""
@@ -311,10 +318,15 @@ class TextClassificationDataModule(TextDataModule):
             "content": self._content,
             "seed": self.seed,
             "val_fraction": self.val_fraction if cut else None,
-            **{f"{role}_split": self._sources[role] for role in ("val", "test")},
-            "limit_train": self.limits["train"],
+            **{f"{role}_split": CUT if self._sources[role] is None else "a split" for role in ("val", "test")},
+            "limit_train": min(self.limits["train"] or len(self._cut["train"]), len(self._cut["train"])),
             "max_length": self.max_length,
+            "tokenizer": vocabulary(self.tokenizer),
         }
+
+    @property
+    def _global_batch(self) -> int:
+        return self.batch_size * self._replicas().get("num_replicas", 1)
 
     @cached_property
     def _content(self) -> str:

@@ -181,15 +181,26 @@ def _method(module: nn.Module, adapter: Adapter) -> "Method":
     return method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
 
 
-SETTINGS = ("lr", "weight_decay", "betas", "momentum", "eps")
-"""What a restored optimizer takes from its checkpoint, whatever it was built with."""
+FREE = ("params", "name", "lr", "initial_lr", "max_lr", "min_lr", "foreach", "fused", "capturable", "differentiable")
+"""Keys of a group that a fit which resumes may change: how the optimizer computes, and what a schedule makes of it."""
 
 
 def settings(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """`SETTINGS` of each group of the trainer's optimizers; of a rate that a schedule moves the one it began with."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    found = [{key: group[key] for key in SETTINGS if key in group} for group in groups]
-    return [one | {"lr": float(group.get("initial_lr", group["lr"]))} for one, group in zip(found, groups, strict=True)]
+    """What a restored optimizer takes from its checkpoint, whatever it was built with, of each parameter group.
+
+    Of a rate that a schedule moves it is the one to begin with; None where the optimizer has none of its own.
+    """
+    found = []
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            rate = group.get("initial_lr", group.get("lr"))
+            kept = {k: v for k, v in group.items() if k not in FREE and isinstance(v, bool | int | float | tuple)}
+            kind: dict[str, Any] = {
+                "optimizer": type(optimizer).__name__,
+                "learning rate": None if rate is None else float(rate),
+            }
+            found.append(kind | kept)
+    return found
 
 
 def check_settings(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
@@ -204,12 +215,10 @@ def check_settings(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
     if len(was) != len(now):
         raise ValueError(f"The optimizers have {len(now)} groups, and had {len(was)} when this run began. {rest}")
     for old, new in zip(was, now, strict=True):
-        for key in SETTINGS:
+        for key in {**new, **old}:
             if old.get(key) != new.get(key):
-                name = "learning rate" if key == "lr" else key
-                raise ValueError(
-                    f"The optimizer's {name} is {new.get(key)}, and was {old.get(key)} when this run began. {rest}"
-                )
+                what = "The optimizer" if key == "optimizer" else f"The optimizer's {key}"
+                raise ValueError(f"{what} is {new.get(key)}, and was {old.get(key)} when this run began. {rest}")
 
 
 def check_rates(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -224,7 +233,7 @@ def check_rates(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for optimizer in trainer.optimizers:
         found: dict[float, set[float]] = {}
         for group in optimizer.param_groups:
-            rate = float(group.get("initial_lr", group["lr"]) or 0.0)
+            rate = float(group.get("initial_lr", group.get("lr")) or 0.0)
             for p in group["params"]:
                 found.setdefault(wanted.get(id(p), 1.0), set()).add(rate)
         units = [rate / share for share, rates in found.items() for rate in rates]
