@@ -30,7 +30,8 @@ class Theirs(TextClassification):
     def configure_model(self) -> None:
         if self.model is None:
             super().configure_model()
-            self.model = peft.get_peft_model(self.model, self.configuration(self.model.config))
+            with torch.device("cpu"):  # in Lightning's context, the GPU's, VeRA's generator would not fit its tensors
+                self.model = peft.get_peft_model(self.model, self.configuration(self.model.config))
 
     def configuration(self, base: Any) -> Any:
         attention = ["q_lin", "k_lin", "v_lin", "out_lin"]

@@ -78,7 +78,7 @@ def main() -> None:
             callbacks = [getattr(lit_peft.methods, config["class_path"].split(".")[-1])(**config["init_args"])]
             model = TextClassification(backbone=args.backbone, learning_rate=1e-4)
         alone = {"limit_val_batches": 0, "enable_checkpointing": False, "max_steps": WARM + args.steps}
-        trainer(args, callbacks=[*callbacks, clock], **alone).fit(model, data(args, None))
+        trainer(args, callbacks=[*callbacks, clock], **alone).fit(model, data(args, 64 * (WARM + args.steps)))
         print(f"| {name} | {clock.step_ms:.2f} | {clock.peak_mib:,.0f} | {clock.rate:,.0f} |", flush=True)
 
 
