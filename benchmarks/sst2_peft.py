@@ -1,0 +1,122 @@
+"""HF PEFT's adapter in our task: what benchmarks/sst2.py trains beside our methods, one run a process.
+
+python benchmarks/sst2_peft.py lora --backbone models/minilm --data data/sst2 --rate 1e-3 --out runs/peft_lora
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import peft
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import AdamW
+
+from lit_peft.data import SST2DataModule
+from lit_peft.tasks import TextClassification
+
+THEIRS = ("lora", "dora", "hira", "adalora", "ia3", "vera", "prompt_tuning", "p_tuning")
+
+
+class Theirs(TextClassification):
+    """Our task with HF PEFT's adapter in it."""
+
+    def __init__(self, method: str, **task: Any) -> None:
+        super().__init__(**task)
+        self.method = method
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            with torch.device("cpu"):  # in Lightning's context, the GPU's, VeRA's generator would not fit its tensors
+                self.model = peft.get_peft_model(self.model, self.configuration(self.model.config))
+
+    def configuration(self, base: Any) -> Any:
+        attention = ["q_lin", "k_lin", "v_lin", "out_lin"]
+        common: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["pre_classifier", "classifier"]}
+        lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": attention, **common}
+        shape = {"token_dim": base.hidden_size, "num_layers": base.num_hidden_layers}
+        prompt = {"num_virtual_tokens": 20, "num_attention_heads": base.num_attention_heads, "task_type": "SEQ_CLS"}
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "lora": lambda: peft.LoraConfig(**lora),
+            "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
+            "hira": lambda: peft.HiraConfig(r=32, target_modules=attention, **common),
+            "adalora": lambda: peft.AdaLoraConfig(
+                **{"init_r": 12, "target_r": 8, "lora_alpha": 12, "target_modules": attention, **common},
+                **{"total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10},
+            ),
+            "vera": lambda: peft.VeraConfig(r=256, target_modules=attention, **common),
+            "ia3": lambda: peft.IA3Config(
+                target_modules=["k_lin", "v_lin", "lin2"], feedforward_modules=["lin2"], **common
+            ),
+            "prompt_tuning": lambda: peft.PromptTuningConfig(**prompt, **shape),
+            "p_tuning": lambda: peft.PromptEncoderConfig(**prompt, **shape),
+        }[self.method]()
+
+    def configure_optimizers(self) -> Any:
+        """Ours, which would take their adapters for weights of the base: those decay by `adapter_weight_decay`."""
+        head = {id(p) for name, p in self.named_parameters() if "classifier" in name}
+
+        def optimizer(groups: list[dict[str, Any]]) -> AdamW:
+            split = []
+            for group in groups:
+                for own, decay in ((True, 1.0), (False, self.adapter_weight_decay)):
+                    if params := [p for p in group["params"] if (id(p) in head) is own]:
+                        split.append({**group, "params": params, "weight_decay": min(group["weight_decay"], decay)})
+            return AdamW(split)
+
+        self.optimizer = optimizer
+        return super().configure_optimizers()
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model(**batch).loss  # theirs, to which AdaLoRA adds its penalty
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.method == "adalora":
+            self.model.base_model.update_and_allocate(self.trainer.global_step)
+
+
+def data(args: argparse.Namespace, limit: int | None) -> SST2DataModule:
+    path = {"path": args.data} if args.data else {}
+    return SST2DataModule(**path, batch_size=64, max_length=128, test_split="validation", limit_train=limit)
+
+
+def trainer(args: argparse.Namespace, **arguments: Any) -> pl.Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(precision=args.precision, gradient_clip_val=1.0, **quiet, **arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method")
+    parser.add_argument("--backbone", default="distilbert/distilbert-base-uncased")
+    parser.add_argument("--data", default=None)
+    parser.add_argument("--limit-train", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--adapter-decay", type=float, default=0.0, help="weight decay of the adapter's matrices")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--out", required=True, help="folder for metrics.json")
+    args = parser.parse_args()
+
+    pl.seed_everything(args.seed, verbose=False)
+    best = ModelCheckpoint(args.out, "best", monitor="val/nll", save_on_train_epoch_end=False)
+    loop, sentences = trainer(args, callbacks=[best], max_epochs=3), data(args, args.limit_train)
+    rates = {"learning_rate": args.rate, "adapter_weight_decay": args.adapter_decay}
+    model = Theirs(args.method, backbone=args.backbone, **rates)
+    loop.fit(model, sentences)
+    scores: dict[str, float] = {}
+    for score in (loop.validate, loop.test):
+        scores |= score(model, sentences, ckpt_path=best.best_model_path, verbose=False, weights_only=False)[0]
+    Path(best.best_model_path).unlink()  # holds the whole base
+    scores["params/trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    scores["params/trainable_share"] = scores["params/trainable"] / sum(p.numel() for p in model.parameters())
+    Path(args.out, "metrics.json").write_text(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main()
