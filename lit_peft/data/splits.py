@@ -110,7 +110,7 @@ def _read(files: list[Path]) -> Dataset:
         if suffix in SEPARATORS:
             # The data set is cached under these arguments: a file that changes must change them.
             # Tuples: over lists, `from_generator` would call once for each item.
-            stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+            stamps = tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size) for s in (file.stat() for file in files))
             arguments = {"files": tuple(sources), "separator": SEPARATORS[suffix], "stamps": stamps}
             return Dataset.from_generator(csv_rows, gen_kwargs=arguments)
         if fault := next(filter(None, (_first_fault(file, parse=False) for file in files)), None):
@@ -195,7 +195,7 @@ def _parsed(file: str, lines: Iterable[str], separator: str) -> Iterator[tuple[i
             raise FileError(f"{quote} is never closed.") from None
         raise FileError(
             f"{quote} is closed in line {rows.line_num}, and more text follows ({error}). In a text that stands in "
-            "quotes, a quote is written twice."
+            "quotes, a quote is written twice; a jsonl or parquet file needs no quotes."
         ) from None
 
 
