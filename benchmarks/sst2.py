@@ -20,9 +20,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from sst2_peft import THEIRS
-
-from lit_peft.arguments import configs
+from sst2_peft import comparison
 
 METRICS = ("acc", "ece", "brier", "nll")
 RATES = {"full_fine_tuning": (2e-5, 5e-5, 1e-4, 2e-4), "prompt_tuning": (1e-3, 2e-3, 5e-3, 1e-2, 3e-2)}
@@ -87,17 +85,11 @@ def row(name: str, rate: float, runs: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    known = [name.removeprefix("methods/") for name in configs() if name.startswith("methods/")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="distilbert/distilbert-base-uncased")
-    parser.add_argument("--data", default=None, help="a folder with SST-2's files; default: the hub's")
-    parser.add_argument("--methods", nargs="*", default=known, help=f"of {', '.join(known)}")
-    parser.add_argument("--theirs", nargs="*", default=list(THEIRS), help="methods of HF PEFT")
+    parser = comparison(__doc__)
     parser.add_argument("--sweep-train", type=int, default=8000)
     parser.add_argument("--at", type=float, default=None, help="the rate of all runs; no sweep")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: the sweep alone")
     parser.add_argument("--parallel", type=int, default=1)
-    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--adapter-decay", type=float, default=0.0, help="weight decay of HF PEFT's adapter")
     parser.add_argument("--out", default="runs/benchmark_sst2")
     parser.add_argument("rest", nargs="*", help="after --: arguments of every run of ours")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import AdamW
 
+from lit_peft.arguments import configs
 from lit_peft.data import SST2DataModule
 from lit_peft.tasks import TextClassification
 
@@ -90,16 +91,31 @@ def trainer(args: argparse.Namespace, **arguments: Any) -> pl.Trainer:
     return pl.Trainer(precision=args.precision, gradient_clip_val=1.0, **quiet, **arguments)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method")
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what every benchmark on SST-2 takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="distilbert/distilbert-base-uncased")
-    parser.add_argument("--data", default=None)
+    parser.add_argument("--data", default=None, help="a folder with SST-2's files; default: the hub's")
+    parser.add_argument("--precision", default="32-true")
+    return parser
+
+
+def comparison(description: str | None) -> argparse.ArgumentParser:
+    """The same with the methods to compare."""
+    known = [name.removeprefix("methods/") for name in configs() if name.startswith("methods/")]
+    parser = arguments(description)
+    parser.add_argument("--methods", nargs="*", default=known, help=f"of {', '.join(known)}")
+    parser.add_argument("--theirs", nargs="*", default=list(THEIRS), help="methods of HF PEFT")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("method")
     parser.add_argument("--limit-train", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--adapter-decay", type=float, default=0.0, help="weight decay of the adapter's matrices")
-    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--out", required=True, help="folder for metrics.json")
     args = parser.parse_args()
 

@@ -6,7 +6,6 @@
 else may run on the GPU. Needs the dev extra (peft).
 """
 
-import argparse
 import gc
 import time
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from sst2_peft import THEIRS, Theirs, data, trainer
+from sst2_peft import Theirs, comparison, data, trainer
 
 import lit_peft.methods
 from lit_peft.arguments import configs
@@ -56,13 +55,7 @@ class Clock(pl.Callback):
 
 
 def main() -> None:
-    known = [name.removeprefix("methods/") for name in configs() if name.startswith("methods/")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="distilbert/distilbert-base-uncased")
-    parser.add_argument("--data", default=None, help="a folder with SST-2's files; default: the hub's")
-    parser.add_argument("--methods", nargs="*", default=known, help=f"of {', '.join(known)}")
-    parser.add_argument("--theirs", nargs="*", default=list(THEIRS), help="methods of HF PEFT")
-    parser.add_argument("--precision", default="32-true")
+    parser = comparison(__doc__)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     print("| method | ms a step | peak MiB | inference, examples/s |\n|---|---|---|---|")

@@ -296,14 +296,15 @@ class LitPeftCLI(LightningCLI):
         given = {name for setting in found if setting.source.startswith("--") for name in setting.init_args}
         if split in given or not hasattr(self.datamodule, "score_whole"):
             return
-        trained: list[Any] = []
+        trained = []
         checkpoint = self._get(self.config_init, "ckpt_path")
         if checkpoint is not None and Path(checkpoint).is_file():
             content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)  # checked before
-            trained = [value for key, value in content.get("datamodule_hyper_parameters", {}).items() if key == "path"]
-        if not trained and "path" not in given:
-            return
+            arguments = content.get("datamodule_hyper_parameters", {})
+            trained = [arguments["path"]] if "path" in arguments else []
         if not trained:
+            if "path" not in given:
+                return
             trained = [s.init_args["path"] for s in found if "path" in s.init_args and not s.source.startswith("--")]
         if not any(same_source(str(path), self.datamodule.path) for path in trained):
             self.datamodule.score_whole()

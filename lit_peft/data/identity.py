@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from datasets import Dataset
@@ -19,6 +20,7 @@ def content(split: Dataset, columns: Iterable[str]) -> str:
     return digest.hexdigest()[:32]
 
 
+@lru_cache(maxsize=4)  # asked at every writing of a checkpoint
 def vocabulary(tokenizer: Any) -> str:
     """A digest of a tokenizer's words and their numbers."""
     return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]

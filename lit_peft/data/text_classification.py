@@ -155,6 +155,8 @@ class TextClassificationDataModule(TextDataModule):
         role = roles.get(self.trainer.state.fn if self.trainer else None)
         if role is None or "train" not in self._splits or "content" not in state_dict:
             return
+        if role != "train" and self._sources[role] is not None and not self._whole:
+            return  # a split of its own
         same = self._content == state_dict["content"]
         if self._whole and same:  # its own file, moved
             self._whole = False

@@ -12,7 +12,7 @@ from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.faults import TrainingFault
-from lit_peft.methods.base import TargetedMethod, by_pattern, check_pattern, check_range, check_rank
+from lit_peft.methods.base import TargetedMethod, by_pattern, check_pattern, check_range, check_rank, longest_first
 from lit_peft.methods.hf_peft import stores_transposed
 
 _SAME = {
@@ -203,7 +203,7 @@ class AdaLoRA(TargetedMethod):
         ranks = {site.path or "*": len(delta.kept) for site, delta in left}
         if all(delta is old for (_, delta), (_, old) in zip(left, sites, strict=True)):
             return self, left
-        return type(self)(**self.arguments() | {"rank_pattern": _longest_first(ranks)}), left
+        return type(self)(**self.arguments() | {"rank_pattern": longest_first(ranks)}), left
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """HF PEFT's ADALORA, its schedule in steps; see `lit_peft.methods.folder`."""
@@ -231,13 +231,8 @@ class AdaLoRA(TargetedMethod):
             **{ours: options[theirs] for theirs, ours in _SAME.items()},
             "tinit": options["tinit"] / steps,
             "tfinal": options["tfinal"] / steps,
-            "rank_pattern": _longest_first({path: left.get(path, r) for path in paths}) if left else {},
+            "rank_pattern": longest_first({path: left.get(path, r) for path in paths}) if left else {},
         }
-
-
-def _longest_first(ranks: dict[str, int]) -> dict[str, int]:
-    """A path may end with another, and of a pattern the first that matches counts."""
-    return dict(sorted(ranks.items(), key=lambda item: -len(item[0])))
 
 
 def _allocate(deltas: list["AdaLoRADelta"], target: int, left: float) -> None:

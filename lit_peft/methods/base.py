@@ -14,8 +14,7 @@ from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods import seam
-from lit_peft.methods.averaging import is_a
-from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales
+from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales, finds_rate
 
 AdapterDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -218,7 +217,7 @@ class Method(pl.Callback):
         seam.check_optimizers(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if any(is_a(callback, "LearningRateFinder") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if finds_rate(trainer):
             check_rates(trainer, pl_module)  # it has given all groups one rate, unless the module made them anew
         seam.begin(trainer, pl_module)
         self._steps: Counter[int] = Counter()
@@ -298,6 +297,11 @@ def check_rate(name: str, value: float) -> None:
 def by_pattern(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
     """The value of a `rank_pattern` for a site: of the first role, name, glob or `re:` that means it."""
     return next((value for key, value in pattern.items() if site.answers_to(key)), default)
+
+
+def longest_first(pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """A pattern of paths in an order that is safe: a path may end with another, and the first that matches counts."""
+    return dict(sorted(pattern.items(), key=lambda item: -len(item[0])))
 
 
 def check_pattern(name: str, pattern: Iterable[str], sites: Sequence[Site]) -> None:

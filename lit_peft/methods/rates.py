@@ -181,6 +181,11 @@ def _method(module: nn.Module, adapter: Adapter) -> "Method":
     return method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
 
 
+def finds_rate(trainer: pl.Trainer) -> bool:
+    """Whether a LearningRateFinder sets the rates of this trainer's optimizers."""
+    return any(is_a(callback, "LearningRateFinder") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 FREE = ("params", "name", "lr", "initial_lr", "max_lr", "min_lr", "foreach", "fused", "capturable", "differentiable")
 """Keys of a group that a fit which resumes may change: how the optimizer computes, and what a schedule makes of it."""
 
@@ -240,7 +245,7 @@ def check_rates(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # One rate for all may be what was asked for, a tenth of `lr` say; who made the groups tells.
         one = len(found) == 1 and 1.0 not in found and not any("name" in group for group in optimizer.param_groups)
         if units and (one or not math.isclose(min(units), max(units), rel_tol=1e-6)):
-            finder = any(is_a(callback, "LearningRateFinder") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            finder = finds_rate(trainer)
             raise ValueError(
                 f"{_who(module)} asks for several learning rates, which {type(optimizer).__name__} does not have: "
                 "build it from lit_peft.param_groups(self, lr=…) in configure_optimizers, with a schedule that scales "

@@ -323,8 +323,7 @@ def _check_began(module: Any) -> None:
 def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Notes what the optimizers are built with when training begins, unless it goes on; what a finder found, too."""
     if module.__dict__.get(BEGAN) is None:
-        finds = any(is_a(callback, "LearningRateFinder") for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        module.__dict__[BEGAN] = rates.settings(trainer) if finds else module.__dict__.get(BUILT)
+        module.__dict__[BEGAN] = rates.settings(trainer) if rates.finds_rate(trainer) else module.__dict__.get(BUILT)
 
 
 def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, step: int) -> None:

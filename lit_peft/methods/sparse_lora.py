@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lit_peft.core.checkpoint import whole
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import check_choice, check_range
+from lit_peft.methods.base import check_choice, check_range, longest_first
 from lit_peft.methods.lora import LoRA, LoRADelta
 
 GATE = 0.03
@@ -188,11 +188,10 @@ class SparseLoRA(LoRA):
         """What a folder holds in the place of this: the ranks that are left; see `lit_peft.methods.folder`."""
         left = [(site, delta.compacted(site, self.use_rslora)) for site, delta in sites]
         fewer = [(s, d) for (s, d), (_, old) in zip(left, sites, strict=True) if len(d.lora_A) < len(old.lora_A)]
-        fewer.sort(key=lambda pair: -len(pair[0].path))  # a path may end with another: the first that matches counts
         if not fewer:
             return self, left
-        ranks = {site.path or "*": len(delta.lora_A) for site, delta in fewer}
-        alphas = {site.path or "*": delta.alpha for site, delta in fewer}
+        ranks = longest_first({site.path or "*": len(delta.lora_A) for site, delta in fewer})
+        alphas = longest_first({site.path or "*": delta.alpha for site, delta in fewer})
         changes = {"rank_pattern": ranks | self.rank_pattern, "alpha_pattern": alphas | self.alpha_pattern}
         return type(self)(**self.arguments() | changes), left
 
