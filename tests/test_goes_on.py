@@ -17,7 +17,7 @@ from toys import fit as train
 from lit_peft import cli
 from lit_peft.arguments import resolve
 from lit_peft.data import TextClassificationDataModule
-from lit_peft.data.identity import content
+from lit_peft.data.held_out import content
 from lit_peft.data.splits import load_splits
 from lit_peft.lightning_cli import run
 from lit_peft.runs import lock_folder, unlock_folders

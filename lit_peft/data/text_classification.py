@@ -3,26 +3,20 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_peft import hub
-from lit_peft.data.base import TextDataModule
-from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts, has_labels, nearest
-from lit_peft.data.identity import check_identity, content, vocabulary
+from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts
+from lit_peft.data.held_out import VERBS, HeldOutDataModule
 from lit_peft.data.loaders import tokenise
-from lit_peft.data.splits import load_splits, stratified_subset
+from lit_peft.data.splits import load_splits
 
-CUT = "cut"  # what names no split in `val_split` and `test_split`
 ROWS_PER_PROCESS = 25_000  # fewer, and starting a process costs more than it saves
-VERBS = {"train": "train", "val": "validate", "test": "test"}
 
 
-class TextClassificationDataModule(TextDataModule):
+class TextClassificationDataModule(HeldOutDataModule):
     """Texts, or pairs of texts, with one label each.
 
     Batches are dicts of int64 tensors: `input_ids` and `attention_mask`, (batch, width), `token_type_ids`
@@ -91,7 +85,19 @@ class TextClassificationDataModule(TextDataModule):
         num_proc: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(tokenizer, max_length, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(
+            path,
+            label_column,
+            {"train": "train", "val": val_split, "test": test_split, "predict": predict_split},
+            {"train": limit_train, "val": limit_val, "test": limit_test, "predict": None},
+            val_fraction,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
         for argument, value, least in (
             ("max_length", max_length, 1),
             ("batch_size", batch_size, 1),
@@ -116,18 +122,12 @@ class TextClassificationDataModule(TextDataModule):
         if not 0 < val_fraction < 0.5:
             raise ValueError(f"data.val_fraction is {val_fraction}, expected a share between 0 and 0.5.")
         self.save_hyperparameters()
-        self.path = path
         self.name = name
         self.text_column = text_column
-        self.label_column = label_column
         self.text_pair_column = text_pair_column
-        self.split_names = {"train": "train", "val": val_split, "test": test_split, "predict": predict_split}
-        self.val_fraction = val_fraction
-        self.limits = {"train": limit_train, "val": limit_val, "test": limit_test, "predict": None}
         self.num_proc = num_proc
         self._given: Dataset | None = None
         self._known: list[str] | None = None
-        self._whole = False
 
     def setup(self, stage: str | None = None) -> None:
         """Load what `stage` needs, with labels encoded by the classes of the trainer's model, where it knows them."""
@@ -142,33 +142,6 @@ class TextClassificationDataModule(TextDataModule):
         if stage in ("fit", "test") and not self._known:
             check_classes(self._own_labels.names, self._where(next(iter(self._splits))))
         super().setup(stage)
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoints of a fit: what decides which rows of which data train, and which are held out."""
-        path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
-        more = {"path": path, "global_batch": self._global_batch}
-        return self._identity | more if "train" in vars(self).get("_splits", ()) else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where a resumed fit has other data, or rows that were trained on would be scored."""
-        roles: dict[Any, str] = {"fit": "train", "validate": "val", "test": "test"}
-        role = roles.get(self.trainer.state.fn if self.trainer else None)
-        if role is None or "train" not in self._splits or "content" not in state_dict:
-            return
-        if role != "train" and self._sources[role] is not None and not self._whole:
-            return  # a split of its own
-        same = self._content == state_dict["content"]
-        if self._whole and same:  # its own file, moved
-            self._whole = False
-            self._forget()
-        own = same or hub.same_source(state_dict["path"], self.path)
-        if role == "train" or (own and self._sources[role] is None):
-            check_identity(state_dict, self._identity, self._where("train"), role)
-        if role == "train" and (was := state_dict["global_batch"]) != self._global_batch:
-            rank_zero_warn(
-                f"{self._global_batch} rows a step, and {was} when this run began: if it goes on within an epoch, some "
-                "rows of that one are seen twice or not at all."
-            )
 
     def check(self, role: str) -> None:
         """Raises ValueError for what would make the rows of a role unusable: a missing split, label, or text."""
@@ -225,15 +198,6 @@ class TextClassificationDataModule(TextDataModule):
             parts.append(f"{count} to {verb}" + (f" ({origin})" if origin else ""))
         return [*lines, f"Data: {', '.join(parts)}"]
 
-    def score_whole(self) -> None:
-        """Validate and test on every row of data that are one split alone: for data that were not trained on.
-
-        Of the data that a model was trained on, only what had been cut off may be scored. Data of several splits are
-        not changed by this: their roles are as in training.
-        """
-        self._whole = True
-        self._forget()
-
     def use_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> None:
         """Predict these texts, in this order, instead of a data set; `path` is then not read for prediction.
 
@@ -257,40 +221,6 @@ class TextClassificationDataModule(TextDataModule):
         columns = {"sentence": self.text_column, "label": self.label_column}
         return {str(name): split.rename_columns(columns) for name, split in reviews().items()}
 
-    def hold_out(self, split: Dataset, labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Choose the rows to cut off train. For subclasses whose examples are not independent.
-
-        Args:
-            split: What is left of the train split.
-            labels: Codes of its labels.
-            size: Number of rows wanted.
-            rng: Source of chance.
-
-        Returns:
-            Row numbers in rising order.
-        """
-        return stratified_subset(labels, size, rng)
-
-    def _forget(self) -> None:
-        """Drops what depends on the codes of labels and on the splits of roles, to be found anew."""
-        for name in ("_sources", "_cut"):
-            vars(self).pop(name, None)
-        self._tokenised.clear()
-
-    @cached_property
-    def _splits(self) -> dict[str, Dataset]:
-        return self.load()
-
-    def _split(self, name: str) -> Dataset:
-        if name not in self._splits:
-            raise ValueError(f"No split {name!r} in {self.path}; {nearest(name, self._splits)}")
-        if not len(self._splits[name]):
-            raise ValueError(f"There is nothing in {self._where(name)}.")
-        return self._splits[name]
-
-    def _where(self, split: str) -> str:
-        return f"split {split!r} of {self.path}"
-
     @property
     def _text_columns(self) -> list[str]:
         return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
@@ -298,42 +228,6 @@ class TextClassificationDataModule(TextDataModule):
     def _check_texts(self, split: str, numbers: bool = True) -> None:
         for column in self._text_columns:
             check_text(self._split(split), column, self._where(split), numbers=numbers)
-
-    @cached_property
-    def _sources(self) -> dict[str, str | None]:
-        """The split that each role reads; None: cut from train."""
-        sources: dict[str, str | None] = {"train": "train"}
-        if self._whole and len(self._splits) == 1:
-            return sources | dict.fromkeys(("val", "test"), next(iter(self._splits)))
-        for role, other, usual in (("val", "test", "validation"), ("test", "val", "test")):
-            sources[role] = self.split_names[role]
-            free = sources[role] is None and self.split_names[other] != usual
-            if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
-                sources[role] = usual
-        return {role: None if name == CUT else name for role, name in sources.items()}
-
-    @property
-    def _identity(self) -> dict[str, Any]:
-        cut = None in self._sources.values()
-        return {
-            "rows": len(self._split("train")),
-            "content": self._content,
-            "seed": self.seed,
-            "val_fraction": self.val_fraction if cut else None,
-            **{f"{role}_split": CUT if self._sources[role] is None else "a split" for role in ("val", "test")},
-            "limit_train": min(self.limits["train"] or len(self._cut["train"]), len(self._cut["train"])),
-            "max_length": self.max_length,
-            "tokenizer": vocabulary(self.tokenizer),
-        }
-
-    @property
-    def _global_batch(self) -> int:
-        return self.batch_size * self._replicas().get("num_replicas", 1)
-
-    @cached_property
-    def _content(self) -> str:
-        train = self._split("train")
-        return content(train, [c for c in (*self._text_columns, self.label_column) if c in train.column_names])
 
     @property
     def _labels(self) -> Labels:
@@ -360,44 +254,6 @@ class TextClassificationDataModule(TextDataModule):
         if self.label_column not in data.column_names:
             return np.full(len(data), MISSING)
         return self._labels.encode(data, self.label_column)
-
-    @cached_property
-    def _cut(self) -> dict[str, np.ndarray]:
-        """Rows of the train split for train, and for val and test where those have no split of their own."""
-        self._check_texts("train", numbers=False)
-        train, codes = self._split("train"), self._codes("train")
-        self._labels.check(train, self.label_column, codes, self._where("train"))
-        cut = {"train": np.arange(len(train))}
-        for index, role in enumerate(("val", "test")):
-            if self._sources[role] is None:
-                rows = cut["train"]
-                rng = np.random.default_rng((self.seed, index))
-                held = self.hold_out(
-                    train.select(rows), codes[rows], max(1, round(self.val_fraction * len(train))), rng
-                )
-                cut |= {role: rows[held], "train": np.delete(rows, held)}
-        if not len(cut["train"]):
-            raise ValueError(f"{len(train)} examples in {self._where('train')} are too few to cut some off.")
-        return cut
-
-    def _rows(self, role: str, limited: bool = True) -> tuple[str, np.ndarray]:
-        """The split that `role` reads, and the rows of it, all or no more than its limit."""
-        name = self.split_names["predict"] if role == "predict" else self._sources[role]
-        if role == "predict" and name is None:
-            if "test" in self._splits and self._sources["test"] is None:
-                name = "test"
-            elif len(self._splits) > 1 or self._sources["test"] in self._splits:
-                return self._rows("test", limited)
-            else:
-                name = next(iter(self._splits))
-        if name is None or role == "train":
-            name, rows = "train", self._cut[role]
-        else:
-            rows = np.arange(len(self._split(name)))
-        if limited and (limit := self.limits[role]):
-            rng = np.random.default_rng((self.seed, 2 + list(self.limits).index(role)))
-            rows = rows[stratified_subset(self._codes(name)[rows], limit, rng)]
-        return name, rows
 
     def _tokenise(self, role: str) -> Dataset:
         if role == "predict" and self._given is not None:

@@ -1,0 +1,277 @@
+"""Which rows train, which are held out, and whether it is honest to score them.
+
+A role ("train", "val", "test", "predict") reads a split of its own or rows that are cut off train. The checkpoints of a
+fit keep what decides the cut (`CUT`), and a digest of each row that trained: so what was held out of training stays
+held out, and rows that were trained on are known again wherever they stand.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_peft import hub
+from lit_peft.data.base import TextDataModule
+from lit_peft.data.columns import Labels, has_labels, nearest
+from lit_peft.data.splits import stratified_subset
+
+CUT_SPLIT = "cut"
+"""What names no split in `val_split` and `test_split`."""
+CUT = ("rows", "content", "val_split", "test_split", "seed", "val_fraction")
+"""What decides which rows of train are held out."""
+VERBS = {"train": "train", "val": "validate", "test": "test"}
+
+
+class HeldOutDataModule(TextDataModule):
+    """Gives each role its rows; a subclass reads the splits and encodes their labels.
+
+    Args:
+        path: Where the splits are from; known again by its content.
+        label_column: Column of the label.
+        splits: Role -> split that it was told to read; null: found, or cut from train; "cut": cut from train.
+        limits: Role -> number of rows, or null.
+        val_fraction: Share of train that is cut off for each role without a split of its own.
+        options: Arguments of `TextDataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        label_column: str,
+        splits: Mapping[str, str | None],
+        limits: Mapping[str, int | None],
+        val_fraction: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.path = path
+        self.label_column = label_column
+        self.split_names = dict(splits)
+        self.limits = dict(limits)
+        self.val_fraction = val_fraction
+        self._whole = False
+
+    # ------------------------------------------------------------------------------------- of a subclass
+
+    def load(self) -> dict[str, Dataset]:
+        """The splits as they come; called once."""
+        raise NotImplementedError
+
+    def hold_out(self, split: Dataset, labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Choose the rows to cut off train. For subclasses whose examples are not independent.
+
+        Args:
+            split: What is left of the train split.
+            labels: Codes of its labels.
+            size: Number of rows wanted.
+            rng: Source of chance.
+
+        Returns:
+            Row numbers in rising order.
+        """
+        return stratified_subset(labels, size, rng)
+
+    @property
+    def _text_columns(self) -> list[str]:
+        """Columns of the text, or of both texts."""
+        raise NotImplementedError
+
+    @property
+    def _labels(self) -> Labels:
+        raise NotImplementedError
+
+    def _codes(self, split: str) -> np.ndarray:
+        """Label codes of all rows of a split, negative for none."""
+        raise NotImplementedError
+
+    def _check_texts(self, split: str, numbers: bool = True) -> None:
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------- the rows of a role
+
+    def score_whole(self) -> None:
+        """Validate and test on every row of data that are one split alone: for data that were not trained on.
+
+        Of the data that a model was trained on, only what had been cut off may be scored. Data of several splits are
+        not changed by this: their roles are as in training.
+        """
+        self._whole = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what depends on the codes of labels and on the splits of roles, to be found anew."""
+        for name in ("_sources", "_cut"):
+            vars(self).pop(name, None)
+        self._tokenised.clear()
+
+    @cached_property
+    def _splits(self) -> dict[str, Dataset]:
+        return self.load()
+
+    def _split(self, name: str) -> Dataset:
+        if name not in self._splits:
+            raise ValueError(f"No split {name!r} in {self.path}; {nearest(name, self._splits)}")
+        if not len(self._splits[name]):
+            raise ValueError(f"There is nothing in {self._where(name)}.")
+        return self._splits[name]
+
+    def _where(self, split: str) -> str:
+        return f"split {split!r} of {self.path}"
+
+    @cached_property
+    def _sources(self) -> dict[str, str | None]:
+        """The split that each role reads; None: cut from train."""
+        sources: dict[str, str | None] = {"train": "train"}
+        if self._whole and len(self._splits) == 1:
+            return sources | dict.fromkeys(("val", "test"), next(iter(self._splits)))
+        for role, other, usual in (("val", "test", "validation"), ("test", "val", "test")):
+            sources[role] = self.split_names[role]
+            free = sources[role] is None and self.split_names[other] != usual
+            if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
+                sources[role] = usual
+        return {role: None if name == CUT_SPLIT else name for role, name in sources.items()}
+
+    @cached_property
+    def _cut(self) -> dict[str, np.ndarray]:
+        """Rows of the train split for train, and for val and test where those have no split of their own."""
+        self._check_texts("train", numbers=False)
+        train, codes = self._split("train"), self._codes("train")
+        self._labels.check(train, self.label_column, codes, self._where("train"))
+        cut = {"train": np.arange(len(train))}
+        for index, role in enumerate(("val", "test")):
+            if self._sources[role] is None:
+                rows = cut["train"]
+                rng = np.random.default_rng((self.seed, index))
+                held = self.hold_out(
+                    train.select(rows), codes[rows], max(1, round(self.val_fraction * len(train))), rng
+                )
+                cut |= {role: rows[held], "train": np.delete(rows, held)}
+        if not len(cut["train"]):
+            raise ValueError(f"{len(train)} examples in {self._where('train')} are too few to cut some off.")
+        return cut
+
+    def _rows(self, role: str, limited: bool = True) -> tuple[str, np.ndarray]:
+        """The split that `role` reads, and the rows of it, all or no more than its limit."""
+        name = self.split_names["predict"] if role == "predict" else self._sources[role]
+        if role == "predict" and name is None:
+            if "test" in self._splits and self._sources["test"] is None:
+                name = "test"
+            elif len(self._splits) > 1 or self._sources["test"] in self._splits:
+                return self._rows("test", limited)
+            else:
+                name = next(iter(self._splits))
+        if name is None or role == "train":
+            name, rows = "train", self._cut[role]
+        else:
+            rows = np.arange(len(self._split(name)))
+        if limited and (limit := self.limits[role]):
+            rng = np.random.default_rng((self.seed, 2 + list(self.limits).index(role)))
+            rows = rows[stratified_subset(self._codes(name)[rows], limit, rng)]
+        return name, rows
+
+    # -------------------------------------------------------------------- what a checkpoint knows of the rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoints of a fit: what decides which rows of which data train, and which are held out."""
+        if "train" not in vars(self).get("_splits", ()):
+            return {}
+        path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
+        return self._identity | {"path": path, "global_batch": self._global_batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where a resumed fit has other data, or rows that were trained on would be scored."""
+        roles: dict[Any, str] = {"fit": "train", "validate": "val", "test": "test"}
+        role = roles.get(self.trainer.state.fn if self.trainer else None)
+        if role is None or "train" not in self._splits or "content" not in state_dict:
+            return
+        if role != "train" and self._sources[role] is not None and not self._whole:
+            return  # a split of its own
+        same = self._content == state_dict["content"]
+        if self._whole and same:  # its own file, moved
+            self._whole = False
+            self._forget()
+        own = same or hub.same_source(state_dict["path"], self.path)
+        if role == "train" or (own and self._sources[role] is None):
+            check_identity(state_dict, self._identity, self._where("train"), role)
+        if role == "train" and (was := state_dict["global_batch"]) != self._global_batch:
+            rank_zero_warn(
+                f"{self._global_batch} rows a step, and {was} when this run began: if it goes on within an epoch, some "
+                "rows of that one are seen twice or not at all."
+            )
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        cut = None in self._sources.values()
+        return {
+            "rows": len(self._split("train")),
+            "content": self._content,
+            "seed": self.seed,
+            "val_fraction": self.val_fraction if cut else None,
+            **{f"{role}_split": CUT_SPLIT if self._sources[role] is None else "a split" for role in ("val", "test")},
+            "limit_train": min(self.limits["train"] or len(self._cut["train"]), len(self._cut["train"])),
+            "max_length": self.max_length,
+            "tokenizer": vocabulary(self.tokenizer),
+        }
+
+    @property
+    def _global_batch(self) -> int:
+        return self.batch_size * self._replicas().get("num_replicas", 1)
+
+    @cached_property
+    def _content(self) -> str:
+        train = self._split("train")
+        return content(train, [c for c in (*self._text_columns, self.label_column) if c in train.column_names])
+
+
+def content(split: Dataset, columns: Iterable[str]) -> str:
+    """A digest of what some columns hold, row by row; files that hold the same have the same, wherever they lie."""
+    digest = hashlib.sha256()
+    for column in columns:
+        for rows in split.select_columns([column]).with_format(None).iter(1000):
+            digest.update(repr([str(value) for value in rows[column]]).encode())
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=4)  # asked at every writing of a checkpoint
+def vocabulary(tokenizer: Any) -> str:
+    """A digest of a tokenizer's words and their numbers."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+
+
+def check_identity(was: Mapping[str, Any], now: Mapping[str, Any], where: str, role: str) -> None:
+    """Compares the data of a run with those that a checkpoint of it is now used with.
+
+    Args:
+        was: What the checkpoint recorded.
+        now: The same of the data module.
+        where: What the train split is called in messages.
+        role: "train" in a fit that resumes, which goes on with what it began with; "val" or "test" for one that is cut
+            from train, whose rows are then those that were not trained on.
+
+    Raises:
+        ValueError: For the first thing that differs.
+    """
+    keys = dict.fromkeys((*CUT, *(now if role == "train" else ())))
+    key = next((key for key in keys if was.get(key, now[key]) != now[key]), None)
+    if key is None:
+        return
+    if key == "rows":
+        fault = f"{where} has {now[key]:,} rows, and had {was[key]:,} when this run was trained."
+    elif key == "content":
+        fault = f"{where} holds other rows than when this run was trained."
+    elif key == "tokenizer":
+        fault = "The tokenizer is another one than when this run was trained."
+    else:
+        fault = f"data.{key} is {now[key]!r}, and was {was[key]!r} when this run was trained."
+    rest = (
+        "A fit that resumes goes on with the data that it began with; lit_peft.load, in Python, begins one with others."
+        if role == "train"
+        else "Which rows had been held out of it can no longer be told: name a split to score, "
+        f"--data.{role}_split NAME, or a file of its own, --data.path FILE."
+    )
+    raise ValueError(f"{fault} {rest}")
