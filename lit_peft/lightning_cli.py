@@ -8,7 +8,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,6 +22,7 @@ from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, TestS
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path, check_archive
+from lit_peft.data.held_out import trained_path
 from lit_peft.faults import TrainingFault
 from lit_peft.hub import existing, same_source
 from lit_peft.methods.base import Method
@@ -57,6 +57,12 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         fail(explain(message, sys.argv[1:]))
+
+
+def data_options() -> set[str]:
+    """Arguments of the data that an option sets, not a configuration."""
+    found = settings(sys.argv[1:], "data")
+    return {name for setting in found if setting.source.startswith("--") for name in setting.init_args}
 
 
 class RunConfig(SaveConfigCallback):
@@ -159,8 +165,21 @@ class LitPeftCLI(LightningCLI):
                 said |= {name: given[name] for name in setting.init_args if name in given}
             behind = behind or (run is not None and Path(setting.source) == run / "config.yaml")
         super()._parse_ckpt_path()
+        config = self.config[self.config.subcommand]
         for name, value in said.items():
-            self.config[self.config.subcommand].model.init_args[name] = value
+            config.model.init_args[name] = value
+        self._find_data(config)
+
+    def _find_data(self, config: Any) -> None:
+        """Notes what the checkpoint was trained on, and finds it where a run began in another folder than this one."""
+        data = config.get("data") or {}
+        kind = str(data.get("class_path")).rpartition(".")[2]
+        given, self.trained_path = trained_path(config["ckpt_path"], kind)
+        arguments = data.get("init_args") or {}
+        lost = given is not None and arguments.get("path") == given and not Path(given).expanduser().exists()
+        if lost and "path" not in data_options() and Path(str(self.trained_path)).exists():
+            print(f"data.path {given}: {self.trained_path}")
+            arguments["path"] = self.trained_path
 
     def _checkpoint(self, verb: str, config: Any) -> str | None:
         """Path of the checkpoint that a verb starts from; "hpc", which Lightning finds, stays.
@@ -292,20 +311,15 @@ class LitPeftCLI(LightningCLI):
 
     def _score_whole(self, split: str) -> None:
         """Nothing was ever cut from data that the run was not trained on; an option that names a split is obeyed."""
-        found = settings(sys.argv[1:], "data")
-        given = {name for setting in found if setting.source.startswith("--") for name in setting.init_args}
-        if split in given or not hasattr(self.datamodule, "score_whole"):
+        options = data_options()
+        if split in options or not hasattr(self.datamodule, "score_whole"):
             return
-        trained = []
-        checkpoint = self._get(self.config_init, "ckpt_path")
-        if checkpoint is not None and Path(checkpoint).is_file():
-            content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)  # checked before
-            arguments = content.get("datamodule_hyper_parameters", {})
-            trained = [arguments["path"]] if "path" in arguments else []
-        if not trained:
-            if "path" not in given:
+        trained = [self.trained_path]
+        if self.trained_path is None:
+            if "path" not in options:
                 return
-            trained = [s.init_args["path"] for s in found if "path" in s.init_args and not s.source.startswith("--")]
+            files = [s for s in settings(sys.argv[1:], "data") if not s.source.startswith("--")]
+            trained = [s.init_args["path"] for s in files if "path" in s.init_args]
         if not any(same_source(str(path), self.datamodule.path) for path in trained):
             self.datamodule.score_whole()
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,23 @@ from lit_peft.runs import lock_folder, unlock_folders
 QUESTIONS = (("who", "HUM"), ("where", "LOC"), ("when", "NUM"))
 
 
-def write(path: Path, count: int, extra: str = "") -> Path:
-    rows = [f"{word} it is {number},{label}\n" for number in range(count) for word, label in QUESTIONS]
-    path.write_text("text,label\n" + "".join(rows) + extra)
+def write(path: Path, count: int, first: int = 0) -> Path:
+    numbers = range(first, first + count)
+    rows = [f"{word} it is {number},{label}\n" for number in numbers for word, label in QUESTIONS]
+    path.write_text("text,label\n" + "".join(rows))
     return path
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `my.csv` and a run of two steps on it, `runs/version_0`."""
+    """A folder with `my.csv` and a run of two steps on it, `runs/version_0`, that began in that folder."""
     root = tmp_path_factory.mktemp("goes on")
     write(root / "my.csv", 20)
-    fit(
-        *(root / "runs", "--config", "text_classification/lora", "--data.path", str(root / "my.csv")),
-        *("--model.backbone", "demo", "--data.batch_size", "8", "--trainer.max_steps", "2", "--base_test", "false"),
-    )
+    with chdir(root):
+        fit(
+            *(Path("runs"), "--config", "text_classification/lora", "--data.path", "my.csv"),
+            *("--model.backbone", "demo", "--data.batch_size", "8", "--trainer.max_steps", "2", "--base_test", "false"),
+        )
     return root
 
 
@@ -65,6 +68,7 @@ GOES_ON = "A fit that resumes goes on with the data that it began with; "
     [
         ("test", 21, [], "has 63 rows, and had 60 when this run was trained. " + HELD.format(role="test")),
         ("validate", 21, [], "has 63 rows, and had 60 when this run was trained. " + HELD.format(role="val")),
+        ("test", 20, ["--data.path", "{root}/more.csv"], "48 of 75 rows to test have a text that this run was trained"),
         ("test", 20, ["--data.seed", "1"], "data.seed is 1, and was 0 when this run was trained. "),
         ("test", 20, ["--data.val_fraction", "0.2"], "data.val_fraction is 0.2, and was 0.1 when"),
         ("fit", 21, [], "has 63 rows, and had 60 when this run was trained. " + GOES_ON),
@@ -81,6 +85,7 @@ def test_what_a_run_does_not_change(
     verb: str, rows: int, options: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(root / "my.csv", rows)
+    write(root / "more.csv", 25)
     write(root / "other.csv", 20).write_text((root / "other.csv").read_text().replace("who it is 7", "who is it 7"))
     folder = root / "runs" / "version_0"
     before = files(folder)
@@ -97,8 +102,8 @@ def test_files_of_their_own_are_scored_whatever_was_trained_on(root: Path, capsy
     folder = root / "runs" / "version_0"
     (root / "more").mkdir()
     write(root / "more" / "train.csv", 21)
-    write(root / "more" / "test.csv", 2)
-    write(root / "new.csv", 3)
+    write(root / "more" / "test.csv", 2, first=21)
+    write(root / "new.csv", 3, first=21)
     shutil.copy(root / "my.csv", root / "moved.csv")
     found = {}
     for path in ("new.csv", "more", "moved.csv"):
@@ -266,17 +271,26 @@ def test_an_optimizer_without_a_rate_of_its_own_trains(tmp_path: Path) -> None:
         train(Rateless(**options), net_lora(), max_epochs=9, max_steps=4, ckpt_path=tmp_path / "x.ckpt")
 
 
-def test_another_batch_size_is_told(root: Path, recwarn: pytest.WarningsRecorder) -> None:
-    run(
-        resolve(
-            ["fit", "--run", str(root / "runs" / "version_0"), "--data.batch_size", "4", "--trainer.max_steps", "4"]
-        )
-    )
+def test_a_run_goes_on_from_another_folder(
+    root: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the data where they were when it began; and with another batch size, which is told."""
+    options = ["--data.batch_size", "4", "--trainer.max_steps", "4"]
+    run(resolve(["fit", "--run", str(root / "runs" / "version_0"), *options]))
+    assert f"data.path my.csv: {root}/my.csv\n" in capsys.readouterr().out
     assert any("4 rows a step, and 8 when this run began" in str(warning.message) for warning in recwarn)
 
 
+def test_a_split_of_trained_rows_is_scored_with_a_warning(
+    root: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(resolve(["test", "--run", str(root / "runs" / "version_0"), "--data.test_split", "train"]))
+    assert "Data: 60 to test\n" in capsys.readouterr().out
+    assert any("48 of 60 rows to test have a text that was trained on" in str(warning.message) for warning in recwarn)
+
+
 def test_data_that_a_configuration_names_are_scored_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(root / "new.csv", 3)
+    write(root / "new.csv", 3, first=20)
     (root / "more.yaml").write_text(f"data:\n  init_args:\n    path: {root / 'new.csv'}\n")
     run(resolve(["test", "--run", str(root / "runs" / "version_0"), "--config", str(root / "more.yaml")]))
     assert "Data: 9 to test\n" in capsys.readouterr().out

@@ -117,6 +117,11 @@ MISTAKES = [
         ["test", "--run", "{cut}", "--data.seed", "3"],
         "Which rows had been held out of it can no longer be told",
     ),
+    Mistake(
+        "a test on a copy of what was trained on",
+        ["test", "--run", "{cut}", "--data.path", "{copy}"],
+        "32 of 32 rows to test have a text that this run was trained on",
+    ),
     Mistake("a run that another process trains", ["fit", "--run", "{busy}"], "another process is training in this"),
     # files and disks
     quick("a file where a folder belongs", "--trainer.default_root_dir {csv}", "is a file, expected a folder"),
@@ -143,6 +148,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     table = "sentence,label\n"
     (folder / "train.csv").write_text(table + "a fine film,good\na dull film,bad\n" * 20)
     (root / "other.csv").write_text(table + "a long film,good\na dull film,bad\n" * 20)
+    (root / "copy.csv").write_text(table + "a fine film,good\na dull film,bad\n" * 25)
     (root / "unlabelled.csv").write_text("sentence,label\na fine film,\na dull film,\n")
     (root / "broken.yaml").write_text("method:\n  class_path: [LoRA\n")
     (root / "typo.yaml").write_text("methd:\n  class_path: LoRA\n")

@@ -6,12 +6,13 @@ held out, and rows that were trained on are known again wherever they stand.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -24,6 +25,11 @@ CUT_SPLIT = "cut"
 """What names no split in `val_split` and `test_split`."""
 CUT = ("rows", "content", "val_split", "test_split", "seed", "val_fraction")
 """What decides which rows of train are held out."""
+MOSTLY = 0.5
+"""Share of rows that were trained on above which other data are not scored. Real data repeat short texts, whatever is
+done; above this they are a copy of what was trained on, shuffled, cut or added to."""
+MOST_DIGESTS = 2**17
+"""Digests of trained rows that a checkpoint holds, 1 MB: of more rows a sample, those of the smallest digests."""
 VERBS = {"train": "train", "val": "validate", "test": "test"}
 
 
@@ -105,7 +111,7 @@ class HeldOutDataModule(TextDataModule):
 
     def _forget(self) -> None:
         """Drops what depends on the codes of labels and on the splits of roles, to be found anew."""
-        for name in ("_sources", "_cut"):
+        for name in ("_sources", "_cut", "_trained"):
             vars(self).pop(name, None)
         self._tokenised.clear()
 
@@ -177,32 +183,72 @@ class HeldOutDataModule(TextDataModule):
     # -------------------------------------------------------------------- what a checkpoint knows of the rows
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoints of a fit: what decides which rows of which data train, and which are held out."""
+        """For the checkpoints of a fit: what decides which rows of which data train, and which rows these are."""
         if "train" not in vars(self).get("_splits", ()):
             return {}
-        path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
-        return self._identity | {"path": path, "global_batch": self._global_batch}
+        path = Path(self.path).expanduser()
+        where = str(path.resolve()) if self.path != hub.DEMO and path.exists() else self.path
+        return self._identity | {"path": where, "global_batch": self._global_batch, "trained": self._trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where a resumed fit has other data, or rows that were trained on would be scored."""
+        """Holds what a trainer does with a checkpoint to the rows that it was trained on.
+
+        A fit that resumes goes on with its own. To validate or test, rows cut from train must still be those that were
+        held out. Any others are looked up: where more than half of them have a text that was trained on, with whatever
+        label, they are refused, fewer are counted in a warning. The data of the run itself, in the roles that they had,
+        and a split that was asked for by name are scored after a warning, however many.
+
+        Raises:
+            ValueError: The data of a resumed fit are others; what was held out cannot be told; more than half of the
+                rows to score were trained on.
+        """
         roles: dict[Any, str] = {"fit": "train", "validate": "val", "test": "test"}
         role = roles.get(self.trainer.state.fn if self.trainer else None)
-        if role is None or "train" not in self._splits or "content" not in state_dict:
+        if role is None or "content" not in state_dict:
             return
-        if role != "train" and self._sources[role] is not None and not self._whole:
-            return  # a split of its own
-        same = self._content == state_dict["content"]
-        if self._whole and same:  # its own file, moved
-            self._whole = False
-            self._forget()
-        own = same or hub.same_source(state_dict["path"], self.path)
-        if role == "train" or (own and self._sources[role] is None):
-            check_identity(state_dict, self._identity, self._where("train"), role)
+        if "train" in self._splits and (role == "train" or self._whole or self._sources[role] is None):
+            same = self._content == state_dict["content"]
+            if self._whole and same:  # its own file, moved
+                self._whole = False
+                self._forget()
+            own = same or hub.same_source(state_dict["path"], self.path)
+            if role == "train" or (own and self._sources[role] is None):
+                check_identity(state_dict, self._identity, self._where("train"), role)
+        if role != "train" and "trained" in state_dict:
+            self._check_seen(role, state_dict["trained"].numpy(), state_dict["content"])
         if role == "train" and (was := state_dict["global_batch"]) != self._global_batch:
             rank_zero_warn(
                 f"{self._global_batch} rows a step, and {was} when this run began: if it goes on within an epoch, some "
-                "rows of that one are seen twice or not at all."
+                "rows of that one are seen twice or not at all.",
+                stacklevel=5,
             )
+
+    def _check_seen(self, role: str, trained: np.ndarray, content: str) -> None:
+        split, rows = self._rows(role)
+        here = digests(self._split(split).select(rows), self._text_columns)
+        if sampled := len(trained) == MOST_DIGESTS:
+            here = here[here <= trained[-1]]  # rows that would be in the sample if they had been trained on
+        seen = int(np.isin(here, trained).sum())
+        if not seen:
+            return
+        verb = VERBS[role]
+        count = f"{seen:,} of {len(here):,} rows to {verb}{' (a sample)' if sampled else ''} have a text that"
+        named = self._sources[role] is not None and self._sources[role] == self.split_names[role]
+        mostly = seen > MOSTLY * len(here) and not named
+        # A fit ends with a test of its own data: texts that these repeat must not end it with an error.
+        if mostly and not ("train" in self._splits and self._content == content):
+            raise ValueError(
+                f"{count} this run was trained on: their score would say nothing of new texts. Give other rows, "
+                f"--data.path FILE, or name the split, --data.{role}_split {split}, to score them all the same."
+            )
+        rank_zero_warn(f"{count} was trained on.", stacklevel=6)  # of Lightning's call, which is told in one line
+
+    @cached_property
+    def _trained(self) -> torch.Tensor:
+        """Digests of the rows that train, sorted."""
+        name, rows = self._rows("train")
+        found = np.unique(digests(self._split(name).select(rows), self._text_columns))
+        return torch.from_numpy(found[:MOST_DIGESTS])
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -212,7 +258,7 @@ class HeldOutDataModule(TextDataModule):
             "content": self._content,
             "seed": self.seed,
             "val_fraction": self.val_fraction if cut else None,
-            **{f"{role}_split": CUT_SPLIT if self._sources[role] is None else "a split" for role in ("val", "test")},
+            **{f"{role}_split": self._sources[role] or CUT_SPLIT for role in ("val", "test")},
             "limit_train": min(self.limits["train"] or len(self._cut["train"]), len(self._cut["train"])),
             "max_length": self.max_length,
             "tokenizer": vocabulary(self.tokenizer),
@@ -237,6 +283,34 @@ def content(split: Dataset, columns: Iterable[str]) -> str:
     return digest.hexdigest()[:32]
 
 
+def digests(split: Dataset, columns: Sequence[str]) -> np.ndarray:
+    """64 bits of the texts of each row, as int64; how much white space parts their words does not count.
+
+    Not of the label: a text is known to the model, whatever it is said to be. 32 bits would let 1 in 20 tests of 1,000
+    rows find one of 200,000 trained rows that is not there.
+    """
+    found = bytearray()
+    for rows in split.select_columns(list(columns)).with_format(None).iter(1000):
+        for texts in zip(*(rows[column] for column in columns), strict=True):
+            words = "\0".join(" ".join(text.split()) for text in texts)
+            found += hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return np.frombuffer(bytes(found), "<i8").astype(np.int64)
+
+
+def trained_path(checkpoint: str | None, kind: str) -> tuple[str | None, str | None]:
+    """The path of a run's data as it was given and, where its checkpoint knows it, as an absolute one; else None.
+
+    Args:
+        checkpoint: A file, or nothing of the sort.
+        kind: Name of the data module's class.
+    """
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return None, None
+    content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    given = content.get("datamodule_hyper_parameters", {}).get("path")
+    return given, content.get(kind, {}).get("path", given)
+
+
 @lru_cache(maxsize=4)  # asked at every writing of a checkpoint
 def vocabulary(tokenizer: Any) -> str:
     """A digest of a tokenizer's words and their numbers."""
@@ -257,7 +331,11 @@ def check_identity(was: Mapping[str, Any], now: Mapping[str, Any], where: str, r
         ValueError: For the first thing that differs.
     """
     keys = dict.fromkeys((*CUT, *(now if role == "train" else ())))
-    key = next((key for key in keys if was.get(key, now[key]) != now[key]), None)
+
+    def told(data: Mapping[str, Any], key: str) -> Any:  # which split of its own a role has may change
+        return data[key] == CUT_SPLIT if key in ("val_split", "test_split") else data[key]
+
+    key = next((key for key in keys if key in was and told(was, key) != told(now, key)), None)
     if key is None:
         return
     if key == "rows":

@@ -1,0 +1,161 @@
+"""Rows that were trained on are known again, in whatever file they stand."""
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from data_helpers import rows, text, write
+from datasets import Dataset
+
+from lit_peft.data import TextClassificationDataModule
+from lit_peft.data.held_out import digests
+
+
+def module(path: Path, tokenizer: str, verb: str, **options: Any) -> TextClassificationDataModule:
+    """A data module whose trainer is at a verb."""
+    data = TextClassificationDataModule(str(path), tokenizer=tokenizer, **options)
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=verb), distributed_sampler_kwargs={}, lightning_module=None)
+    data.trainer = trainer
+    return data
+
+
+def trained(path: Path, tokenizer: str, **options: Any) -> dict[str, Any]:
+    """What the checkpoints of a fit hold of its data, as read from a file."""
+    data = module(path, tokenizer, "fit", **options)
+    assert len(data._splits["train"])
+    torch.save(data.state_dict(), path.with_suffix(".pt"))
+    return torch.load(path.with_suffix(".pt"), weights_only=True)
+
+
+def loaded(data: TextClassificationDataModule, state: dict[str, Any]) -> str:
+    """The warnings of loading it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        data.load_state_dict(state)
+    return "; ".join(str(warning.message) for warning in told)
+
+
+REST = (
+    " this run was trained on: their score would say nothing of new texts. Give other rows, --data.path FILE, or name "
+    "the split, --data.test_split train, to score them all the same."
+)
+
+
+@pytest.mark.parametrize(
+    "numbers, refused",
+    [
+        ([*range(60, 80)], False),
+        ([3, *range(60, 80), 5, 3], False),
+        ([*range(59, -1, -1), *range(60, 80)], True),  # shuffled and added to
+        ([*range(10, 50)], True),
+        ([*range(120)], False),
+    ],
+)
+def test_another_file(tmp_path: Path, tokenizer: str, numbers: list[int], refused: bool) -> None:
+    """More than half of it: refused, whatever its labels and its spaces are; fewer: counted."""
+    mine = write(tmp_path / "mine.csv", rows(*range(60)))
+    state = trained(mine, tokenizer)
+    kept = set(module(mine, tokenizer, "fit")._rows("train")[1])
+    columns = {"text": [f" {text(n)}".replace(" ", "  ") for n in numbers], "label": ["bad"] * len(numbers)}
+    data = module(write(tmp_path / "new.jsonl", columns), tokenizer, "test")
+    data.score_whole()
+    seen = sum(n in kept for n in numbers)
+    count = f"{seen} of {len(numbers)} rows to test have a text that"
+    if refused:
+        with pytest.raises(ValueError) as told:
+            data.load_state_dict(state)
+        assert str(told.value) == count + REST
+    else:
+        assert loaded(data, state) == (f"{count} was trained on." if seen else "")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, ""),  # cut from train
+        ({"test_split": "train"}, "48 of 60 rows to test have a text that was trained on."),
+        ({"test_split": "train", "limit_test": 60}, "48 of 60 rows to test have a text that was trained on."),
+    ],
+)
+def test_the_file_of_the_run(tmp_path: Path, tokenizer: str, options: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path / "mine.csv", rows(*range(60)))
+    state = trained(path, tokenizer)
+    assert len(state["trained"]) == 48 and state["trained"].dtype == torch.int64
+    assert loaded(module(path, tokenizer, "test", **options), state) == expected
+    assert loaded(module(path, tokenizer, "test", **options), state | {"trained": torch.tensor([])}) == ""
+    del state["trained"]  # a checkpoint from before
+    assert loaded(module(path, tokenizer, "test", **options), state) == ""
+
+
+def test_a_file_that_repeats_itself_ends_its_fit_with_a_warning(tmp_path: Path, tokenizer: str) -> None:
+    """After hours of training it is late for an error: its rows were held out, though others say the same."""
+    columns = {"text": ["w1", "w2"] * 30, "label": ["a", "b"] * 30}
+    path = write(tmp_path / "mine.csv", columns)
+    state = trained(path, tokenizer)
+    assert loaded(module(path, tokenizer, "test"), state) == "6 of 6 rows to test have a text that was trained on."
+    other = module(write(tmp_path / "other.csv", columns | {"text": ["w2", "w1"] * 30}), tokenizer, "validate")
+    with pytest.raises(ValueError, match=r"^6 of 6 rows to validate .* --data.val_split train, to score"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("folder", [["test"], ["train", "test"]])
+def test_a_split_of_a_folder(tmp_path: Path, tokenizer: str, folder: list[str]) -> None:
+    state = trained(write(tmp_path / "mine.csv", rows(*range(60))), tokenizer)
+    for number, name in enumerate(folder):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        write(tmp_path / "new" / f"{name}.csv", rows(*range(1 + number, 60)))
+    with pytest.raises(ValueError, match=r"--data\.test_split test, to score"):
+        module(tmp_path / "new", tokenizer, "test").load_state_dict(state)
+    assert "to test have a text that was trained on" in loaded(
+        module(tmp_path / "new", tokenizer, "test", test_split="test"), state
+    )
+
+
+def test_of_many_rows_a_sample_is_known(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_peft.data.held_out.MOST_DIGESTS", 200)
+    pairs = {
+        "text": [text(n % 199) for n in range(1000)],
+        "label": ["a", "b"] * 500,
+        "b": [f"w{n}" for n in range(1000)],
+    }
+    state = trained(write(tmp_path / "mine.csv", pairs), tokenizer, text_pair_column="b")
+    assert len(state["trained"]) == 200
+    (tmp_path / "new").mkdir()
+    for name, count, expected in (
+        ("other", 0, ""),
+        ("some", 300, "rows to test (a sample) have a text that was trained"),
+    ):
+        columns = {key: values[:count] for key, values in pairs.items()}
+        more = {"text": ["w5"] * 700, "label": ["a"] * 700, "b": [f"w{n} w1" for n in range(700)]}
+        path = write(tmp_path / "new" / f"{name}.csv", {key: columns[key] + more[key] for key in columns})
+        data = module(path, tokenizer, "test", text_pair_column="b")
+        data.score_whole()
+        told = loaded(data, state)
+        assert expected in told and bool(told) == bool(expected)
+        if told:
+            seen, judged = int(told.split()[0]), int(told.split()[2])
+            assert 150 < judged < 350 and abs(seen / judged - 0.24) < 0.08
+    data = module(tmp_path / "mine.csv", tokenizer, "test", test_split="train", text_pair_column="b")
+    assert loaded(data, state).startswith("200 of 2")
+
+
+def test_a_changed_choice_of_a_split_is_named(tmp_path: Path, tokenizer: str) -> None:
+    for name, numbers in (("train", range(60)), ("validation", range(60, 70))):
+        write(tmp_path / f"{name}.csv", rows(*numbers))
+    state = trained(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"data\.val_split is 'cut', and was 'validation' when this run was trained"):
+        module(tmp_path, tokenizer, "fit", val_split="cut").load_state_dict(state)
+    cut = trained(tmp_path, tokenizer, val_split="cut")
+    with pytest.raises(ValueError, match=r"data\.val_split is 'validation', and was 'cut' when this run was trained"):
+        module(tmp_path, tokenizer, "fit").load_state_dict(cut)
+    module(tmp_path, tokenizer, "fit").load_state_dict(state | {"val_split": "a split"})  # a checkpoint from before
+
+
+def test_a_digest_is_of_the_texts_of_a_row() -> None:
+    split = Dataset.from_dict({"a": ["x", "x y", "x", " x\n", "y"], "b": ["y", "z", "y z", "y", "x"]})
+    one, both = digests(split, ["a"]), digests(split, ["a", "b"])
+    assert len(set(one)) == 3 and one[0] == one[2] == one[3]
+    assert len(set(both)) == 4 and both[0] == both[3]
