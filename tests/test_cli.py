@@ -282,14 +282,14 @@ def test_own_data_are_predicted(own, tmp_path):
 )
 def test_files_of_some_of_the_classes_are_scored(own, verb, options, line, tmp_path, capsys, monkeypatch):
     """All of another file, the rows that were cut off of the run's own; and that is told."""
-    new = "when it is,NUM\nwho it is,HUM\nwho it is,HUM\n"
+    new = "when it is .,NUM\nwho it is .,HUM\nwho it is .,HUM\n"
     (tmp_path / "here").mkdir()
     (tmp_path / "my.csv").symlink_to(own.parents[1] / "my.csv")
     monkeypatch.chdir(tmp_path / "here")
     Path("new.csv").write_text("text,label\n" + new)
     Path("more.csv").write_text("text,label\n" + new * 10)
     Path("folder").mkdir()
-    Path("folder/test.csv").write_text("text,label\nwho it is,HUM\n")
+    Path("folder/test.csv").write_text("text,label\nwho it is .,HUM\n")
     Path("folder/train.csv").write_text("text,label\n" + new)
     run([*resolve([verb, "--run", str(own), *options])])
     printed = capsys.readouterr().out
