@@ -75,6 +75,7 @@ MISTAKES = [
     quick("a file that is not UTF-8", "--data.path {latin}", "is not UTF-8: byte 0xe9 at offset 18, in line 2"),
     quick("a line of 10 MB", "--data.path {endless}", "has 10,000,000 characters in column 'sentence'"),
     quick("a stray quote", "--data.path {stray}", "the quote opened in the row of line 2 is closed in line 4"),
+    quick("a stray quote, closed by another", "--data.path {stray_pair}", "takes in 3 lines, each of which is a row"),
     quick("semicolons in a csv", "--data.path {semicolons}", "are parted by ',', these by ';'"),
     quick("labels that train does not have", "--data.path {unseen}", "have labels that are not in train"),
     quick("one column for text and label", "--data.label_column sentence", "which is the column of a text too"),
@@ -158,6 +159,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     (root / "latin.csv").write_bytes(table.encode() + b"caf\xe9,good\n")
     (root / "endless.csv").write_text(table + "a dull film,bad\n" + "x" * 10_000_000 + ",good\n")
     (root / "stray.csv").write_text(table + '"a fine film,good\na dull film,bad\n"the film,good\n')
+    (root / "stray_pair.csv").write_text(table + '"a film,good\na dull film,bad\nthe film",good\na film,bad\n' * 2)
     (root / "semicolons.csv").write_text("sentence;label\na fine film;good\na dull film;bad\n")
     (root / "unseen").mkdir()
     (root / "unseen" / "train.csv").write_text((folder / "train.csv").read_text())

@@ -133,8 +133,8 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
         stamps: Not used here; tells `datasets` whether its cached copy is up to date.
 
     Raises:
-        FileError: A file without rows or of other columns, a row of a wrong length, a quote that is never closed, or
-            one that is closed before its cell ends.
+        FileError: A file without rows or of other columns, a row of a wrong length, a quote that is never closed, is
+            closed before its cell ends, or takes in rows; see `_check_swallowed`.
     """
     limit = csv.field_size_limit(2**31 - 1)  # texts that are too long are told with their row, later
     columns: list[str] = []
@@ -142,6 +142,7 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
         for file in files:
             with Path(file).open(encoding="utf-8-sig", newline="") as lines:
                 header: list[str] = []
+                swallowed: list[tuple[int, list[list[str]], int]] = []
                 count = blank = 0
                 for start, row in _parsed(file, lines, separator):
                     if not row:
@@ -171,9 +172,13 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
                     else:
                         yield from [{header[0]: ""}] * blank
                         count, blank = count + 1, 0
+                        swallowed += [(start, *found) for found in _rows_within(row, separator)]
                         yield dict(zip(header, row, strict=True))
                 if not count:
                     raise FileError(f"{file} is empty: it has a header at most, and no rows.")
+                if swallowed:
+                    lines.seek(0)
+                    _check_swallowed(file, list(_parsed(file, lines, separator)), swallowed)
     finally:
         csv.field_size_limit(limit)
 
@@ -197,6 +202,46 @@ def _parsed(file: str, lines: Iterable[str], separator: str) -> Iterator[tuple[i
             f"{quote} is closed in line {rows.line_num}, and more text follows ({error}). In a text that stands in "
             "quotes, a quote is written twice; a jsonl or parquet file needs no quotes."
         ) from None
+
+
+def _rows_within(row: list[str], separator: str) -> Iterator[tuple[list[list[str]], int]]:
+    """The rows that the lines of a cell would be without its quotes, if all are of this row's length; and its column.
+
+    Of a cell of three lines or more: two may happen to look like rows.
+    """
+    for at, cell in enumerate(row):
+        if cell.count("\n") > 1 and len(row) > 1:
+            lines = [line.split(separator) for line in cell.replace("\r\n", "\n").split("\n")]
+            rows = [row[:at] + lines[0], *lines[1:-1], lines[-1] + row[at + 1 :]]
+            if all(len(other) == len(row) for other in rows):
+                yield rows, at
+
+
+def _check_swallowed(
+    file: str, rows: list[tuple[int, list[str]]], swallowed: list[tuple[int, list[list[str]], int]]
+) -> None:
+    """Refuses a cell whose lines are rows, as when a stray quote ends with a later cell: else these would be lost.
+
+    A text may have lines, with separators in them. So rows they are only if in another column than the cell's, that of
+    the labels as a rule, each of them holds what some row of the file holds there, and not nothing.
+
+    Args:
+        file: Where from.
+        rows: Line and cells of all rows, as they were parsed.
+        swallowed: Line, what the lines of a cell would be as rows, and the cell's column.
+
+    Raises:
+        FileError: For the first such cell.
+    """
+    known = [{*cells} - {""} for cells in zip(*(row for _, row in rows[1:] if row), strict=True)]
+    for start, found, at in swallowed:
+        for column, cells in enumerate(known):
+            if column != at and {row[column] for row in found} <= cells:
+                raise FileError(
+                    f"{file}: the quote opened in the row of line {start} takes in {len(found)} lines, each of which "
+                    "is a row by itself. In a text that stands in quotes, a quote is written twice; a jsonl or parquet "
+                    "file needs no quotes."
+                )
 
 
 @contextmanager
