@@ -11,7 +11,7 @@ from data_helpers import rows, text, write
 from datasets import Dataset
 
 from lit_peft.data import TextClassificationDataModule
-from lit_peft.data.held_out import digests
+from lit_peft.data.held_out import digests, trained_path
 
 
 def module(path: Path, tokenizer: str, verb: str, **options: Any) -> TextClassificationDataModule:
@@ -159,3 +159,18 @@ def test_a_digest_is_of_the_texts_of_a_row() -> None:
     one, both = digests(split, ["a"]), digests(split, ["a", "b"])
     assert len(set(one)) == 3 and one[0] == one[2] == one[3]
     assert len(set(both)) == 4 and both[0] == both[3]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({}, (None, None)),
+        ({"datamodule_hyper_parameters": {"path": "a.csv"}}, ("a.csv", "a.csv")),
+        ({"datamodule_hyper_parameters": {"path": "a.csv"}, "Data": {"path": "/b/a.csv"}}, ("a.csv", "/b/a.csv")),
+        ({"datamodule_hyper_parameters": {"path": ["a", "b"]}, "Data": [1]}, (None, None)),  # somebody else's class
+    ],
+)
+def test_where_the_data_of_a_run_were(tmp_path: Path, content: Any, expected: Any) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    assert trained_path(str(tmp_path / "x.ckpt"), "Data") == expected
+    assert trained_path(str(tmp_path), "Data") == trained_path("hpc", "Data") == (None, None)

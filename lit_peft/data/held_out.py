@@ -307,8 +307,10 @@ def trained_path(checkpoint: str | None, kind: str) -> tuple[str | None, str | N
     if checkpoint is None or not Path(checkpoint).is_file():
         return None, None
     content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    given = content.get("datamodule_hyper_parameters", {}).get("path")
-    return given, content.get(kind, {}).get("path", given)
+    parts = [content.get(key) for key in ("datamodule_hyper_parameters", kind)]  # of any data module, with any `path`
+    paths = [part.get("path") if isinstance(part, dict) else None for part in parts]
+    given, where = (path if isinstance(path, str) else None for path in paths)
+    return given, where or given
 
 
 @lru_cache(maxsize=4)  # asked at every writing of a checkpoint
