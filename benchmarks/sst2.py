@@ -88,7 +88,8 @@ def main() -> None:
     parser = comparison(__doc__)
     parser.add_argument("--sweep-train", type=int, default=8000)
     parser.add_argument("--at", type=float, default=None, help="the rate of all runs; no sweep")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: the sweep alone")
+    several = "default: 0 1 2 for the methods that are compared closely, 0 for the rest; none: the sweep alone"
+    parser.add_argument("--seeds", nargs="*", type=int, default=None, help=several)
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--adapter-decay", type=float, default=0.0, help="weight decay of HF PEFT's adapter")
     parser.add_argument("--out", default="runs/benchmark_sst2")
@@ -99,7 +100,9 @@ def main() -> None:
         return RATES.get(method.partition(":")[0], COMMON_RATES)
 
     def seeds(method: str) -> list[int]:
-        return args.seeds if method.partition(":")[0] in SEVERAL_SEEDS else args.seeds[:1]
+        if args.seeds is not None:
+            return args.seeds
+        return [0, 1, 2] if method.partition(":")[0] in SEVERAL_SEEDS else [0]
 
     with ThreadPoolExecutor(args.parallel) as pool:
         best: dict[str, float] = dict.fromkeys(args.methods, args.at) if args.at else {}
