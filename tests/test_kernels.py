@@ -11,22 +11,24 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7,), (3, 300), (2, 5, 33), (300, 257), (1, 0, 8)])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_scale_features(device, dtype, shape, shifted):
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_scale_features(device, dtype, shape, normed, biased):
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(shape, generator=generator).to(device, dtype)
-    v, shift = torch.randn(2, shape[-1], generator=generator).to(device)
-    dy = torch.randn(shape, generator=generator).to(device, dtype)
-    exact = [t.double().requires_grad_() for t in (z, v, shift)]
-    found = [t.clone().requires_grad_() for t in (z, v, shift)]
-    expected = exact[0] * exact[1] + (exact[2] if shifted else 0)
+    z, dy = torch.randn(2, *shape, generator=generator).to(device, dtype)
+    v, bias = torch.randn(2, shape[-1], generator=generator).to(device)
+    norm = 0.5 + torch.rand(shape[-1], generator=generator).to(device) if normed else None
+    exact = [t.double().requires_grad_() for t in (z, v, bias)]
+    found = [t.clone().requires_grad_() for t in (z, v, bias)]
+    f = exact[1] / norm.double() if normed else exact[1]
+    expected = f * exact[0] + ((1 - f) * exact[2] if biased else 0)
     expected.backward(dy.double())
-    y = scale_features(found[0], found[1], found[2] if shifted else None)
+    y = scale_features(found[0], found[1], norm, found[2] if biased else None)
     y.backward(dy)
     assert y.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     pairs = [(y, expected), *((a.grad, b.grad) for a, b in zip(found, exact, strict=True) if b.grad is not None)]
-    assert len(pairs) == 3 + shifted
+    assert len(pairs) == 3 + biased
     for ours, theirs in pairs:
         scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * scale)

@@ -9,24 +9,26 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def scale_features(z: Tensor, v: Tensor, shift: Tensor | None = None) -> Tensor:
-    """`z * v + shift` over the last dimension, rounded once; differentiable in all three.
+def scale_features(z: Tensor, v: Tensor, norm: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """`f z + (1 - f) bias` over the last dimension, `f` being `v / norm`; rounded once, differentiable but for `norm`.
 
-    torch's kernel for a vector that is broadcast over rows reaches half of a GPU's bandwidth, and its backward pass
-    writes `dy * z` before it sums it.
+    That is `z` scaled, but for a bias that it holds. torch's kernel for a vector that is broadcast over rows reaches
+    half of a GPU's bandwidth, and its backward pass writes `dy * z` before it sums it.
 
     Args:
         z: [..., n].
         v: [n], in any dtype.
-        shift: [n], or None for zero.
+        norm: [n] in float32, or None for ones. Where it is zero, `v` should be.
+        bias: [n], or None for zeros.
 
     Returns:
         [..., n] in the dtype of `z`.
     """
     if _uses_triton(z):
-        return ScaleFeatures.apply(z, v, shift)
-    v = v.to(z.dtype)
-    return z * v if shift is None else torch.addcmul(shift.to(z.dtype), z, v)
+        return ScaleFeatures.apply(z, v, norm, bias)
+    f = v if norm is None else v / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    scaled = f.to(z.dtype)
+    return z * scaled if bias is None else torch.addcmul((bias * (1 - f)).to(z.dtype), z, scaled)
 
 
 @torch.no_grad()
@@ -61,22 +63,20 @@ def _uses_triton(tensor: Tensor) -> bool:
 
 
 class ScaleFeatures(torch.autograd.Function):
-    """`scale_features` as one node that passes over memory once each way; keeps `z` and `v`."""
+    """`scale_features` as one node that passes over memory once each way; keeps `z` and the vectors."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, v: Tensor, shift: Tensor | None) -> Tensor:
+    def forward(ctx: Any, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
         from lit_peft.core import triton_kernels
 
         rows = z.reshape(-1, z.shape[-1])
-        ctx.save_for_backward(rows, v)
-        ctx.shape, ctx.shift_dtype = z.shape, None if shift is None else shift.dtype
-        return triton_kernels.scale(rows, v, shift).view(z.shape)
+        ctx.save_for_backward(rows, v, norm, bias)
+        return triton_kernels.scale(rows, v, norm, bias).view(z.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from lit_peft.core import triton_kernels
 
-        z, v = ctx.saved_tensors
-        dtype: torch.dtype | None = ctx.shift_dtype
-        dz, dv, dshift = triton_kernels.scale_backward(grads[0].reshape(z.shape), z, v, dtype is not None)
-        return dz.view(ctx.shape), dv.to(v.dtype), None if dshift is None else dshift.to(dtype)
+        z, v, norm, bias = ctx.saved_tensors
+        dz, dv, dbias = triton_kernels.scale_backward(grads[0].reshape(z.shape), z, v, norm, bias)
+        return dz.view(grads[0].shape), dv.to(v.dtype), None, dbias if dbias is None else dbias.to(bias.dtype)

@@ -12,41 +12,57 @@ ROWS, COLUMNS, TALL = 16, 256, 16
 
 
 @triton.jit
-def _scale(z, v, shift, y, rows, n, SHIFTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _factor(v, norm, column, inside, NORMED: tl.constexpr):  # type: ignore[no-untyped-def]
+    factor = tl.load(v + column, mask=inside, other=0.0).to(tl.float32)
+    if NORMED:
+        factor = factor / tl.maximum(tl.load(norm + column, mask=inside, other=1.0), 1.1754944e-38)
+    return factor
+
+
+@triton.jit
+def _scale(  # type: ignore[no-untyped-def]
+    z, v, norm, bias, y, rows, n, NORMED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = column < n
     mask = (row < rows)[:, None] & inside[None, :]
     at = row[:, None] * n + column[None, :]
-    factor = tl.load(v + column, mask=inside, other=0.0).to(tl.float32)
+    factor = _factor(v, norm, column, inside, NORMED)
     result = tl.load(z + at, mask=mask, other=0.0).to(tl.float32) * factor[None, :]
-    if SHIFTED:
-        result += tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if BIASED:
+        result += ((1 - factor) * tl.load(bias + column, mask=inside, other=0.0).to(tl.float32))[None, :]
     tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _scale_backward(  # type: ignore[no-untyped-def]
-    dy, z, v, dz, sums, rows, n, SHIFTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr
-):
+    dy, z, v, norm, bias, dz, sums, rows, n,
+    NORMED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
-    factor = tl.load(v + column, mask=inside, other=0.0).to(tl.float32)
-    dv = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over rows once, at the end
+    factor = _factor(v, norm, column, inside, NORMED)
+    dfactor = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over rows once, at the end
     dshift = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in range(TALL):
         row = ((tl.program_id(0) * TALL + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & inside[None, :]
         at = row[:, None] * n + column[None, :]
         grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        dv += grad * tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-        if SHIFTED:
+        dfactor += grad * tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+        if BIASED:
             dshift += grad
         tl.store(dz + at, (grad * factor[None, :]).to(dz.dtype.element_ty), mask=mask)
     place = tl.program_id(0) * n + column
-    tl.store(sums + place, tl.sum(dv, axis=0), mask=inside)
-    if SHIFTED:
-        tl.store(sums + tl.num_programs(0) * n + place, tl.sum(dshift, axis=0), mask=inside)
+    dv = tl.sum(dfactor, axis=0)
+    if BIASED:
+        shift = tl.sum(dshift, axis=0)
+        dv -= shift * tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + tl.num_programs(0) * n + place, (1 - factor) * shift, mask=inside)
+    if NORMED:
+        dv = dv / tl.maximum(tl.load(norm + column, mask=inside, other=1.0), 1.1754944e-38)
+    tl.store(sums + place, dv, mask=inside)
 
 
 @triton.jit
@@ -56,12 +72,14 @@ def _row_norms(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.arange(0, R)
     b = tl.load(B + row[:, None] * r + rank[None, :], mask=(row < out)[:, None] & (rank < r)[None, :], other=0.0)
+    b = b.to(W.dtype.element_ty)
     square = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, n, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         a = tl.load(
             A + rank[:, None] * n + column[None, :], mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0
         )
+        a = a.to(W.dtype.element_ty)
         at = row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
         w = tl.load(W + at, mask=(row < out)[:, None] & (column < n)[None, :], other=0.0).to(tl.float32)
         w += s * tl.dot(b, a)
@@ -69,33 +87,37 @@ def _row_norms(  # type: ignore[no-untyped-def]
     tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)), mask=row < out)
 
 
-def scale(z: Tensor, v: Tensor, shift: Tensor | None) -> Tensor:
-    """`z * v + shift`; `z`: [rows, n] contiguous, `v` and `shift`: [n]."""
+def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`f z + (1 - f) bias`, `f = v / norm`; `z`: [rows, n] contiguous, the others [n] or None."""
     (rows, n), y = z.shape, torch.empty_like(z)
     grid: Any = (triton.cdiv(rows, ROWS), triton.cdiv(n, COLUMNS))
+    vectors = (v, v if norm is None else norm, v if bias is None else bias)
     with torch.cuda.device(z.device):
-        _scale[grid](z, v, v if shift is None else shift, y, rows, n, shift is not None, ROWS, COLUMNS, num_warps=8)
+        _scale[grid](z, *vectors, y, rows, n, norm is not None, bias is not None, ROWS, COLUMNS, num_warps=8)
     return y
 
 
-def scale_backward(dy: Tensor, z: Tensor, v: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `scale` with respect to `z`, [rows, n], and to `v` and `shift`, [n] in float32."""
-    dy = dy.contiguous()
+def scale_backward(
+    dy: Tensor, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `scale` with respect to `z`, [rows, n], and to `v` and `bias`, [n] in float32."""
+    dy, normed, biased = dy.contiguous(), norm is not None, bias is not None
     (rows, n), dz = z.shape, torch.empty_like(z)
     down = triton.cdiv(rows, ROWS * TALL)
-    sums = torch.empty(1 + shifted, down, n, dtype=torch.float32, device=z.device)
+    sums = torch.empty(1 + biased, down, n, dtype=torch.float32, device=z.device)
     grid: Any = (down, triton.cdiv(n, COLUMNS))
+    vectors = (v, v if norm is None else norm, v if bias is None else bias)
     with torch.cuda.device(z.device):
-        _scale_backward[grid](dy, z, v, dz, sums, rows, n, shifted, ROWS, COLUMNS, TALL, num_warps=8)
+        _scale_backward[grid](dy, z, *vectors, dz, sums, rows, n, normed, biased, ROWS, COLUMNS, TALL, num_warps=8)
     total = sums.sum(1)
-    return dz, total[0], total[1] if shifted else None
+    return dz, total[0], total[1] if biased else None
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """`|W + s B A|` of each row, [out] in float32; `W`: [out, in] of any strides, `A`: [r, in], `B`: [out, r]."""
     (out, n), r = W.shape, len(A)
     norms = torch.empty(out, dtype=torch.float32, device=W.device)
-    A, B = A.to(W.dtype).contiguous(), B.to(W.dtype).contiguous()
+    A, B = A.contiguous(), B.contiguous()
     grid: Any = (triton.cdiv(out, 16),)
     with torch.cuda.device(W.device):
         _row_norms[grid](W, A, B, norms, out, n, r, s, *W.stride(), 16, 128, max(16, triton.next_power_of_2(r)))

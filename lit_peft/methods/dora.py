@@ -69,10 +69,10 @@ class DoRADelta(LoRADelta):
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         ops = layer_ops(layer)
-        z, b = super().forward(layer, call, x), call.bias()
-        ratio = self.ratio(row_norms(call.matrix(), self.lora_A, self.lora_B, self.scaling))
-        rest = None if b is None else b * (1 - ratio)  # the bias is not scaled
+        z, b = super().forward(layer, call, x), call.bias()  # of which the bias is not scaled
+        norm = row_norms(call.matrix(), self.lora_A, self.lora_B, self.scaling)
         if ops.is_linear:
-            return scale_features(z, ratio, rest)
+            return scale_features(z, self.lora_magnitude_vector, norm, b)
+        ratio = self.ratio(norm)
         y = z * ops.along_features(ratio.to(z.dtype))
-        return y if rest is None else y + ops.along_features(rest.to(z.dtype))
+        return y if b is None else y + ops.along_features((b * (1 - ratio)).to(z.dtype))
