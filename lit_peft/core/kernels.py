@@ -31,7 +31,6 @@ def scale_features(z: Tensor, v: Tensor, norm: Tensor | None = None, bias: Tenso
     return z * scaled if bias is None else torch.addcmul((bias * (1 - f)).to(z.dtype), z, scaled)
 
 
-@torch.no_grad()
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """`|W + s B A|` of each row, without a matrix of that size; no gradient.
 
@@ -51,11 +50,12 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         from lit_peft.core import triton_kernels
 
         return triton_kernels.row_norms(W, A, B, s)
-    A, B = A.float(), B.float()
-    cross = (W @ A.to(W.dtype).t()).float()
-    change = torch.addmm(cross, B, A @ A.t(), beta=2 * s, alpha=s * s)
-    own = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32)
-    return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
+    with torch.no_grad():
+        A, B = A.float(), B.float()
+        cross = (W @ A.to(W.dtype).t()).float()
+        change = torch.addmm(cross, B, A @ A.t(), beta=2 * s, alpha=s * s)
+        own = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32)
+        return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
 
 
 def _uses_triton(tensor: Tensor) -> bool:

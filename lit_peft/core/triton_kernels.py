@@ -87,10 +87,14 @@ def _row_norms(  # type: ignore[no-untyped-def]
     tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)), mask=row < out)
 
 
+def _blocks(n: int, size: int) -> int:  # triton.cdiv is traced by its compiler, and slow to call
+    return -(-n // size)
+
+
 def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
     """`f z + (1 - f) bias`, `f = v / norm`; `z`: [rows, n] contiguous, the others [n] or None."""
     (rows, n), y = z.shape, torch.empty_like(z)
-    grid: Any = (triton.cdiv(rows, ROWS), triton.cdiv(n, COLUMNS))
+    grid: Any = (_blocks(rows, ROWS), _blocks(n, COLUMNS))
     vectors = (v, v if norm is None else norm, v if bias is None else bias)
     with torch.cuda.device(z.device):
         _scale[grid](z, *vectors, y, rows, n, norm is not None, bias is not None, ROWS, COLUMNS, num_warps=8)
@@ -103,9 +107,9 @@ def scale_backward(
     """Gradients of `scale` with respect to `z`, [rows, n], and to `v` and `bias`, [n] in float32."""
     dy, normed, biased = dy.contiguous(), norm is not None, bias is not None
     (rows, n), dz = z.shape, torch.empty_like(z)
-    down = triton.cdiv(rows, ROWS * TALL)
+    down = _blocks(rows, ROWS * TALL)
     sums = torch.empty(1 + biased, down, n, dtype=torch.float32, device=z.device)
-    grid: Any = (down, triton.cdiv(n, COLUMNS))
+    grid: Any = (down, _blocks(n, COLUMNS))
     vectors = (v, v if norm is None else norm, v if bias is None else bias)
     with torch.cuda.device(z.device):
         _scale_backward[grid](dy, z, *vectors, dz, sums, rows, n, normed, biased, ROWS, COLUMNS, TALL, num_warps=8)
@@ -118,7 +122,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     (out, n), r = W.shape, len(A)
     norms = torch.empty(out, dtype=torch.float32, device=W.device)
     A, B = A.contiguous(), B.contiguous()
-    grid: Any = (triton.cdiv(out, 16),)
+    grid: Any = (_blocks(out, 16),)
     with torch.cuda.device(W.device):
-        _row_norms[grid](W, A, B, norms, out, n, r, s, *W.stride(), 16, 128, max(16, triton.next_power_of_2(r)))
+        _row_norms[grid](W, A, B, norms, out, n, r, s, *W.stride(), 16, 128, max(16, 1 << (r - 1).bit_length()))
     return norms
