@@ -129,12 +129,13 @@ def test_masked_ranks_stay_zero_in_the_average(use_buffers):
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
-def test_averages_keep_what_is_masked_at_zero(use_buffers):
-    module, method = Module(), SparseLoRA("magnitude", target_modules=ADAPTED, r=2, begin=0.5, every=1)
+@pytest.mark.parametrize("sparsity", ["structured", "magnitude", "l1"])
+def test_averages_keep_what_is_masked_at_zero(sparsity, use_buffers):
+    module, method = Module(), SparseLoRA(sparsity, target_modules=ADAPTED, r=2, begin=0.5, every=1)
     fit(module, method, EMAWeightAveraging(decay=0.7, use_buffers=use_buffers), max_epochs=3)
-    for delta in method.additions(module).values():
-        for factor, mask in zip((delta.lora_A, delta.lora_B), delta.masks(), strict=True):
-            assert torch.equal(factor != 0, mask) and mask.sum() == mask.numel() / 2
+    pairs = [pair for delta in method.additions(module).values() for pair in delta.masked()]
+    assert all(torch.equal(p != 0, mask) for p, mask in pairs)
+    assert sum(mask.sum() for _, mask in pairs) == sum(mask.numel() for _, mask in pairs) / 2
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

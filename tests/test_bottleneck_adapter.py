@@ -387,8 +387,8 @@ def test_what_does_not_fit_is_refused(make, arguments, message):
         ({"activation": "swish"}, "^activation must be relu, gelu, silu or tanh, not 'swish'"),
         ({"reduction_factor": 0.5}, "^reduction_factor must be at least 1, not 0.5"),
         ({"reduction_factor": math.nan}, "^reduction_factor must be at least 1, not nan"),
-        ({"scale": 0.0}, "^scale must be above 0, not 0.0"),
-        ({"scale": math.inf}, "^scale must be above 0, not inf"),
+        ({"scale": 0.0}, "^scale must be a number above 0, not 0.0"),
+        ({"scale": math.inf}, "^scale must be a number above 0, not inf"),
     ],
 )
 def test_impossible_arguments(arguments, message):

@@ -83,7 +83,6 @@ class TestSparseLoRA(MethodConformance):
 
 class TestSparseLoRAByMagnitude(MethodConformance):
     method = SparseLoRA("magnitude", r=4, dropout=0.0)
-    refuses_shards = "Masks by magnitude need whole factors"
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features)

@@ -188,5 +188,5 @@ def test_lora_plus_takes_doras_lengths_to_the_fast_group():
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf")])
 def test_a_ratio_that_is_none_is_refused(ratio):
-    with pytest.raises(ValueError, match="loraplus_ratio must be above 0, not"):
+    with pytest.raises(ValueError, match="loraplus_ratio must be a number above 0, not"):
         LoRA(loraplus_ratio=ratio)

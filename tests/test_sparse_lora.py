@@ -23,6 +23,7 @@ from lit_peft.core.addition import Call
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, pack_mask, unpack_mask
 from lit_peft.core.merge import merge
+from lit_peft.core.targets import make_site
 from lit_peft.methods.sparse_lora import GATE
 from lit_peft.testing.conformance import assert_same, snapshot
 
@@ -35,6 +36,10 @@ def sparse(sparsity: str = "magnitude", **arguments) -> SparseLoRA:
 
 def deltas(module: nn.Module) -> list:
     return [module.get_submodule(path).peft["default"] for path in registry(module).adapters["default"].sites]
+
+
+def sites(module: nn.Module) -> list:
+    return [make_site(path, module.get_submodule(path)) for path in registry(module).adapters["default"].sites]
 
 
 def random_(module: nn.Module, seed: int = 0) -> None:
@@ -63,7 +68,7 @@ class Watch(pl.Callback):
         self.method, self.before, self.logged, self.factors, self.masks = method, [], [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.before.append(sum(p.abs().sum().item() for d in deltas(pl_module) for p in d.shrunk()))
+        self.before.append(sum(p.abs().sum().item() for d in deltas(pl_module) for p in d.sparse()))
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.logged.append({k: v.item() for k, v in trainer.callback_metrics.items()})
@@ -198,10 +203,13 @@ def test_a_rate_at_which_one_step_would_end_all_gates_is_refused():
 
 def test_shrinking_in_bfloat16_is_refused():
     with pytest.raises(ValueError, match=r"^Shrinking gets lost in bfloat16's rounding: train with adapter_dtype fl"):
-        fit(Module(), sparse("l1", adapter_dtype="bfloat16"))
+        fit(Module(), sparse("l1", strength=0.1, adapter_dtype="bfloat16"))
     with pytest.raises(ValueError, match="bfloat16's rounding"):
-        fit(Module(), sparse("structured"), precision="bf16-true")
-    fit(Module(), sparse("magnitude", adapter_dtype="bfloat16", every=1))
+        fit(Module(), sparse("structured", strength=0.1), precision="bf16-true")
+    for sparsity in WAYS:
+        method = sparse(sparsity, adapter_dtype="bfloat16", every=1)
+        fit(module := Module(), method)
+        assert method.achieved(module).item() == pytest.approx(0.5, abs=0.02)
 
 
 # ------------------------------------------------------------------------------------------------- masks
@@ -218,7 +226,7 @@ def test_masks_follow_the_cubic_schedule_and_take_the_smallest(arguments):
     watch, steps = Watch(method), 20
     fit(Decayed(), method, watch, max_epochs=5)
     assert len(watch.masks) == steps
-    settings = (method.target, method.begin, method.end)
+    settings = (method.target or 0.5, method.begin, method.end)
     kept = [np.ones(m.shape, bool) for m in watch.masks[0]]
     for step in range(1, steps + 1):
         first, last = math.floor(method.begin * steps), math.ceil(method.end * steps)
@@ -233,7 +241,7 @@ def test_masks_follow_the_cubic_schedule_and_take_the_smallest(arguments):
         for mask, found in zip(kept, watch.masks[step - 1], strict=True):
             np.testing.assert_array_equal(found, mask)
     shares = [entry["train/sparsity"] for entry in watch.logged]
-    assert shares == sorted(shares) and abs(shares[-1] - method.target) <= 0.02
+    assert shares == sorted(shares) and abs(shares[-1] - settings[0]) <= 0.02
     assert shares[0] == 0 if method.begin * steps >= 1 else shares[0] > 0
 
 
@@ -270,16 +278,78 @@ def test_masked_entries_stay_zero_and_out_of_the_clipped_norm():
     assert seen > 500
 
 
+def test_l1_shrinks_by_the_quantile_that_meets_the_share():
+    module, method = Module(), sparse("l1", begin=0.0, end=1.0, every=5)
+    method.attach(module)
+    random_(module)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.01)
+    before = [p.detach().clone().numpy() for d in deltas(module) for p in d.sparse()]
+    method.sparsify(module, [optimizer], step=4, steps=10)
+    for p, old in zip((p for d in deltas(module) for p in d.sparse()), before, strict=True):
+        np.testing.assert_array_equal(p.detach(), old)
+    method.sparsify(module, [optimizer], step=5, steps=10)
+    share, penalty = 0.5 * (1 - 0.5**3), 0.0
+    for p, old in zip((p for d in deltas(module) for p in d.sparse()), before, strict=True):
+        threshold = np.sort(np.abs(old), axis=None)[round(share * old.size) - 1]
+        np.testing.assert_allclose(p.detach(), soft_threshold(old, threshold), rtol=1e-6)
+        assert (p == 0).sum() == round(share * old.size)
+        penalty += threshold / (5 * 0.01) * p.abs().sum().item()
+    assert method.penalty(module).item() == pytest.approx(penalty, rel=1e-5)
+    method.sparsify(module, [optimizer], step=10, steps=10)
+    method.sparsify(module, [optimizer], step=15, steps=10)
+    assert method.penalty(module) == 0  # nothing shrinks once the target is reached
+    assert sparse("structured").penalty(module) is None
+
+
+def test_the_gates_of_the_smallest_ranks_of_all_layers_close():
+    module, method = Module(), sparse("structured", begin=0.0, end=0.1, rank_pattern={"first": 3})
+    method.attach(module)
+    random_(module)
+    with torch.no_grad():
+        deltas(module)[0].lora_B.mul_(0.1)
+    sizes = []
+    for d in deltas(module):
+        for i in range(len(d.gate)):
+            added = d.scaling * d.gate[i] / GATE * torch.outer(d.lora_B[:, i], d.lora_A[i])
+            sizes.append(torch.linalg.matrix_norm(added).item())
+    method.sparsify(module, [], step=10, steps=10)
+    closed = torch.cat([d.gate == 0 for d in deltas(module)])
+    assert closed.tolist() == (np.argsort(np.argsort(sizes)) < 4).tolist()  # round(.5 * 7)
+    assert method.achieved(module).item() == pytest.approx(4 / 7)
+    assert [len(d.compacted(site, False).lora_A) for d, site in zip(deltas(module), sites(module), strict=True)] == [
+        max(1, int(d.mask_gate.sum())) for d in deltas(module)
+    ]
+
+
+class Descent(Module):
+    """Plain gradient descent under a schedule that ends at a rate of zero."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 10))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("sparsity", WAYS)
+@pytest.mark.parametrize("module", [Module, Decayed, Descent])
 @pytest.mark.parametrize(
     "arguments",
     [{"max_epochs": 3}, {"max_steps": 7, "max_epochs": -1}, {"max_epochs": 6, "accumulate_grad_batches": 3}],
 )
-def test_the_target_is_reached_however_long_the_run(arguments):
-    module = Module()
-    run = fit(module, sparse(r=4), **arguments)
+def test_the_target_is_reached_whatever_the_run(sparsity, module, arguments):
+    run = fit(module := module(), sparse(sparsity, r=4), **arguments)
     assert run.callback_metrics["train/sparsity"].item() == pytest.approx(0.5, abs=0.02)
-    zeros = torch.cat([p.flatten() == 0 for d in deltas(module) for p in (d.lora_A, d.lora_B)])
+    zeros = torch.cat([p.flatten() == 0 for d in deltas(module) for p in d.sparse()])
     assert zeros.float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert ("train/l1" in run.callback_metrics) == (sparsity == "l1")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("sparsity", WAYS)
+def test_layers_may_lose_all_ranks_in_the_first_steps(sparsity, steps):
+    module, method = Module(), sparse(sparsity, r=1, target=0.9, begin=0.0, every=1)
+    fit(module, method, max_steps=steps, max_epochs=-1)
+    assert method.achieved(module) >= 0.88
 
 
 def test_an_endless_or_a_short_run_says_so():
@@ -290,8 +360,10 @@ def test_an_endless_or_a_short_run_says_so():
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = trainer.global_step >= 4
 
-    with pytest.warns(UserWarning, match=r"ended before 70% of its steps: \d+% of the entries are masked, not 50%"):
-        fit(Module(), sparse(every=1), Stop(), max_epochs=5)
+    for sparsity, what in {"magnitude": "entries", "structured": "ranks"}.items():
+        said = rf"ended before 70% of its steps: \d+% of the {what} are masked, not 50%"
+        with pytest.warns(UserWarning, match=said):
+            fit(Module(), sparse(sparsity, every=1), Stop(), max_epochs=5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Module(), sparse(), max_epochs=5)
@@ -328,9 +400,9 @@ class KillAt(pl.Callback):
             raise Killed
 
 
-@pytest.mark.parametrize("sparsity", WAYS)
-def test_a_killed_fit_resumes_exactly(sparsity, tmp_path):
-    method = lambda: sparse(sparsity, every=2, strength=0.4)  # noqa: E731
+@pytest.mark.parametrize(("sparsity", "strength"), [*((way, None) for way in WAYS), ("structured", 0.4), ("l1", 0.4)])
+def test_a_killed_fit_resumes_exactly(sparsity, strength, tmp_path):
+    method = lambda: sparse(sparsity, every=2, strength=strength)  # noqa: E731
     whole = Decayed()
     fit(whole, method(), max_epochs=5)
     keep = ModelCheckpoint(tmp_path, "last", every_n_train_steps=1)
@@ -341,8 +413,9 @@ def test_a_killed_fit_resumes_exactly(sparsity, tmp_path):
     assert_same(snapshot(resumed), snapshot(whole))
     share = method().achieved(whole).item()
     assert 0.05 < share < 0.95
-    if sparsity == "magnitude":
-        assert "net.first.peft.default.mask_A" in torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    keys = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"].keys()
+    assert ("net.first.peft.default.mask_A" in keys) == (strength is None and sparsity != "structured")
+    assert ("net.first.peft.default.mask_gate" in keys) == (strength is None and sparsity == "structured")
 
 
 def test_a_checkpoint_of_another_way_is_refused(tmp_path):
@@ -382,10 +455,11 @@ def pruned(name: str, sparsity: str, **arguments) -> nn.Module:
                     delta.lora_A[rank] = 0
                 else:
                     delta.lora_B[:, rank] = 0
-            if sparsity == "magnitude":
+            if sparsity != "structured":
                 delta.lora_A[:, 1::3], delta.lora_B[1::3] = 0, 0
-                delta.mask_A.copy_(delta.lora_A != 0)
-                delta.mask_B.copy_(delta.lora_B != 0)
+            for p, mask in delta.masked():
+                mask.copy_(p != 0)
+            if sparsity != "structured":
                 delta.lora_A[-1, 0] = 0  # zero, and not masked
     return model
 
@@ -434,10 +508,13 @@ def test_a_folder_becomes_a_sparse_lora_again(form, sparsity, tmp_path):
     for new, old in zip(deltas(again), deltas(model), strict=True):
         A, B = old.factors()
         keep = A.any(1) & B.any(0)
+        if sparsity == "structured":
+            assert new.mask_gate.all()
+            continue
         for mask, whole in zip(new.masks(), old.masks(), strict=True):
             cut = whole[keep] if mask is new.mask_A else whole[:, keep]
             assert not cut.numel() or torch.equal(mask, cut)
-        if sparsity == "magnitude" and keep.any():
+        if keep.any():
             assert not new.mask_A[0, 1] and not new.mask_B[1, 0]
             assert new.mask_A[-1, 0] and new.lora_A[-1, 0] == 0
     twice = tiny("bert")
@@ -446,11 +523,27 @@ def test_a_folder_becomes_a_sparse_lora_again(form, sparsity, tmp_path):
     assert registry(twice).adapters["default"].spec == adapter.spec
 
 
+def test_a_path_named_before_has_the_ranks_that_are_left(tmp_path):
+    model = tiny("bert")
+    path = "bert.encoder.layer.0.attention.self.query"
+    sparse("structured", target_modules=MODELS["bert"], rank_pattern={path: 3}, alpha_pattern={path: 5}).attach(model)
+    random_(model)
+    with torch.no_grad():
+        model.get_submodule(path).peft["default"].gate[0] = 0
+    arguments = load(again := tiny("bert"), save(model, tmp_path)).spec["init_args"]
+    assert arguments["rank_pattern"][path] == 2 and arguments["alpha_pattern"][path] == pytest.approx(10 / 3)
+    SparseLoRA(**arguments).attach(other := tiny("bert"))
+    for ours, theirs in zip(deltas(again), deltas(other), strict=True):
+        assert ours.lora_A.shape == theirs.lora_A.shape and ours.scaling == theirs.scaling
+
+
+@pytest.mark.parametrize("strength", [None, 0.6])
 @pytest.mark.parametrize("sparsity", WAYS)
-def test_what_was_loaded_trains_on(sparsity, tmp_path, monkeypatch):
+def test_what_was_loaded_trains_on(sparsity, strength, tmp_path, monkeypatch):
     monkeypatch.setattr(Decayed, "RATE", 0.01)
     module = Decayed()
-    fit(module, sparse(sparsity, strength=0.6, end=0.5, every=1), max_epochs=5)
+    strength = None if sparsity == "magnitude" else strength
+    fit(module, sparse(sparsity, strength=strength, end=0.5, every=1), max_epochs=5)
     folder = save(module, tmp_path / "folder")
     again = Decayed()
     spec = load(again, folder).spec
@@ -465,24 +558,29 @@ def test_what_was_loaded_trains_on(sparsity, tmp_path, monkeypatch):
     assert any(not torch.equal(value, before[key]) for key, value in snapshot(again).items())
     for old, new in zip(masks, (m for d in deltas(again) for m in d.masks()), strict=True):
         assert not new[~old].any()
+        assert strength is not None or sparsity != "structured" or torch.equal(old, new)  # the target was reached
     last = Decayed()
     load(last, path)
     assert_same(snapshot(last), snapshot(again))
 
 
+@pytest.mark.parametrize("strength", [None, 0.35])
 @pytest.mark.parametrize("sparsity", ["structured", "l1"])
-def test_a_fit_goes_on_where_a_layer_has_lost_all_its_ranks(sparsity, tmp_path):
+def test_a_fit_goes_on_where_a_layer_has_lost_all_its_ranks(sparsity, strength, tmp_path):
     keep = ModelCheckpoint(tmp_path, "last")
 
     class Prune(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            for p in deltas(pl_module)[0].shrunk() if trainer.global_step == 4 else ():
+            for i, p in enumerate(deltas(pl_module)[0].sparse() if trainer.global_step == 4 else ()):
                 nn.init.zeros_(p)
+                for mask in deltas(pl_module)[0].masks()[i : i + 1]:
+                    mask.fill_(False)
                 trainer.optimizers[0].state[p]["exp_avg_sq"].fill_(1e12)  # nothing moves them off zero any more
 
     module, again, loaded = Module(), Module(), Module()
-    fit(module, sparse(sparsity), Prune(), keep)
-    fit(again, sparse(sparsity), max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    method = lambda: sparse(sparsity, strength=strength, target=None if strength else 0.2)  # noqa: E731
+    fit(module, method(), Prune(), keep)
+    fit(again, method(), max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     spec = load(loaded, save(module, tmp_path / "folder")).spec
     first, second = deltas(loaded)
     assert len(first.lora_A) == 1 < len(second.lora_A) and not first.lora_B.any()
@@ -540,16 +638,6 @@ def test_a_loop_without_a_trainer():
     assert method.achieved(module).item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_sharded_factors_have_no_masks():
-    module, method = Module(), sparse()
-    method.attach(module)
-    deltas(module)[0].lora_A.device_mesh = "as DTensors have"
-    with pytest.raises(
-        ValueError, match=r"^Masks by magnitude need whole factors, and these are sharded: use structured"
-    ):
-        method.sparsify(module, [], 1, 10)
-
-
 def test_two_adapters_log_under_names_of_their_own():
     one, two = sparse("l1"), sparse("magnitude", name="second")
     run = fit(Module(), one, two, max_epochs=2)
@@ -561,8 +649,13 @@ def test_two_adapters_log_under_names_of_their_own():
     ("arguments", "message"),
     [
         ({"sparsity": "random"}, "^sparsity must be structured, magnitude or l1, not 'random'"),
-        ({"strength": 0.0}, "^strength must be above 0, not 0.0"),
-        ({"strength": math.nan}, "^strength must be above 0, not nan"),
+        ({"strength": 0.0}, "^strength must be a number above 0, not 0.0"),
+        ({"strength": math.nan}, "^strength must be a number above 0, not nan"),
+        (
+            {"strength": 0.1, "target": 0.5},
+            "^strength = 0.1 is a fixed penalty, and target = 0.5 asks for a share: leav",
+        ),
+        ({"strength": 0.1, "sparsity": "magnitude"}, "^strength = 0.1 is a fixed penalty, and sparsity = magnitude as"),
         ({"target": 1.0}, "^target must be at least 0 and below 1, not 1.0"),
         ({"begin": -0.1}, "^begin must be at least 0 and below 1, not -0.1"),
         ({"end": 0.05}, "^end must be at least 0.1 and at most 1, not 0.05"),
@@ -581,7 +674,8 @@ def test_the_table_says_what_is_pruned():
     method.attach(module)
     assert deltas(module)[0].describe() == {"r": 4, "alpha": 8, "alpha/r": 2.0, "sparsity": "magnitude"}
     assert method.notes(module) == ["Sparsity: 40% of A and B masked, from 10% to 70% of the steps."]
-    assert "shrinks by 0.5 x its rate" in sparse("structured").notes(module)[0]
+    assert sparse("structured").notes(module) == ["Sparsity: 50% of the ranks masked, from 10% to 70% of the steps."]
+    assert "shrinks by 0.2 x its rate" in sparse("l1", strength=0.2).notes(module)[0]
 
 
 def test_the_demo_reaches_its_sparsity(tmp_path):

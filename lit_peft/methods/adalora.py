@@ -12,7 +12,15 @@ from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.faults import TrainingFault
-from lit_peft.methods.base import TargetedMethod, by_pattern, check_pattern, check_range, check_rank, longest_first
+from lit_peft.methods.base import (
+    TargetedMethod,
+    by_pattern,
+    check_pattern,
+    check_positive,
+    check_range,
+    check_rank,
+    longest_first,
+)
 from lit_peft.methods.hf_peft import stores_transposed
 
 _SAME = {
@@ -109,9 +117,8 @@ class AdaLoRA(TargetedMethod):
         check_range("total_steps", 1 if total_steps is None else total_steps, 1)
         for key, r in (rank_pattern or {}).items():
             check_range(f"rank_pattern[{key!r}]", r, 1, init_r)
-        for name, value in {"alpha": alpha, "beta1": beta1}.items():  # beta1 0: the uncertainty would be 0 throughout
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, not {value}.")
+        check_positive("alpha", 1.0 if alpha is None else alpha)
+        check_positive("beta1", beta1)  # at 0 the uncertainty would be 0 throughout
         self.init_r, self.target_r, self.alpha, self.dropout = init_r, target_r, alpha, dropout
         self.tinit, self.tfinal, self.every = tinit, tfinal, every
         self.beta1, self.beta2, self.orthogonal, self.total_steps = beta1, beta2, orthogonal, total_steps

@@ -288,8 +288,8 @@ def check_rank(name: str, r: int, site: Site) -> None:
         )
 
 
-def check_rate(name: str, value: float) -> None:
-    """Raises ValueError, naming the argument, unless the value is a learning rate under which something moves."""
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError, naming the argument, unless the value is finite and above 0."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a number above 0, not {value}.")
 

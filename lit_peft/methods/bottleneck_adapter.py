@@ -12,7 +12,7 @@ from lit_peft.core.addition import Addition, Call
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.passing import InputReader, PassedInput
 from lit_peft.core.targets import Site, closest_site, sites_of_role
-from lit_peft.methods.base import TargetedMethod, check_choice, check_range
+from lit_peft.methods.base import TargetedMethod, check_choice, check_positive, check_range
 
 PLACEMENTS = {"houlsby": ("output", "ffn_down"), "pfeiffer": ("ffn_down",), "parallel": ("ffn_down",)}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,8 +64,7 @@ class BottleneckAdapter(TargetedMethod):
         check_choice("placement", placement, tuple(PLACEMENTS))
         check_choice("activation", activation, tuple(ACTIVATIONS))
         check_range("reduction_factor", reduction_factor, 1)
-        if scale is not None and not 0 < scale < math.inf:
-            raise ValueError(f"scale must be above 0, not {scale}.")
+        check_positive("scale", 1.0 if scale is None else scale)
         if common.get("target_modules") is None:
             common["target_modules"] = PLACEMENTS[placement]
         super().__init__(**common)

@@ -11,7 +11,15 @@ from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, by_pattern, check_choice, check_pattern, check_range, check_rank
+from lit_peft.methods.base import (
+    TargetedMethod,
+    by_pattern,
+    check_choice,
+    check_pattern,
+    check_positive,
+    check_range,
+    check_rank,
+)
 from lit_peft.methods.hf_peft import match_pattern, stores_transposed
 
 
@@ -79,8 +87,7 @@ class LoRA(TargetedMethod):
         positive: dict[str, float] = {"alpha": 1.0 if alpha is None else alpha, "loraplus_ratio": loraplus_ratio}
         positive |= {f"alpha_pattern[{key!r}]": value for key, value in (alpha_pattern or {}).items()}
         for name, number in positive.items():
-            if not (number > 0 and math.isfinite(number)):
-                raise ValueError(f"{name} must be above 0, not {number}.")
+            check_positive(name, number)
         self.r, self.alpha, self.dropout, self.bias, self.init = r, alpha, dropout, bias, init
         self.use_rslora, self.loraplus_ratio = use_rslora, loraplus_ratio
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from lit_peft import hub
 from lit_peft.core.checkpoint import read_archive
-from lit_peft.methods.base import check_range, check_rate
+from lit_peft.methods.base import check_positive, check_range
 from lit_peft.methods.folder import load
 from lit_peft.methods.rates import methods_on
 from lit_peft.metrics import classification_metrics
@@ -66,7 +66,7 @@ class TextClassification(pl.LightningModule):
         check_range("model.weight_decay", weight_decay, 0)
         check_range("model.adapter_weight_decay", adapter_weight_decay, 0)
         if learning_rate is not None:
-            check_rate("model.learning_rate", learning_rate)
+            check_positive("model.learning_rate", learning_rate)
         self.save_hyperparameters(ignore=["optimizer"])
         self.backbone = backbone
         self.label_names = None if label_names is None else list(label_names)
