@@ -18,7 +18,7 @@ import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import change_method, settings
 from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, ReproducibleSteps, RunReport, SpeedMonitor
-from lit_peft.callbacks.checkpoints import LatestCheckpoint, MonitorCheck, TestSetCheck, check_selection
+from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selection
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path, check_archive
@@ -30,8 +30,8 @@ from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
 from lit_peft.quiet import be_quiet, without_notices
 from lit_peft.runs import (
-    check_unoccupied,
     claim_folder,
+    claim_given,
     free_file,
     give_back_folder,
     is_first_rank,
@@ -253,8 +253,7 @@ class LitPeftCLI(LightningCLI):
     def _callbacks(self) -> list[pl.Callback]:
         self.report = RunReport(None if self.folder is None else str(self.folder))
         watching: list[pl.Callback] = [
-            MonitorCheck(),
-            TestSetCheck(),
+            *(check() for check in CHECKS),
             ReproducibleSteps(),
             SpeedMonitor(),
             LearningRateMonitor(),
@@ -277,7 +276,7 @@ class LitPeftCLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if (folder := getattr(logger, "log_dir", None)) is not None:
                 if run is None or run.resolve() != Path(folder).resolve():
-                    check_unoccupied(Path(folder))
+                    claim_given(Path(folder))
                 return self._locked(Path(folder), clean=run is not None)
         if run is None and given == "hpc" and (last := newest_checkpoint(root, "last")) is not None:
             run = last.parent.parent  # the same job, started again

@@ -104,8 +104,12 @@ def newest_checkpoint(root: Path, name: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)  # a folder, where a strategy writes shards
 
 
-def check_unoccupied(folder: Path) -> None:
-    """Raises FileExistsError for a folder that holds a run already, which a new one would write over."""
+def claim_given(folder: Path) -> None:
+    """Takes the folder that a logger of the user's names for a new run.
+
+    Raises:
+        FileExistsError: When it holds a run already, which the new one would write over.
+    """
     if (folder / "config.yaml").is_file() or (folder / "metrics.json").is_file():
         way_on = (
             f"Go on with it, lit-peft fit --run {folder}, or let" if any(folder.glob("checkpoints/*.ckpt")) else "Let"
@@ -114,6 +118,8 @@ def check_unoccupied(folder: Path) -> None:
             f"{folder} holds a run already. {way_on} the new one make a folder of its own: leave out the logger's "
             "version."
         )
+    if is_first_rank():
+        os.environ["LIT_PEFT_RUN"] = str(folder)
 
 
 def remove_parts(folder: Path) -> None:

@@ -56,6 +56,18 @@ FILES = {
     "needs.py": "import no_such_dependency",
     "syntax.py": "def f(:",
     "plain.py": "class Net: pass",
+    "kept.py": """
+        from own_package import Net as Plain
+
+        class Size:
+            pass
+
+        class Net(Plain):
+            def __init__(self):
+                super().__init__()
+                size = Size()
+                self.save_hyperparameters({"width": 8, "size": size})
+        """,
 }
 
 
@@ -130,6 +142,20 @@ def test_so_is_one_whose_arguments_are_given(folder, monkeypatch, capsys, way):
     with pytest.raises(SystemExit):
         cli.main(["fit", *model, "--data", "own_package.Data", "--method", "LoRA"])
     assert "own_package.old.Net is a LightningModule of pytorch_lightning" in capsys.readouterr().err
+
+
+def test_an_object_among_the_hyperparameters_is_refused_before_training(folder, monkeypatch, capsys):
+    """Twice in one folder: what was refused has left nothing there that would look like a run."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = ["--model", "own_package.kept.Net", "--data", "own_package.Data", "--method", "LoRA"]
+    logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "logs"]
+    version = ["--trainer.logger.name", "mine", "--trainer.logger.version", "one"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            cli.main(["fit", *names, "--method.r", "2", "--method.target_modules", "body", *logger, *version])
+        assert "Net keeps 'size', of the class Size, as a hyperparameter" in capsys.readouterr().err
+    assert not (folder / "logs" / "mine" / "one").exists()
 
 
 # ----------------------------------------------------------------------------------------- Lightning's callbacks
