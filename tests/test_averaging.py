@@ -133,7 +133,9 @@ def test_masked_ranks_stay_zero_in_the_average(use_buffers):
 def test_averages_keep_what_is_masked_at_zero(sparsity, use_buffers):
     module, method = Module(), SparseLoRA(sparsity, target_modules=ADAPTED, r=2, begin=0.5, every=1)
     fit(module, method, EMAWeightAveraging(decay=0.7, use_buffers=use_buffers), max_epochs=3)
-    pairs = [pair for delta in method.additions(module).values() for pair in delta.masked()]
+    pairs = [
+        pair for delta in method.additions(module).values() for pair in zip(delta.sparse(), delta.masks(), strict=True)
+    ]
     assert all(torch.equal(p != 0, mask) for p, mask in pairs)
     assert sum(mask.sum() for _, mask in pairs) == sum(mask.numel() for _, mask in pairs) / 2
 

@@ -457,7 +457,7 @@ def pruned(name: str, sparsity: str, **arguments) -> nn.Module:
                     delta.lora_B[:, rank] = 0
             if sparsity != "structured":
                 delta.lora_A[:, 1::3], delta.lora_B[1::3] = 0, 0
-            for p, mask in delta.masked():
+            for p, mask in zip(delta.sparse(), delta.masks(), strict=False):
                 mask.copy_(p != 0)
             if sparsity != "structured":
                 delta.lora_A[-1, 0] = 0  # zero, and not masked

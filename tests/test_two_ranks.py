@@ -14,7 +14,7 @@ from test_full import Blocks, Moves, moved
 from torch import nn
 from toys import loader
 
-from lit_peft import AdaLoRA, FullFineTuning
+from lit_peft import AdaLoRA, FullFineTuning, SparseLoRA
 from lit_peft.core.checkpoint import whole
 from lit_peft.testing.conformance import perturb
 from lit_peft.testing.subjects import IN, OUT
@@ -109,6 +109,49 @@ def test_adalora_masks_on_two_ranks_as_on_one(two_ranks, wrapped):
     alone = _adalora_steps(0, "no")
     assert sum(int(t.sum()) for t in alone if t.dtype == torch.bool) == 4
     first, second = two_ranks(_adalora_steps, wrapped)
+    for one, other, reference in zip(first, second, alone, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, reference)
+
+
+def _sparse_steps(rank: int, sparsity: str, wrapped: str) -> list[torch.Tensor]:
+    """State of two layers after ten steps; each of two ranks has half of the batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    module: Any = Two()
+    method = SparseLoRA(sparsity, r=5, dropout=0.0, begin=0.2, every=3, target_modules=["a", "b"])  # type: ignore[arg-type]
+    method.attach(module)
+    perturb(module)
+    model = module
+    if wrapped == "fsdp2":
+        mesh = init_device_mesh("cpu", (2,))
+        for child in (module.a, module.b, module):
+            fully_shard(child, mesh=mesh)
+    elif wrapped == "ddp":
+        model = nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(1, 11):
+        x = torch.randn(4, IN, generator=generator)
+        loss = model(x if wrapped == "no" else x[2 * rank : 2 * rank + 2]).square().mean()
+        penalty = method.penalty(module)
+        (loss if penalty is None else loss + penalty).backward()
+        method.before_optimizer_step(module)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.sparsify(module, [optimizer], step, 10)
+    state = [whole(t).detach() for path in "ab" for t in getattr(module, path).peft["default"].state_dict().values()]
+    return [*state, method.achieved(module)]
+
+
+@pytest.mark.parametrize("wrapped", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("sparsity", ["structured", "magnitude", "l1"])
+def test_sparse_lora_masks_on_two_ranks_as_on_one(two_ranks, sparsity, wrapped):
+    alone = _sparse_steps(0, sparsity, "no")
+    assert alone[-1].item() == pytest.approx(0.5, abs=0.02)
+    first, second = two_ranks(_sparse_steps, sparsity, wrapped)
     for one, other, reference in zip(first, second, alone, strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, reference)

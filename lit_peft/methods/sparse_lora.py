@@ -1,7 +1,7 @@
 """Sparse LoRA: entries or whole ranks of a LoRA become exactly zero while it trains."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -24,35 +24,30 @@ class SparseLoRA(LoRA):
     """LoRA with zeros: `W' = W + s B A` or `W + s B diag(g) A`, `A`: [r, in], `B`: [out, r], `g`: [r], `s = alpha / r`.
 
     A share of zeros rises as `target (1 - (1 - t)^3)` (Zhu and Gupta 2017, "To prune, or not to prune", section 3) and
-    ends at the target within rounding, whatever optimizer, rates and length of the run. What is chosen is masked: it
-    stays zero. Three ways, by `sparsity`:
+    ends at the target within rounding, whatever optimizer, rates and steps. What is chosen is masked, zero for good:
 
-    - structured: the gates of the ranks that change their layer the least, by `s |g| |A_r| |B_r|` over all layers.
-      Gates of ranks are Ding et al. 2023's, "Sparse Low-rank Adaptation of Pre-trained Language Models" (SoRA),
-      section 3. They train, `r` parameters more a layer.
+    - structured: gates of the ranks that change their layer the least, by `s |g| |A_r| |B_r|` over all layers. Ding et
+      al. 2023, "Sparse Low-rank Adaptation of Pre-trained Language Models" (SoRA), section 3, has the gates. They
+      train, `r` parameters more a layer.
     - magnitude: the smallest entries of each `A` and each `B`.
-    - l1: the same by the penalty's proximal operator, `p <- sign(p) max(|p| - h, 0)`, `h` being the quantile of the
-      factor's entries that are left at which the share is met: survivors shrink by `h` too, and have the steps after
-      `end` to recover. A penalty `l |p|` does this over `every` steps with `l = h / (every lr)`.
+    - l1: the same by the penalty's proximal operator, `p <- sign(p) max(|p| - h, 0)`, `h` the quantile that meets the
+      share: survivors shrink too. It is what `l |p|` does in `every` steps of rate `lr`, with `l = h / (every lr)`.
 
-    A `strength` gives l1 or structured a penalty of fixed `l` in the place of a target. The objective is then
-    `L_task + l |A| + l |B|`, or `L_task + l |g|`: the optimizer steps along the task's gradient alone, then the
-    proximal operator shrinks by `lr l`, with the rate of that step. Under Adam the shrinking is apart from the adaptive
-    step, as AdamW's decay is: what is pushed by less than the share `l` of a full step falls to zero, and may come back
-    while training goes on. How much does depends on the sum of the rates: .5 (gates) and .35 (entries) leave about half
-    in 300 steps at a peak of 2e-3, an eighth and a fiftieth in 3,000 at 1e-3 (docs/results/sst2.md).
+    A `strength` is a fixed `l` in the place of a target, for l1 and structured: `L_task + l |A| + l |B|`, or `L_task +
+    l |g|`. The optimizer steps along the task's gradient alone, then the proximal operator shrinks by `lr l`. Under
+    Adam that is apart from the adaptive step, as AdamW's decay is: what is pushed by less than the share `l` of a full
+    step falls to zero, and may come back. How much does depends on the sum of the rates (docs/results/sst2.md).
 
-    The penalty is added to the loss as a number without a gradient, which would shrink twice, and logged as
-    `train/l1`. `train/sparsity` is logged: the share of gates or entries that is masked or zero.
-
-    Shapes stay in training, which therefore costs what LoRA does, and in its checkpoints. `lit_peft.save` drops ranks
-    whose gate, row of `A` or column of `B` is zero and folds the gates into `A`: an ordinary LoRA to HF PEFT, and
-    with what is left `lit_peft.load` gives a SparseLoRA that trains on, to the zeros that are still to come.
+    The penalty is added to the loss as a number, without a gradient, which would shrink twice, and logged as
+    `train/l1`; the share of gates or entries that is masked or zero as `train/sparsity`. Shapes stay in training, which
+    costs what LoRA does, and in its checkpoints. `lit_peft.save` drops ranks whose gate, row of `A` or column of `B` is
+    zero and folds the gates into `A`: an ordinary LoRA to HF PEFT. `lit_peft.load` gives a SparseLoRA of what is left
+    that trains on, to the zeros that are still to come.
 
     Args:
         sparsity: structured, magnitude or l1. structured, because whole ranks are the zeros that make an adapter
             smaller and faster without special kernels.
-        strength: `l` of a fixed penalty, for l1 and structured, without a target.
+        strength: `l` of a fixed penalty, without a target.
         target: Share of the gates or entries that is zero in the end; null means .5, unless there is a strength.
         begin: Share of the steps before anything is masked: `B` must have moved from its zeros.
         end: Share of the steps after which the target is reached; what is left then has time to settle.
@@ -75,13 +70,10 @@ class SparseLoRA(LoRA):
     ) -> None:
         super().__init__(**lora)
         check_choice("sparsity", sparsity, ("structured", "magnitude", "l1"))
-        if strength is not None:
-            check_positive("strength", strength)
-            if sparsity == "magnitude" or target is not None:
-                other = "sparsity = magnitude" if sparsity == "magnitude" else f"target = {target}"
-                raise ValueError(
-                    f"strength = {strength} is a fixed penalty, and {other} asks for a share: leave one out."
-                )
+        check_positive("strength", 1.0 if strength is None else strength)
+        if strength is not None and (sparsity == "magnitude" or target is not None):
+            other = "sparsity = magnitude" if target is None else f"target = {target}"
+            raise ValueError(f"strength = {strength} is a fixed penalty, and {other} asks for a share: leave one out.")
         check_range("target", 0.5 if target is None else target, 0, 1, open_above=True)
         check_range("begin", begin, 0, 1, open_above=True)
         check_range("end", end, begin, 1)
@@ -95,9 +87,7 @@ class SparseLoRA(LoRA):
 
     def notes(self, module: nn.Module) -> list[str]:
         if self.strength is not None:
-            return [
-                f"Sparsity: {self.sparsity}, each step shrinks by {self.strength:g} x its rate; see train/sparsity."
-            ]
+            return [f"Sparsity: each step shrinks by {self.strength:g} x its rate; see train/sparsity."]
         what = "the ranks" if self.sparsity == "structured" else "A and B"
         return [f"Sparsity: {self._target:.0%} of {what} masked, from {self.begin:.0%} to {self.end:.0%} of the steps."]
 
@@ -136,9 +126,7 @@ class SparseLoRA(LoRA):
     def before_optimizer_step(self, module: nn.Module) -> None:
         """Keeps what is masked out of the norm that is clipped, and out of moments."""
         for delta in self.additions(module).values():
-            for p, mask in delta.masked():
-                if p.grad is not None:
-                    p.grad.masked_fill_(sharded_like(~mask, p.grad), 0.0)
+            delta.mask([p.grad for p in delta.sparse()])
 
     def after_optimizer_step(self, module: nn.Module) -> None:
         trainer: pl.Trainer = module.trainer  # type: ignore[assignment]
@@ -159,39 +147,36 @@ class SparseLoRA(LoRA):
         """
         deltas = list(self.additions(module).values())
         rates = {id(p): float(group["lr"]) for o in optimizers for group in o.param_groups for p in group["params"]}
-        if self.strength is not None:
-            self._shrink([p for delta in deltas for p in delta.sparse() if p.grad is not None], rates, self.strength)
+        fixed = self.strength or 0.0
+        for p in (p for delta in deltas for p in delta.sparse() if p.grad is not None and fixed):
+            if p.dtype == torch.bfloat16:
+                raise ValueError("Shrinking gets lost in bfloat16's rounding: train with adapter_dtype float32.")
+            threshold = rates[id(p)] * fixed
+            if self.sparsity == "structured" and threshold >= GATE:
+                raise ValueError(
+                    f"A step at rate {rates[id(p)]:g} with strength {fixed:g} shrinks gates by {threshold:g}, "
+                    f"and they start at {GATE}: lower one of the two."
+                )
+            p.sub_(p.clamp(-threshold, threshold))  # below the threshold p - p, an exact zero
         first, last = int(self.begin * steps), max(1, math.ceil(self.end * steps))
-        if self.strength is None and first < step and (step in (last, steps) or (step - first) % self.every == 0):
+        if not fixed and first < step and (step in (last, steps) or (step - first) % self.every == 0):
             done = min(1.0, (step - first) / max(1, last - first))
-            share = self._target * (1 - (1 - done) ** 3)
-            if self.sparsity == "structured":
-                _mask_smallest([delta.mask_gate for delta in deltas], [delta.sizes() for delta in deltas], share)
-            else:
-                for delta in deltas:
-                    self._mask_factors(delta, share, rates)
-        for p, mask in (pair for delta in deltas for pair in delta.masked()):
-            p.masked_fill_(sharded_like(~mask, p), 0.0)
+            self._choose(deltas, self._target * (1 - (1 - done) ** 3), rates)
+        for delta in deltas:
+            delta.mask(delta.sparse())
 
-    def _mask_factors(self, delta: "SparseLoRADelta", share: float, rates: Mapping[int, float]) -> None:
-        for i, (p, mask) in enumerate(delta.masked()):
-            largest = _mask_smallest([mask], [whole(p).abs()], share)
+    def _choose(self, deltas: list["SparseLoRADelta"], share: float, rates: Mapping[int, float]) -> None:
+        """Masks this share of the gates, or of the entries of each factor."""
+        if self.sparsity == "structured":
+            _mask_smallest([delta.mask_gate for delta in deltas], [delta.sizes() for delta in deltas], share)
+            return
+        for delta, i in ((delta, i) for delta in deltas for i in range(2)):
+            p = delta.sparse()[i]
+            largest = _mask_smallest([delta.masks()[i]], [whole(p).abs()], share)
             if self.sparsity == "l1":
                 p.sub_(p.clamp(-largest, largest))
                 rate = rates.get(id(p), 0.0)
                 delta.strengths[i] = largest / (self.every * rate) if rate else 0.0
-
-    def _shrink(self, parameters: list[nn.Parameter], rates: Mapping[int, float], strength: float) -> None:
-        for p in parameters:
-            if p.dtype == torch.bfloat16:
-                raise ValueError("Shrinking gets lost in bfloat16's rounding: train with adapter_dtype float32.")
-            rate = rates[id(p)]
-            if self.sparsity == "structured" and rate * strength >= GATE:
-                raise ValueError(
-                    f"A step at rate {rate:g} with strength {strength:g} shrinks gates by {rate * strength:g}, "
-                    f"and they start at {GATE}: lower one of the two."
-                )
-            p.sub_(p.clamp(-rate * strength, rate * strength))  # below the threshold p - p, an exact zero
 
     @torch.no_grad()
     def achieved(self, module: nn.Module) -> Tensor:
@@ -277,19 +262,20 @@ class SparseLoRADelta(LoRADelta):
         """Their masks, if it has them."""
         return [buffer for buffer in self.buffers() if buffer.dtype == torch.bool]
 
-    def masked(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The same with their tensors."""
-        return list(zip(self.sparse(), self.masks(), strict=False))
+    @torch.no_grad()
+    def mask(self, tensors: Sequence[Tensor | None]) -> None:
+        """Zeroes what is masked in these, the sparse tensors or their gradients."""
+        for tensor, mask in zip(tensors, self.masks(), strict=False):
+            if tensor is not None:
+                tensor.masked_fill_(sharded_like(~mask, tensor), 0.0)
 
     def sizes(self) -> Tensor:
         """Frobenius norm of what each rank adds to the weight, [r]."""
         A, B = whole(self.lora_A).float().norm(dim=1), whole(self.lora_B).float().norm(dim=0)
         return self.scaling * whole(self.gate).abs() * A * B
 
-    @torch.no_grad()
     def after_averaging(self) -> None:
-        for p, mask in self.masked():
-            p.masked_fill_(sharded_like(~mask, p), 0.0)
+        self.mask(self.sparse())
 
     @torch.no_grad()
     def live(self) -> Tensor:
