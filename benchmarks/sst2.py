@@ -25,7 +25,7 @@ from sst2_peft import comparison
 METRICS = ("acc", "ece", "brier", "nll")
 RATES = {"full_fine_tuning": (2e-5, 5e-5, 1e-4, 2e-4), "prompt_tuning": (1e-3, 2e-3, 5e-3, 1e-2, 3e-2)}
 COMMON_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-SEVERAL_SEEDS = ("lora", "full_fine_tuning", "bitfit", "hira", "dora", "sparse_lora", "ia3")
+SEVERAL_SEEDS = ("lora", "full_fine_tuning", "bitfit", "hira", "dora", "sparse_lora", "ia3", "adalora", "vera")
 WORKER = Path(__file__).with_name("sst2_peft.py")
 
 

@@ -360,8 +360,8 @@ def test_an_endless_or_a_short_run_says_so():
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = trainer.global_step >= 4
 
-    for sparsity, what in {"magnitude": "entries", "structured": "ranks"}.items():
-        said = rf"ended before 70% of its steps: \d+% of the {what} are masked, not 50%"
+    for sparsity, what in {"magnitude": "A and B", "structured": "the ranks"}.items():
+        said = rf"ended before 70% of its steps: of {what} \d+% are masked, not 50%"
         with pytest.warns(UserWarning, match=said):
             fit(Module(), sparse(sparsity, every=1), Stop(), max_epochs=5)
     with warnings.catch_warnings(record=True) as caught:

@@ -114,14 +114,14 @@ def test_adalora_masks_on_two_ranks_as_on_one(two_ranks, wrapped):
         torch.testing.assert_close(one, reference)
 
 
-def _sparse_steps(rank: int, sparsity: str, wrapped: str) -> list[torch.Tensor]:
+def _sparse_steps(rank: int, sparsity: Any, wrapped: str) -> list[torch.Tensor]:
     """State of two layers after ten steps; each of two ranks has half of the batch."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
     module: Any = Two()
-    method = SparseLoRA(sparsity, r=5, dropout=0.0, begin=0.2, every=3, target_modules=["a", "b"])  # type: ignore[arg-type]
+    method = SparseLoRA(sparsity, r=5, dropout=0.0, begin=0.2, every=3, target_modules=["a", "b"])
     method.attach(module)
     perturb(module)
     model = module

@@ -74,7 +74,9 @@ class SparseLoRA(LoRA):
         if strength is not None and (sparsity == "magnitude" or target is not None):
             other = "sparsity = magnitude" if target is None else f"target = {target}"
             raise ValueError(f"strength = {strength} is a fixed penalty, and {other} asks for a share: leave one out.")
-        check_range("target", 0.5 if target is None else target, 0, 1, open_above=True)
+        self._what = "the ranks" if sparsity == "structured" else "A and B"
+        self._target = 0.5 if target is None else target
+        check_range("target", self._target, 0, 1, open_above=True)
         check_range("begin", begin, 0, 1, open_above=True)
         check_range("end", end, begin, 1)
         check_range("every", every, 1)
@@ -88,8 +90,8 @@ class SparseLoRA(LoRA):
     def notes(self, module: nn.Module) -> list[str]:
         if self.strength is not None:
             return [f"Sparsity: each step shrinks by {self.strength:g} x its rate; see train/sparsity."]
-        what = "the ranks" if self.sparsity == "structured" else "A and B"
-        return [f"Sparsity: {self._target:.0%} of {what} masked, from {self.begin:.0%} to {self.end:.0%} of the steps."]
+        steps = f"from {self.begin:.0%} to {self.end:.0%} of the steps"
+        return [f"Sparsity: {self._target:.0%} of {self._what} masked, {steps}."]
 
     def lacks_gradient(self, name: str) -> bool:
         return name.startswith(self._gone)
@@ -106,11 +108,8 @@ class SparseLoRA(LoRA):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reached = self.achieved(pl_module).item()
         if self.strength is None and reached < self._target - 0.02:
-            what = "ranks" if self.sparsity == "structured" else "entries"
-            rank_zero_warn(
-                f"Training ended before {self.end:.0%} of its steps: {reached:.0%} of the {what} are masked, "
-                f"not {self._target:.0%}."
-            )
+            so_far = f"{reached:.0%} are masked, not {self._target:.0%}"
+            rank_zero_warn(f"Training ended before {self.end:.0%} of its steps: of {self._what} {so_far}.")
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """`l |p|`, a number without a gradient: `sparsify` does what it would."""
@@ -153,10 +152,8 @@ class SparseLoRA(LoRA):
                 raise ValueError("Shrinking gets lost in bfloat16's rounding: train with adapter_dtype float32.")
             threshold = rates[id(p)] * fixed
             if self.sparsity == "structured" and threshold >= GATE:
-                raise ValueError(
-                    f"A step at rate {rates[id(p)]:g} with strength {fixed:g} shrinks gates by {threshold:g}, "
-                    f"and they start at {GATE}: lower one of the two."
-                )
+                shrinks = f"A step at rate {rates[id(p)]:g} with strength {fixed:g} shrinks gates by {threshold:g}"
+                raise ValueError(f"{shrinks}, and they start at {GATE}: lower one of the two.")
             p.sub_(p.clamp(-threshold, threshold))  # below the threshold p - p, an exact zero
         first, last = int(self.begin * steps), max(1, math.ceil(self.end * steps))
         if not fixed and first < step and (step in (last, steps) or (step - first) % self.every == 0):
@@ -184,10 +181,6 @@ class SparseLoRA(LoRA):
         tensors = [t for delta in self.additions(module).values() for t in (delta.masks() or delta.sparse())]
         kept = whole(torch.stack([t.count_nonzero() for t in tensors]).sum())
         return 1 - kept / sum(t.numel() for t in tensors)
-
-    @property
-    def _target(self) -> float:
-        return 0.5 if self.target is None else self.target
 
     def _find_gone(self, module: nn.Module) -> None:
         """Notes the layers that have lost all of their ranks, which get no gradient."""
