@@ -17,10 +17,11 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 _T = TypeVar("_T")
 
@@ -321,12 +322,15 @@ def reviews(seed: int = 0) -> "DatasetDict":
         Splits "train", "validation" and "test" with the columns "sentence" (str) and "label" (`ClassLabel`
         with the names "negative" and "positive").
     """
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets import DatasetDict
+
+    return DatasetDict({split: _table(split, seed) for split in SIZES})
+
+
+@lru_cache(maxsize=len(SIZES))  # a notebook, or a test run, makes many data modules of it
+def _table(split: str, seed: int) -> "Dataset":
+    from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
-
-    def table(split: str) -> Dataset:
-        sentences, labels = zip(*labelled_sentences(split, seed), strict=True)
-        return Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
-
-    return DatasetDict({split: table(split) for split in SIZES})
+    sentences, labels = zip(*labelled_sentences(split, seed), strict=True)
+    return Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
