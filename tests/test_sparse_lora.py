@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -363,7 +364,9 @@ def test_an_endless_or_a_short_run_says_so():
     for sparsity, what in {"magnitude": "A and B", "structured": "the ranks"}.items():
         said = rf"ended before 70% of its steps: of {what} \d+% are masked, not 50%"
         with pytest.warns(UserWarning, match=said):
-            fit(Module(), sparse(sparsity, every=1), Stop(), max_epochs=5)
+            fit(module := Module(), method := sparse(sparsity, every=1), Stop(), max_epochs=5)
+        with pytest.warns(UserWarning, match=rf"tested was written before the target was reached: of {what} \d+% are"):
+            method.on_test_start(SimpleNamespace(ckpt_path="early.ckpt"), module)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Module(), sparse(), max_epochs=5)

@@ -106,10 +106,16 @@ class SparseLoRA(LoRA):
             raise ValueError("The masks' schedule needs the run's end: set trainer.max_epochs or max_steps.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        reached = self.achieved(pl_module).item()
+        self._tell(pl_module, f"Training ended before {self.end:.0%} of its steps")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is not None:  # the best one may be an early one
+            self._tell(pl_module, "The checkpoint that is tested was written before the target was reached")
+
+    def _tell(self, module: nn.Module, why: str) -> None:
+        reached = self.achieved(module).item()
         if self.strength is None and reached < self._target - 0.02:
-            so_far = f"{reached:.0%} are masked, not {self._target:.0%}"
-            rank_zero_warn(f"Training ended before {self.end:.0%} of its steps: of {self._what} {so_far}.")
+            rank_zero_warn(f"{why}: of {self._what} {reached:.0%} are masked, not {self._target:.0%}.")
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """`l |p|`, a number without a gradient: `sparsify` does what it would."""
