@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
-# Two workers; the tests of a file stay on one, whose fixtures they share.
-SHARED := -n 2 --dist loadfile
+# Two workers; the tests of a file stay on one, whose fixtures they share. In the order of names: files of few tests are
+# the slow ones here, and would be left to one worker at the end.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help quickstart test check check-all conformance format clean
 
