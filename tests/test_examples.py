@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,7 @@ def test_a_method_of_an_installed_package(tmp_path):
     assert json.loads((tmp_path / "runs/quickstart/version_0/metrics.json").read_text())["test/acc"] is not None
 
 
+@pytest.mark.slow
 def test_its_suite(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
     suite = ROOT / "examples" / "third_party" / "test_lora_xs.py"

@@ -681,6 +681,7 @@ def test_the_table_says_what_is_pruned():
     assert "shrinks by 0.2 x its rate" in sparse("l1", strength=0.2).notes(module)[0]
 
 
+@pytest.mark.slow
 def test_the_demo_reaches_its_sparsity(tmp_path):
     folder = fit_by_cli(
         *(tmp_path, "--config", "quickstart", "--method", "SparseLoRA", "--method.sparsity", "magnitude"),
