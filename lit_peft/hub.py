@@ -150,21 +150,6 @@ def existing(path: Path) -> Path:
     return path
 
 
-def same_source(one: str, other: str) -> bool:
-    """Whether two names mean the same data; where a path is not there, seen from here, those of one file name do.
-
-    A run's data may have been named from another folder than this one. An id of the hub is what it is.
-    """
-    paths = [Path(name).expanduser() for name in (one, other)]
-    if one == other:
-        return True
-    if all(path.exists() for path in paths):
-        return paths[0].samefile(paths[1])
-    return all(path.exists() or _is_local(name) for path, name in zip(paths, (one, other), strict=True)) and (
-        paths[0].name == paths[1].name
-    )
-
-
 def _not_found(path: Path) -> str:
     if path.is_symlink():
         return f"{path} is a link to {path.readlink()}, which is not there."

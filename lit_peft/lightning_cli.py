@@ -22,9 +22,9 @@ from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selec
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path, check_archive
-from lit_peft.data.held_out import trained_path
+from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
-from lit_peft.hub import existing, same_source
+from lit_peft.hub import existing
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
@@ -171,15 +171,24 @@ class LitPeftCLI(LightningCLI):
         self._find_data(config)
 
     def _find_data(self, config: Any) -> None:
-        """Notes what the checkpoint was trained on, and finds it where a run began in another folder than this one."""
-        data = config.get("data") or {}
-        kind = str(data.get("class_path")).rpartition(".")[2]
-        given, self.trained_path = trained_path(config["ckpt_path"], kind)
-        arguments = data.get("init_args") or {}
+        """Notes what the weights were trained on, and finds it where the run began in another folder than this one."""
+        given, self.trained_on = trained_data(config["ckpt_path"] or self._checkpoint_beside(config))
+        arguments = (config.get("data") or {}).get("init_args") or {}
         lost = given is not None and arguments.get("path") == given and not Path(given).expanduser().exists()
-        if lost and "path" not in data_options() and Path(str(self.trained_path)).exists():
-            print(f"data.path {given}: {self.trained_path}")
-            arguments["path"] = self.trained_path
+        where = self.trained_on.get("path", "")
+        if lost and "path" not in data_options() and Path(where).exists():
+            print(f"data.path {given}: {where}")
+            arguments["path"] = where
+
+    @staticmethod
+    def _checkpoint_beside(config: Any) -> Path | None:
+        """A checkpoint of the run that an adapter folder lies in, else of the run that was given with it."""
+        if not config.method.class_path.endswith(".AdapterFolder"):
+            return None
+        adapter = Path(str(config.method.init_args.path)).resolve()
+        runs = [*adapter.parents[:2], *(Path(str(path)).parent for path in reversed(config.get("config") or []))]
+        names = ("best.ckpt", "last.ckpt")
+        return next((f for f in (run / "checkpoints" / name for run in runs for name in names) if f.is_file()), None)
 
     def _checkpoint(self, verb: str, config: Any) -> str | None:
         """Path of the checkpoint that a verb starts from; "hpc", which Lightning finds, stays.
@@ -303,24 +312,18 @@ class LitPeftCLI(LightningCLI):
                 self.report.measure_base(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
-        self._score_whole("val_split")
+        self._remember("val_split")
 
     def before_test(self) -> None:
-        self._score_whole("test_split")
+        self._remember("test_split")
 
-    def _score_whole(self, split: str) -> None:
-        """Nothing was ever cut from data that the run was not trained on; an option that names a split is obeyed."""
-        options = data_options()
-        if split in options or not hasattr(self.datamodule, "score_whole"):
+    def _remember(self, split: str) -> None:
+        """Before the data are read: the checkpoint, which tells them later, would be late, and an adapter has none."""
+        if not hasattr(self.datamodule, "remember"):
             return
-        trained = [self.trained_path]
-        if self.trained_path is None:
-            if "path" not in options:
-                return
-            files = [s for s in settings(sys.argv[1:], "data") if not s.source.startswith("--")]
-            trained = [s.init_args["path"] for s in files if "path" in s.init_args]
-        if not any(same_source(str(path), self.datamodule.path) for path in trained):
-            self.datamodule.score_whole()
+        self.datamodule.remember(self.trained_on, named=split in data_options())
+        if not self.trained_on and self.trainer.is_global_zero:
+            print("Which rows these weights were trained on is not known: any that are among these are scored, too.")
 
     def after_fit(self) -> None:
         trainer = self.trainer

@@ -5,8 +5,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from datasets import disable_progress_bars
+
+HERE = str(Path(__file__).parent)
 
 
 @contextmanager
@@ -21,8 +25,19 @@ def without_notices() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def format_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Ours, which are about what a user gave, without the place in the code that says so."""
+    if filename.startswith(HERE) and category is UserWarning:
+        return f"Warning: {message}\n"
+    return _format(message, category, filename, lineno, line)
+
+
+_format = warnings.formatwarning
+
+
 def be_quiet(verb: str, answers_only: bool) -> None:
     """Silences what other packages print at every start and nobody can act on; or all but what is asked for."""
+    warnings.formatwarning = format_warning
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")

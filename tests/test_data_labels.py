@@ -196,17 +196,17 @@ def test_what_is_scored_of_one_file(
     path = write(tmp_path / "new.csv", {"text": [text(n) for n in range(40)], "label": ["a", "b"] * 20})
     data = TextClassificationDataModule(str(path), **options)
     if whole:
-        data.score_whole()
+        data.remember({})
     assert len(Trained(tokenizer, ["a", "b"]).codes(data, verb, RunReport())) == count
     assert capsys.readouterr().out == line.format(role) + "\n"
 
 
 @pytest.mark.parametrize("role, split", [("val", "validation"), ("test", "test")])
 def test_a_cut_where_there_is_a_split(tmp_path: Path, tokenizer: str, role: str, split: str) -> None:
-    """Asked for by name; and of several splits `score_whole` changes nothing."""
+    """Asked for by name; and of several splits nothing is changed."""
     for name, numbers in (("train", range(40)), (split, range(40, 60))):
         write(tmp_path / f"{name}.csv", {"text": [text(n) for n in numbers], "label": [n % 2 for n in numbers]})
     for option, expected in ((None, (split, 20)), ("cut", ("train", 4)), ("train", ("train", 40))):
         data = TextClassificationDataModule(str(tmp_path), tokenizer=tokenizer, **{f"{role}_split": option})
-        data.score_whole()
+        data.remember({})
         assert (data._rows(role)[0], len(data._rows(role)[1])) == expected

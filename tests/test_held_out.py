@@ -11,7 +11,7 @@ from data_helpers import rows, text, write
 from datasets import Dataset
 
 from lit_peft.data import TextClassificationDataModule
-from lit_peft.data.held_out import digests, trained_path
+from lit_peft.data.held_out import digests, trained_data
 
 
 def module(path: Path, tokenizer: str, verb: str, **options: Any) -> TextClassificationDataModule:
@@ -31,11 +31,12 @@ def trained(path: Path, tokenizer: str, **options: Any) -> dict[str, Any]:
 
 
 def loaded(data: TextClassificationDataModule, state: dict[str, Any]) -> str:
-    """The warnings of loading it."""
+    """The warnings of scoring what a checkpoint with this state was trained on, or was not."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         data.load_state_dict(state)
-    return "; ".join(str(warning.message) for warning in told)
+        data.val_dataloader() if data.trainer.state.fn == "validate" else data.test_dataloader()  # type: ignore[union-attr]
+    return "; ".join(str(warning.message) for warning in told if "trained on" in str(warning.message))
 
 
 REST = (
@@ -55,18 +56,17 @@ REST = (
     ],
 )
 def test_another_file(tmp_path: Path, tokenizer: str, numbers: list[int], refused: bool) -> None:
-    """More than half of it: refused, whatever its labels and its spaces are; fewer: counted."""
+    """More than half of it: refused, whatever its labels, its case and its spaces are; fewer: counted."""
     mine = write(tmp_path / "mine.csv", rows(*range(60)))
     state = trained(mine, tokenizer)
     kept = set(module(mine, tokenizer, "fit")._rows("train")[1])
-    columns = {"text": [f" {text(n)}".replace(" ", "  ") for n in numbers], "label": ["bad"] * len(numbers)}
+    columns = {"text": [f" {text(n)}".replace(" ", "  ").upper() for n in numbers], "label": ["bad"] * len(numbers)}
     data = module(write(tmp_path / "new.jsonl", columns), tokenizer, "test")
-    data.score_whole()
     seen = sum(n in kept for n in numbers)
     count = f"{seen} of {len(numbers)} rows to test have a text that"
     if refused:
         with pytest.raises(ValueError) as told:
-            data.load_state_dict(state)
+            loaded(data, state)
         assert str(told.value) == count + REST
     else:
         assert loaded(data, state) == (f"{count} was trained on." if seen else "")
@@ -86,8 +86,6 @@ def test_the_file_of_the_run(tmp_path: Path, tokenizer: str, options: dict[str, 
     assert len(state["trained"]) == 48 and state["trained"].dtype == torch.int64
     assert loaded(module(path, tokenizer, "test", **options), state) == expected
     assert loaded(module(path, tokenizer, "test", **options), state | {"trained": torch.tensor([])}) == ""
-    del state["trained"]  # a checkpoint from before
-    assert loaded(module(path, tokenizer, "test", **options), state) == ""
 
 
 def test_a_file_that_repeats_itself_ends_its_fit_with_a_warning(tmp_path: Path, tokenizer: str) -> None:
@@ -97,8 +95,41 @@ def test_a_file_that_repeats_itself_ends_its_fit_with_a_warning(tmp_path: Path, 
     state = trained(path, tokenizer)
     assert loaded(module(path, tokenizer, "test"), state) == "6 of 6 rows to test have a text that was trained on."
     other = module(write(tmp_path / "other.csv", columns | {"text": ["w2", "w1"] * 30}), tokenizer, "validate")
-    with pytest.raises(ValueError, match=r"^6 of 6 rows to validate .* --data.val_split train, to score"):
-        other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^60 of 60 rows to validate .* --data.val_split train, to score"):
+        loaded(other, state)
+
+
+def test_a_few_texts_that_new_data_repeat_are_no_copy(tmp_path: Path, tokenizer: str) -> None:
+    """Most of the rows, but not of what they say, was trained on."""
+    state = trained(write(tmp_path / "mine.csv", rows(*range(60))), tokenizer)
+    known = next(n for n in range(60) if n in set(module(tmp_path / "mine.csv", tokenizer, "fit")._rows("train")[1]))
+    columns = {"text": [text(known)] * 38 + [text(n) for n in range(60, 82)], "label": ["good", "bad"] * 30}
+    data = module(write(tmp_path / "new.csv", columns), tokenizer, "test")
+    assert loaded(data, state) == "38 of 60 rows to test have a text that was trained on."
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"val_fraction": 0.2}])
+def test_another_cut_of_the_runs_own_rows_is_refused(tmp_path: Path, tokenizer: str, change: dict[str, Any]) -> None:
+    """Under whatever name they lie."""
+    state = trained(write(tmp_path / "mine.csv", rows(*range(60))), tokenizer)
+    copy = write(tmp_path / "copy.csv", rows(*range(60)))
+    assert loaded(module(copy, tokenizer, "test"), state) == ""
+    with pytest.raises(ValueError, match=f"data.{next(iter(change))} is .* Which rows had been held out"):
+        loaded(module(copy, tokenizer, "test", **change), state)
+
+
+def test_what_is_scored_changes_with_what_is_remembered(tmp_path: Path, tokenizer: str) -> None:
+    path = write(tmp_path / "mine.csv", rows(*range(60)))
+    state = trained(path, tokenizer)
+    data = module(path, tokenizer, "test")
+    counts = []
+    for history in (None, {}, state, state | {"content": "of others", "trained": torch.tensor([])}, None):
+        data.remember(history)
+        counts.append(len(data.test_dataloader().dataset))  # type: ignore[arg-type]
+    assert counts == [6, 60, 6, 60, 6]
+    data.remember({})
+    data.setup("fit")  # which cuts off what it is to be tested on
+    assert len(data._rows("test")[1]) == 6
 
 
 @pytest.mark.parametrize("folder", [["test"], ["train", "test"]])
@@ -108,7 +139,7 @@ def test_a_split_of_a_folder(tmp_path: Path, tokenizer: str, folder: list[str]) 
         (tmp_path / "new").mkdir(exist_ok=True)
         write(tmp_path / "new" / f"{name}.csv", rows(*range(1 + number, 60)))
     with pytest.raises(ValueError, match=r"--data\.test_split test, to score"):
-        module(tmp_path / "new", tokenizer, "test").load_state_dict(state)
+        loaded(module(tmp_path / "new", tokenizer, "test"), state)
     assert "to test have a text that was trained on" in loaded(
         module(tmp_path / "new", tokenizer, "test", test_split="test"), state
     )
@@ -132,7 +163,6 @@ def test_of_many_rows_a_sample_is_known(tmp_path: Path, tokenizer: str, monkeypa
         more = {"text": ["w5"] * 700, "label": ["a"] * 700, "b": [f"w{n} w1" for n in range(700)]}
         path = write(tmp_path / "new" / f"{name}.csv", {key: columns[key] + more[key] for key in columns})
         data = module(path, tokenizer, "test", text_pair_column="b")
-        data.score_whole()
         told = loaded(data, state)
         assert expected in told and bool(told) == bool(expected)
         if told:
@@ -155,22 +185,36 @@ def test_a_changed_choice_of_a_split_is_named(tmp_path: Path, tokenizer: str) ->
 
 
 def test_a_digest_is_of_the_texts_of_a_row() -> None:
-    split = Dataset.from_dict({"a": ["x", "x y", "x", " x\n", "y"], "b": ["y", "z", "y z", "y", "x"]})
+    split = Dataset.from_dict({"a": ["x", "x y", "x", " X\n", "y"], "b": ["y", "z", "y z", "y", "x"]})
     one, both = digests(split, ["a"]), digests(split, ["a", "b"])
     assert len(set(one)) == 3 and one[0] == one[2] == one[3]
     assert len(set(both)) == 4 and both[0] == both[3]
 
 
+KNOWN = {"content": "c", "trained": [1], "path": "/b/a.csv"}
+
+
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({}, (None, None)),
-        ({"datamodule_hyper_parameters": {"path": "a.csv"}}, ("a.csv", "a.csv")),
-        ({"datamodule_hyper_parameters": {"path": "a.csv"}, "Data": {"path": "/b/a.csv"}}, ("a.csv", "/b/a.csv")),
-        ({"datamodule_hyper_parameters": {"path": ["a", "b"]}, "Data": [1]}, (None, None)),  # somebody else's class
+        ({}, (None, {})),
+        ({"datamodule_hyper_parameters": {"path": "a.csv"}}, ("a.csv", {})),
+        ({"datamodule_hyper_parameters": {"path": "a.csv"}, "Data": KNOWN}, ("a.csv", KNOWN)),
+        ({"datamodule_hyper_parameters": {"path": ["a", "b"]}, "Data": [1]}, (None, {})),  # somebody else's class
     ],
 )
-def test_where_the_data_of_a_run_were(tmp_path: Path, content: Any, expected: Any) -> None:
+def test_what_a_checkpoint_knows_of_the_data_of_its_run(tmp_path: Path, content: Any, expected: Any) -> None:
     torch.save(content, tmp_path / "x.ckpt")
-    assert trained_path(str(tmp_path / "x.ckpt"), "Data") == expected
-    assert trained_path(str(tmp_path), "Data") == trained_path("hpc", "Data") == (None, None)
+    assert trained_data(str(tmp_path / "x.ckpt")) == expected
+    assert trained_data(str(tmp_path)) == trained_data("hpc") == trained_data(None) == (None, {})
+
+
+@pytest.mark.parametrize("split, count", [(None, 60), ("train", 60), ("cut", 6)])
+def test_a_split_that_is_named_for_other_data_is_read(tmp_path: Path, tokenizer: str, split: Any, count: int) -> None:
+    data = module(write(tmp_path / "new.csv", rows(*range(60))), tokenizer, "test", test_split=split)
+    data.remember({}, named=True)
+    assert len(data.test_dataloader().dataset) == count  # type: ignore[arg-type]
+    other = module(tmp_path / "new.csv", tokenizer, "test", test_split="tset")
+    other.remember({}, named=True)
+    with pytest.raises(ValueError, match=r"No split 'tset' in .* \(--data\.test_split; cut: .*\); there are: train"):
+        other.test_dataloader()

@@ -127,28 +127,6 @@ def test_existing_path_becomes_absolute(tmp_path: Path, name: str) -> None:
     assert hub.locate(name) == str(tmp_path / name.removeprefix("./"))
 
 
-@pytest.mark.parametrize(
-    "one, other, same",
-    [
-        ("a/x.csv", "a/../a/x.csv", True),
-        ("a/x.csv", "link.csv", True),
-        ("a/x.csv", "b/x.csv", False),
-        ("x.csv", "a/x.csv", True),  # named from another folder, where it may have been this one
-        ("y.csv", "a/x.csv", False),
-        ("org/thing", "a/x.csv", False),
-        ("org/thing", "org/thing", True),
-        ("org/thing", "else/thing", False),  # ids of the hub, not paths
-        ("org/x.csv", "a/x.csv", True),
-    ],
-)
-def test_the_same_data_by_other_names(tmp_path: Path, one: str, other: str, same: bool) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.csv").touch()
-    (tmp_path / "link.csv").symlink_to("a/x.csv")
-    assert hub.same_source(one, other) == hub.same_source(other, one) == same
-
-
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))

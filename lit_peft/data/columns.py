@@ -29,13 +29,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"there are: {', '.join(names[:SHOWN])}{rest}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def check_text(split: Dataset, column: str, where: str, *, numbers: bool = True) -> None:
+def check_text(split: Dataset, column: str, where: str, *, option: str = "", numbers: bool = True) -> None:
     """Check that a column is there and holds a text in every row.
 
     Args:
         split: The rows.
         column: Name of the column.
         where: What `split` is called in messages.
+        option: Argument of the data that names the column.
         numbers: Whether the texts may all be numbers; csv files cannot tell these from a column of numbers.
 
     Raises:
@@ -43,7 +44,8 @@ def check_text(split: Dataset, column: str, where: str, *, numbers: bool = True)
             million characters. Rows are counted from 1.
     """
     if column not in split.column_names:
-        raise ValueError(f"No column {column!r} in {where}; {nearest(column, split.column_names)}")
+        chosen = f" (--data.{option})" if option else ""
+        raise ValueError(f"No column {column!r} in {where}{chosen}; {nearest(column, split.column_names)}")
     feature = split.features[column]
     if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
         raise ValueError(f"Column {column!r} of {where} holds {_kind(feature)}, expected text.")
@@ -209,7 +211,8 @@ class Labels:
             ValueError: The column is missing, or some rows have no label, or one that is no class here.
         """
         if column not in split.column_names:
-            raise ValueError(f"No label column {column!r} in {where}; {nearest(column, split.column_names)}")
+            there = nearest(column, split.column_names)
+            raise ValueError(f"No label column {column!r} in {where} (--data.label_column); {there}")
         if len(missing := np.flatnonzero(codes == MISSING)):
             raise ValueError(
                 f"{len(missing):,} of {len(codes):,} examples in {where} have no label (-1, null or empty in "

@@ -1,8 +1,16 @@
 """Which rows train, which are held out, and whether it is honest to score them.
 
 A role ("train", "val", "test", "predict") reads a split of its own or rows that are cut off train. The checkpoints of a
-fit keep what decides the cut (`CUT`), and a digest of each row that trained: so what was held out of training stays
-held out, and rows that were trained on are known again wherever they stand.
+fit hold a digest of its train split, what decides the cut (`CUT`), and a digest of the texts of each row that trained.
+By these, and never by names of files, weights are scored on
+
+- the data of their fit, a role cut from train: the same cut; other arguments of the cut are refused;
+- the data of their fit, a split of its own: that split;
+- other data that are one split alone: all of it, since nothing was held out of it;
+- other data of several splits: as in a fit on them.
+
+Rows with a text that trained are counted in a warning. More than `MOSTLY` of them are refused: a copy of what trained,
+shuffled, cut or added to. The data of the fit itself, and a split that is named by an argument, are not.
 """
 
 import hashlib
@@ -15,6 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
 
 from lit_peft import hub
 from lit_peft.data.base import TextDataModule
@@ -26,8 +35,8 @@ CUT_SPLIT = "cut"
 CUT = ("rows", "content", "val_split", "test_split", "seed", "val_fraction")
 """What decides which rows of train are held out."""
 MOSTLY = 0.5
-"""Share of rows that were trained on above which other data are not scored. Real data repeat short texts, whatever is
-done; above this they are a copy of what was trained on, shuffled, cut or added to."""
+"""Share of the rows, and of their different texts, that trained, above which other data are a copy. Both, because real
+data repeat a few short texts."""
 MOST_DIGESTS = 2**17
 """Digests of trained rows that a checkpoint holds, 1 MB: of more rows a sample, those of the smallest digests."""
 VERBS = {"train": "train", "val": "validate", "test": "test"}
@@ -60,7 +69,8 @@ class HeldOutDataModule(TextDataModule):
         self.split_names = dict(splits)
         self.limits = dict(limits)
         self.val_fraction = val_fraction
-        self._whole = False
+        self._history: Mapping[str, Any] | None = None
+        self._named = False
 
     # ------------------------------------------------------------------------------------- of a subclass
 
@@ -100,14 +110,23 @@ class HeldOutDataModule(TextDataModule):
 
     # --------------------------------------------------------------------------------- the rows of a role
 
-    def score_whole(self) -> None:
-        """Validate and test on every row of data that are one split alone: for data that were not trained on.
+    def remember(self, history: Mapping[str, Any] | None, named: bool = False) -> None:
+        """Says what the weights to score were trained on. `Trainer.test` and `validate` say it for their checkpoint.
 
-        Of the data that a model was trained on, only what had been cut off may be scored. Data of several splits are
-        not changed by this: their roles are as in training.
+        Args:
+            history: What `state_dict` gave in their fit; empty where that is not known: then data that are one split
+                alone are scored whole, and nothing is looked up; None: nothing is scored but by the fit itself.
+            named: Whether the splits that arguments name are meant for these data. Those that the configuration of a
+                fit names need not be there in other data that are one split alone.
         """
-        self._whole = True
-        self._forget()
+        before, self._history, self._named = vars(self).pop("_sources", None), history, named
+        if before is not None and self._sources != before:
+            self._forget()
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.remember(None)
+        super().setup(stage)
 
     def _forget(self) -> None:
         """Drops what depends on the codes of labels and on the splits of roles, to be found anew."""
@@ -121,7 +140,9 @@ class HeldOutDataModule(TextDataModule):
 
     def _split(self, name: str) -> Dataset:
         if name not in self._splits:
-            raise ValueError(f"No split {name!r} in {self.path}; {nearest(name, self._splits)}")
+            role = next((role for role in ("val", "test") if self.split_names[role] == name), None)
+            chosen = f" (--data.{role}_split; {CUT_SPLIT}: rows of train)" if role else ""
+            raise ValueError(f"No split {name!r} in {self.path}{chosen}; {nearest(name, self._splits)}")
         if not len(self._splits[name]):
             raise ValueError(f"There is nothing in {self._where(name)}.")
         return self._splits[name]
@@ -133,13 +154,14 @@ class HeldOutDataModule(TextDataModule):
     def _sources(self) -> dict[str, str | None]:
         """The split that each role reads; None: cut from train."""
         sources: dict[str, str | None] = {"train": "train"}
-        if self._whole and len(self._splits) == 1:
-            return sources | dict.fromkeys(("val", "test"), next(iter(self._splits)))
+        alone = len(self._splits) == 1 and self._history is not None and not self._is_of_the_fit()
         for role, other, usual in (("val", "test", "validation"), ("test", "val", "test")):
             sources[role] = self.split_names[role]
             free = sources[role] is None and self.split_names[other] != usual
             if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
                 sources[role] = usual
+            if alone and not (self._named and self.split_names[role]):
+                sources[role] = next(iter(self._splits))
         return {role: None if name == CUT_SPLIT else name for role, name in sources.items()}
 
     @cached_property
@@ -191,57 +213,60 @@ class HeldOutDataModule(TextDataModule):
         return self._identity | {"path": where, "global_batch": self._global_batch, "trained": self._trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Holds what a trainer does with a checkpoint to the rows that it was trained on.
-
-        A fit that resumes goes on with its own. To validate or test, rows cut from train must still be those that were
-        held out. Any others are looked up: where more than half of them have a text that was trained on, with whatever
-        label, they are refused, fewer are counted in a warning. The data of the run itself, in the roles that they had,
-        and a split that was asked for by name are scored after a warning, however many.
+        """Holds what a trainer does with a checkpoint to the rows that it was trained on; see the module's docstring.
 
         Raises:
-            ValueError: The data of a resumed fit are others; what was held out cannot be told; more than half of the
-                rows to score were trained on.
+            ValueError: The data of a fit that resumes are others than those that it began with.
         """
-        roles: dict[Any, str] = {"fit": "train", "validate": "val", "test": "test"}
-        role = roles.get(self.trainer.state.fn if self.trainer else None)
-        if role is None or "content" not in state_dict:
+        verb = self.trainer.state.fn if self.trainer else None
+        if "content" not in state_dict:
             return
-        if "train" in self._splits and (role == "train" or self._whole or self._sources[role] is None):
-            same = self._content == state_dict["content"]
-            if self._whole and same:  # its own file, moved
-                self._whole = False
-                self._forget()
-            own = same or hub.same_source(state_dict["path"], self.path)
-            if role == "train" or (own and self._sources[role] is None):
-                check_identity(state_dict, self._identity, self._where("train"), role)
-        if role != "train" and "trained" in state_dict:
-            self._check_seen(role, state_dict["trained"].numpy(), state_dict["content"])
-        if role == "train" and (was := state_dict["global_batch"]) != self._global_batch:
-            rank_zero_warn(
-                f"{self._global_batch} rows a step, and {was} when this run began: if it goes on within an epoch, some "
-                "rows of that one are seen twice or not at all.",
-                stacklevel=5,
-            )
+        if verb in ("validate", "test"):
+            self.remember(state_dict, self._named)
+        elif verb == "fit":
+            check_identity(state_dict, self._identity, self._where("train"), "train")
+            if (was := state_dict["global_batch"]) != self._global_batch:
+                rank_zero_warn(
+                    f"{self._global_batch} rows a step, and {was} when this run began: if it goes on within an epoch, "
+                    "some rows of that one are seen twice or not at all."
+                )
 
-    def _check_seen(self, role: str, trained: np.ndarray, content: str) -> None:
+    def _is_of_the_fit(self) -> bool:
+        history = self._history or {}
+        return "train" in self._splits and history.get("content") == self._content
+
+    def _evaluation_loader(self, role: str, bucketed: bool = False) -> DataLoader[Any]:
+        if self._history and role in ("val", "test"):
+            self._check_held_out(role, self._history)
+        return super()._evaluation_loader(role, bucketed)
+
+    def _check_held_out(self, role: str, history: Mapping[str, Any]) -> None:
+        """Warns of rows to score that trained.
+
+        Raises:
+            ValueError: Most of them did; or they are cut from the train split of the fit, in another way than then.
+        """
+        source, own = self._sources[role], self._is_of_the_fit()
+        if own and source is None:
+            check_identity(history, self._identity, self._where("train"), role)
         split, rows = self._rows(role)
+        trained = history["trained"].numpy()
         here = digests(self._split(split).select(rows), self._text_columns)
         if sampled := len(trained) == MOST_DIGESTS:
-            here = here[here <= trained[-1]]  # rows that would be in the sample if they had been trained on
-        seen = int(np.isin(here, trained).sum())
-        if not seen:
+            here = here[here <= trained[-1]]  # rows that would be in the sample if they had trained
+        seen = np.isin(here, trained)
+        if not seen.any():
             return
-        verb = VERBS[role]
-        count = f"{seen:,} of {len(here):,} rows to {verb}{' (a sample)' if sampled else ''} have a text that"
-        named = self._sources[role] is not None and self._sources[role] == self.split_names[role]
-        mostly = seen > MOSTLY * len(here) and not named
+        sample = " (a sample)" if sampled else ""
+        count = f"{seen.sum():,} of {len(here):,} rows to {VERBS[role]}{sample} have a text that"
+        mostly = min(seen.mean(), np.isin(np.unique(here), trained).mean()) > MOSTLY
         # A fit ends with a test of its own data: texts that these repeat must not end it with an error.
-        if mostly and not ("train" in self._splits and self._content == content):
+        if mostly and not own and source != self.split_names[role]:
             raise ValueError(
                 f"{count} this run was trained on: their score would say nothing of new texts. Give other rows, "
                 f"--data.path FILE, or name the split, --data.{role}_split {split}, to score them all the same."
             )
-        rank_zero_warn(f"{count} was trained on.", stacklevel=6)  # of Lightning's call, which is told in one line
+        rank_zero_warn(f"{count} was trained on.")
 
     @cached_property
     def _trained(self) -> torch.Tensor:
@@ -284,7 +309,7 @@ def content(split: Dataset, columns: Iterable[str]) -> str:
 
 
 def digests(split: Dataset, columns: Sequence[str]) -> np.ndarray:
-    """64 bits of the texts of each row, as int64; how much white space parts their words does not count.
+    """64 bits of the texts of each row, as int64; neither case counts nor how much white space parts the words.
 
     Not of the label: a text is known to the model, whatever it is said to be. 32 bits would let 1 in 20 tests of 1,000
     rows find one of 200,000 trained rows that is not there.
@@ -292,25 +317,27 @@ def digests(split: Dataset, columns: Sequence[str]) -> np.ndarray:
     found = bytearray()
     for rows in split.select_columns(list(columns)).with_format(None).iter(1000):
         for texts in zip(*(rows[column] for column in columns), strict=True):
-            words = "\0".join(" ".join(text.split()) for text in texts)
+            words = "\0".join(" ".join(text.casefold().split()) for text in texts)
             found += hashlib.blake2b(words.encode(), digest_size=8).digest()
     return np.frombuffer(bytes(found), "<i8").astype(np.int64)
 
 
-def trained_path(checkpoint: str | None, kind: str) -> tuple[str | None, str | None]:
-    """The path of a run's data as it was given and, where its checkpoint knows it, as an absolute one; else None.
+def trained_data(checkpoint: str | Path | None) -> tuple[str | None, dict[str, Any]]:
+    """What a checkpoint knows of the data of its fit: their path as it was given, and the `state_dict` of the module.
 
     Args:
         checkpoint: A file, or nothing of the sort.
-        kind: Name of the data module's class.
+
+    Returns:
+        None and an empty dict where it knows nothing.
     """
     if checkpoint is None or not Path(checkpoint).is_file():
-        return None, None
+        return None, {}
     content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    parts = [content.get(key) for key in ("datamodule_hyper_parameters", kind)]  # of any data module, with any `path`
-    paths = [part.get("path") if isinstance(part, dict) else None for part in parts]
-    given, where = (path if isinstance(path, str) else None for path in paths)
-    return given, where or given
+    arguments = content.get("datamodule_hyper_parameters")  # of any data module, with any `path`
+    given = arguments.get("path") if isinstance(arguments, dict) else None
+    states = (part for part in content.values() if isinstance(part, dict) and {"content", "trained"} <= part.keys())
+    return given if isinstance(given, str) else None, next(states, {})
 
 
 @lru_cache(maxsize=4)  # asked at every writing of a checkpoint

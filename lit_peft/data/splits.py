@@ -205,12 +205,9 @@ def _parsed(file: str, lines: Iterable[str], separator: str) -> Iterator[tuple[i
 
 
 def _rows_within(row: list[str], separator: str) -> Iterator[tuple[list[list[str]], int]]:
-    """The rows that the lines of a cell would be without its quotes, if all are of this row's length; and its column.
-
-    Of a cell of three lines or more: two may happen to look like rows.
-    """
+    """The rows that the lines of a cell would be without its quotes, if all are of this row's length; its column."""
     for at, cell in enumerate(row):
-        if cell.count("\n") > 1 and len(row) > 1:
+        if "\n" in cell and len(row) > 1:
             lines = [line.split(separator) for line in cell.replace("\r\n", "\n").split("\n")]
             rows = [row[:at] + lines[0], *lines[1:-1], lines[-1] + row[at + 1 :]]
             if all(len(other) == len(row) for other in rows):

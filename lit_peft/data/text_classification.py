@@ -226,8 +226,8 @@ class TextClassificationDataModule(HeldOutDataModule):
         return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
 
     def _check_texts(self, split: str, numbers: bool = True) -> None:
-        for column in self._text_columns:
-            check_text(self._split(split), column, self._where(split), numbers=numbers)
+        for column, option in zip(self._text_columns, ("text_column", "text_pair_column"), strict=False):
+            check_text(self._split(split), column, self._where(split), option=option, numbers=numbers)
 
     @property
     def _labels(self) -> Labels:
