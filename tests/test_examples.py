@@ -38,17 +38,18 @@ def test_lora_in_ten_lines(tmp_path):
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+END = "-- end of a command"
 XS = ["--method.r", "4", "--data.limit_train", "64", "--data.limit_val", "16", "--data.limit_test", "16"]
 XS += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
 
 
-def lit_peft(folder: Path, path: Path, *arguments: str) -> str:
-    """What a command prints in a folder, with another one on the path."""
+def lit_peft(folder: Path, path: Path, *commands: list[str]) -> list[str]:
+    """What each command prints in a folder, with another one on the path; in one process, which takes long to start."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{path}"}
-    command = [sys.executable, "-m", "lit_peft.cli", *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    code = f"from lit_peft import cli\nfor command in {commands}:\n    cli.main(command)\n    print({END!r})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout.split(f"{END}\n")[:-1]
 
 
 def test_a_method_of_ones_own_by_its_class_path(tmp_path):
@@ -56,11 +57,12 @@ def test_a_method_of_ones_own_by_its_class_path(tmp_path):
     assert len([line for line in source.splitlines() if line.strip()]) < 40
     shutil.copy(ROOT / "examples" / "your_own_method.py", tmp_path)
     (tmp_path / "own.yaml").write_text("method:\n  class_path: your_own_method.LoRAXS\n")
-    lit_peft(tmp_path, tmp_path, "fit", "--config", "quickstart", "--config", "own.yaml", *XS)
+    fit = ["fit", "--config", "quickstart", "--config", "own.yaml", *XS]
+    predict = ["predict", "--run", "runs/quickstart/version_0", "--text", "a good film"]
+    said = lit_peft(tmp_path, tmp_path, fit, predict)[1]
     (state,) = tmp_path.glob("runs/quickstart/version_0/checkpoints/best.ckpt")
     keys = torch.load(state, weights_only=True)["state_dict"]
     assert any(key.endswith(".peft.default.R") for key in keys)
-    said = lit_peft(tmp_path, tmp_path, "predict", "--run", "runs/quickstart/version_0", "--text", "a good film")
     assert re.fullmatch(r"(negative|positive) +0\.\d{4}  a good film\n", said)
 
 
@@ -69,9 +71,9 @@ def test_a_method_of_an_installed_package(tmp_path):
     package = ROOT / "examples" / "third_party"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(site), str(package)], check=True, cwd=tmp_path)
-    assert "[lit-peft-lora-xs]" in lit_peft(tmp_path, site, "methods")
-    assert "R [r, r] trains" in lit_peft(tmp_path, site, "methods", "LoRAXS")
-    lit_peft(tmp_path, site, "fit", "--config", "quickstart", "--config", str(package / "lora_xs.yaml"), *XS[2:])
+    fit = ["fit", "--config", "quickstart", "--config", str(package / "lora_xs.yaml"), *XS[2:]]
+    methods, described, _ = lit_peft(tmp_path, site, ["methods"], ["methods", "LoRAXS"], fit)
+    assert "[lit-peft-lora-xs]" in methods and "R [r, r] trains" in described
     assert json.loads((tmp_path / "runs/quickstart/version_0/metrics.json").read_text())["test/acc"] is not None
 
 
