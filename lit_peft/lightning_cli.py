@@ -21,10 +21,9 @@ from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, Reproducibl
 from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selection
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.cli import fail
-from lit_peft.core.checkpoint import atomic_path, check_archive
+from lit_peft.core.checkpoint import atomic_path
 from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
-from lit_peft.hub import existing
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
@@ -41,6 +40,7 @@ from lit_peft.runs import (
     run_folder,
     unlock_folders,
 )
+from lit_peft.start import find_files, given_options, knowledge, starting_checkpoint
 from lit_peft.trying import TextPrinter, take_texts, use_adapter
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -57,12 +57,6 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         fail(explain(message, sys.argv[1:]))
-
-
-def data_options() -> set[str]:
-    """Arguments of the data that an option sets, not a configuration."""
-    found = settings(sys.argv[1:], "data")
-    return {name for setting in found if setting.source.startswith("--") for name in setting.init_args}
 
 
 class RunConfig(SaveConfigCallback):
@@ -155,7 +149,7 @@ class LitPeftCLI(LightningCLI):
         more.yaml`. Another configuration gives way, as it does with Lightning.
         """
         config = self.config[self.config.subcommand]
-        config["ckpt_path"] = self._checkpoint(self.config.subcommand, config)
+        config["ckpt_path"] = starting_checkpoint(self.config.subcommand, config)
         given = (config.get("model") or {}).get("init_args") or {}
         run = run_folder(config["ckpt_path"])
         said: dict[str, Any] = {}
@@ -168,56 +162,9 @@ class LitPeftCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         for name, value in said.items():
             config.model.init_args[name] = value
-        self._find_data(config)
-
-    def _find_data(self, config: Any) -> None:
-        """Notes what the weights were trained on, and finds it where the run began in another folder than this one."""
-        given, self.trained_on = trained_data(config["ckpt_path"] or self._checkpoint_beside(config))
-        arguments = (config.get("data") or {}).get("init_args") or {}
-        lost = given is not None and arguments.get("path") == given and not Path(given).expanduser().exists()
-        where = self.trained_on.get("path", "")
-        if lost and "path" not in data_options() and Path(where).exists():
-            print(f"data.path {given}: {where}")
-            arguments["path"] = where
-
-    @staticmethod
-    def _checkpoint_beside(config: Any) -> Path | None:
-        """A checkpoint of the run that an adapter folder lies in, else of the run that was given with it."""
-        if not config.method.class_path.endswith(".AdapterFolder"):
-            return None
-        adapter = Path(str(config.method.init_args.path)).resolve()
-        runs = [*adapter.parents[:2], *(Path(str(path)).parent for path in reversed(config.get("config") or []))]
-        names = ("best.ckpt", "last.ckpt")
-        return next((f for f in (run / "checkpoints" / name for run in runs for name in names) if f.is_file()), None)
-
-    def _checkpoint(self, verb: str, config: Any) -> str | None:
-        """Path of the checkpoint that a verb starts from; "hpc", which Lightning finds, stays.
-
-        Raises:
-            ValueError: When a verb other than fit has none: it would score an adapter that was never trained.
-            FileNotFoundError: For a file that is not there.
-        """
-        given, root = config.get("ckpt_path"), Path(str(config.trainer.default_root_dir))
-        if given in ("best", "last"):
-            found = newest_checkpoint(root, given)
-            if found is None and (verb, given) != ("fit", "last"):
-                raise FileNotFoundError(f"ckpt_path {given}: no run in {root} has checkpoints/{given}.ckpt.")
-            print(f"ckpt_path {given}: {found or 'none yet, the run starts anew'}")
-            return None if found is None else str(found)
-        if given is not None:
-            if given != "hpc" and "://" not in str(given) and not existing(Path(str(given))).is_dir():
-                check_archive(given, contents=True)  # a folder is a sharding strategy's to read
-            return str(given)
-        if verb == "fit" or config.method.class_path.endswith(".AdapterFolder"):
-            return None
-        runs = [Path(str(path)).parent for path in config.get("config") or []]
-        best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in reversed(runs)) if b.exists()), None)
-        if best is None:
-            raise ValueError(
-                f"{verb} needs the weights of a run: --run FOLDER, a checkpoint of it, --ckpt_path "
-                "FOLDER/checkpoints/best.ckpt, or an adapter, --adapter FOLDER."
-            )
-        return str(best)
+        known = knowledge(config)
+        self.trained_on = trained_data(known)
+        find_files(config, known)
 
     # --------------------------------------------------------------------------------------- the trainer
 
@@ -321,7 +268,7 @@ class LitPeftCLI(LightningCLI):
         """Before the data are read: the checkpoint, which tells them later, would be late, and an adapter has none."""
         if not hasattr(self.datamodule, "remember"):
             return
-        self.datamodule.remember(self.trained_on, named=split in data_options())
+        self.datamodule.remember(self.trained_on, named=split in given_options("data"))
         if not self.trained_on and self.trainer.is_global_zero:
             print("Which rows these weights were trained on is not known: any that are among these are scored, too.")
 

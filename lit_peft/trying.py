@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,7 +60,7 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
     more: list[str] = []
     if task is None:
         more += ["--model", "lit_peft.tasks.TextClassification"]
-        backbone = known.get("backbone") or config.get("base_model_name_or_path")
+        backbone = _base(known.get("backbone"), config.get("base_model_name_or_path"))
         if "backbone" not in said:
             if backbone is None:
                 raise ValueError(f"{folder} does not say which base it belongs to: give --model.backbone.")
@@ -76,6 +77,14 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
     configs = [end for _, end, flag, _ in options(words) if flag in CONFIG_FLAGS]
     at = max(configs, default=1) if task is not None else 1
     return [*words[:at], *more, *words[at:], "--method", json.dumps(method)]
+
+
+def _base(backbone: str | None, absolute: str | None) -> str | None:
+    """The base of an adapter folder: as it was named, or by its absolute path where the name leads nowhere here."""
+    if backbone is None or absolute is None or Path(backbone).exists():
+        return backbone or absolute
+    ends_so = Path(absolute).parts[-len(Path(backbone).parts) :] == Path(backbone).parts
+    return absolute if ends_so and Path(absolute).exists() else backbone
 
 
 def _numbered_labels(tensors: dict[str, Tensor]) -> list[str]:

@@ -21,6 +21,7 @@ from lit_peft.arguments import resolve
 from lit_peft.data import TextClassificationDataModule
 from lit_peft.data.held_out import content
 from lit_peft.data.splits import load_splits
+from lit_peft.demo import ENCODER
 from lit_peft.lightning_cli import run
 from lit_peft.runs import lock_folder, unlock_folders
 
@@ -36,13 +37,18 @@ def write(path: Path, count: int, first: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `my.csv` and a run of two steps on it, `runs/version_0`, that began in that folder."""
+    """A folder with `my.csv` and a run of two steps on it, `runs/version_0`, that began in that folder.
+
+    Data and base are named as seen from there.
+    """
     root = tmp_path_factory.mktemp("goes on")
     write(root / "my.csv", 20)
+    shutil.copytree(ENCODER, root / "models" / "tiny")
     with chdir(root):
         fit(
             *(Path("runs"), "--config", "text_classification/lora", "--data.path", "my.csv"),
-            *("--model.backbone", "demo", "--data.batch_size", "8", "--trainer.max_steps", "2", "--base_test", "false"),
+            *("--model.backbone", "models/tiny", "--data.batch_size", "8"),
+            *("--trainer.max_steps", "2", "--base_test", "false"),
         )
     return root
 
@@ -294,11 +300,23 @@ def test_an_optimizer_without_a_rate_of_its_own_trains(tmp_path: Path) -> None:
 def test_a_run_goes_on_from_another_folder(
     root: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the data where they were when it began; and with another batch size, which is told."""
+    """With data and base where they were when it began; and with another batch size, which is told."""
     options = ["--data.batch_size", "4", "--trainer.max_steps", "4"]
     run(resolve(["fit", "--run", str(root / "runs" / "version_0"), *options]))
-    assert f"data.path my.csv: {root}/my.csv\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"data.path my.csv: {root}/my.csv\nmodel.backbone models/tiny: {root}/models/tiny\n" in told
     assert any("4 rows a step, and 8 when this run began" in str(warning.message) for warning in recwarn)
+
+
+def test_an_adapter_finds_its_base_from_another_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = root / "runs" / "version_0" / "adapter"
+    cli.main(["predict", "--adapter", str(adapter), "--text", "who is it 3"])
+    assert capsys.readouterr().out.rstrip().endswith("who is it 3")
+    (root / "models").rename(root / "moved")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--adapter", str(adapter), "--text", "who is it 3"])
+    assert "models/tiny" in capsys.readouterr().err
+    (root / "moved").rename(root / "models")
 
 
 def test_a_split_of_trained_rows_is_scored_with_a_warning(

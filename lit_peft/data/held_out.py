@@ -322,22 +322,10 @@ def digests(split: Dataset, columns: Sequence[str]) -> np.ndarray:
     return np.frombuffer(bytes(found), "<i8").astype(np.int64)
 
 
-def trained_data(checkpoint: str | Path | None) -> tuple[str | None, dict[str, Any]]:
-    """What a checkpoint knows of the data of its fit: their path as it was given, and the `state_dict` of the module.
-
-    Args:
-        checkpoint: A file, or nothing of the sort.
-
-    Returns:
-        None and an empty dict where it knows nothing.
-    """
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return None, {}
-    content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    arguments = content.get("datamodule_hyper_parameters")  # of any data module, with any `path`
-    given = arguments.get("path") if isinstance(arguments, dict) else None
-    states = (part for part in content.values() if isinstance(part, dict) and {"content", "trained"} <= part.keys())
-    return given if isinstance(given, str) else None, next(states, {})
+def trained_data(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What the content of a checkpoint tells of the data of its fit, the `state_dict` of a module; empty if nothing."""
+    states = (part for part in checkpoint.values() if isinstance(part, dict) and {"content", "trained"} <= part.keys())
+    return next(states, {})
 
 
 @lru_cache(maxsize=4)  # asked at every writing of a checkpoint

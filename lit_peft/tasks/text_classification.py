@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,6 +22,8 @@ from lit_peft.metrics import classification_metrics
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 
 Batch = dict[str, Tensor]
+BACKBONE_PATH = "backbone_path"
+"""Key of a checkpoint."""
 _LIGHTNINGS = {"map_location", "hparams_file", "strict", "weights_only"}
 """Arguments of Lightning's own `load_from_checkpoint`."""
 
@@ -163,6 +166,12 @@ class TextClassification(pl.LightningModule):
         task = cls(**saved | own)
         load(task, checkpoint_path)
         return task.eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes where a local base is: `backbone` may be seen from the folder in which this process began."""
+        path = Path(self.backbone).expanduser()
+        if path.is_dir() and self.backbone != hub.DEMO:
+            checkpoint[BACKBONE_PATH] = str(path.resolve())
 
     # --------------------------------------------------------------------------------------------- the loop
 
