@@ -24,11 +24,36 @@ def scale_features(z: Tensor, v: Tensor, norm: Tensor | None = None, bias: Tenso
     Returns:
         [..., n] in the dtype of `z`.
     """
+    return ScaleFeatures.apply(z, v, norm, bias) if _uses_triton(z) else scale(z, v, norm, bias)
+
+
+def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`scale_features` as a node's forward pass has it; on a GPU, outside autograd."""
     if _uses_triton(z):
-        return ScaleFeatures.apply(z, v, norm, bias)
-    f = v if norm is None else v / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        from lit_peft.core import triton_kernels
+
+        return triton_kernels.scale(z, v, norm, bias)
+    f = _factor(v, norm)
     scaled = f.to(z.dtype)
     return z * scaled if bias is None else torch.addcmul((bias * (1 - f)).to(z.dtype), z, scaled)
+
+
+def scale_backward(
+    dy: Tensor, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `scale`: of `z` in its dtype, of `v` and `bias`, [n], in at least float32."""
+    if _uses_triton(dy):
+        from lit_peft.core import triton_kernels
+
+        return triton_kernels.scale_backward(dy, z, v, norm, bias)
+    f, wide = _factor(v, norm), torch.promote_types(z.dtype, torch.float32)
+    rows, z_rows = (t.reshape(-1, t.shape[-1]).to(wide) for t in (dy, z))
+    of_f = (rows * (z_rows if bias is None else z_rows - bias)).sum(0)
+    return dy * f.to(dy.dtype), _factor(of_f, norm), None if bias is None else (1 - f) * rows.sum(0)
+
+
+def _factor(v: Tensor, norm: Tensor | None) -> Tensor:
+    return v if norm is None else v / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -67,16 +92,11 @@ class ScaleFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
-        from lit_peft.core import triton_kernels
-
-        rows = z.reshape(-1, z.shape[-1])
-        ctx.save_for_backward(rows, v, norm, bias)
-        return triton_kernels.scale(rows, v, norm, bias).view(z.shape)
+        ctx.save_for_backward(z, v, norm, bias)
+        return scale(z, v, norm, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from lit_peft.core import triton_kernels
-
         z, v, norm, bias = ctx.saved_tensors
-        dz, dv, dbias = triton_kernels.scale_backward(grads[0].reshape(z.shape), z, v, norm, bias)
-        return dz.view(grads[0].shape), dv.to(v.dtype), None, dbias if dbias is None else dbias.to(bias.dtype)
+        dz, dv, dbias = scale_backward(grads[0], z, v, norm, bias)
+        return dz, dv.to(v.dtype), None, dbias if dbias is None else dbias.to(bias.dtype)

@@ -1,5 +1,6 @@
 """The Triton side of `kernels`; imported on a GPU alone."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,27 +11,29 @@ from torch import Tensor
 ROWS, COLUMNS, TALL = 16, 256, 16
 """A block is 16 x 256; a program of the backward pass goes down 16 of them and sums as it goes."""
 
+_HERE = nullcontext()
+
 
 @triton.jit
-def _factor(v, norm, column, inside, NORMED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _factor(v, norm, column, inside):  # type: ignore[no-untyped-def]
     factor = tl.load(v + column, mask=inside, other=0.0).to(tl.float32)
-    if NORMED:
+    if norm is not None:
         factor = factor / tl.maximum(tl.load(norm + column, mask=inside, other=1.0), 1.1754944e-38)
     return factor
 
 
 @triton.jit
 def _scale(  # type: ignore[no-untyped-def]
-    z, v, norm, bias, y, rows, n, NORMED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    z, v, norm, bias, y, rows, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = column < n
     mask = (row < rows)[:, None] & inside[None, :]
     at = row[:, None] * n + column[None, :]
-    factor = _factor(v, norm, column, inside, NORMED)
+    factor = _factor(v, norm, column, inside)
     result = tl.load(z + at, mask=mask, other=0.0).to(tl.float32) * factor[None, :]
-    if BIASED:
+    if bias is not None:
         result += ((1 - factor) * tl.load(bias + column, mask=inside, other=0.0).to(tl.float32))[None, :]
     tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
 
@@ -38,11 +41,11 @@ def _scale(  # type: ignore[no-untyped-def]
 @triton.jit
 def _scale_backward(  # type: ignore[no-untyped-def]
     dy, z, v, norm, bias, dz, sums, rows, n,
-    NORMED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
-    factor = _factor(v, norm, column, inside, NORMED)
+    factor = _factor(v, norm, column, inside)
     dfactor = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over rows once, at the end
     dshift = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in range(TALL):
@@ -51,16 +54,16 @@ def _scale_backward(  # type: ignore[no-untyped-def]
         at = row[:, None] * n + column[None, :]
         grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         dfactor += grad * tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-        if BIASED:
+        if bias is not None:
             dshift += grad
         tl.store(dz + at, (grad * factor[None, :]).to(dz.dtype.element_ty), mask=mask)
     place = tl.program_id(0) * n + column
     dv = tl.sum(dfactor, axis=0)
-    if BIASED:
+    if bias is not None:
         shift = tl.sum(dshift, axis=0)
         dv -= shift * tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(sums + tl.num_programs(0) * n + place, (1 - factor) * shift, mask=inside)
-    if NORMED:
+    if norm is not None:
         dv = dv / tl.maximum(tl.load(norm + column, mask=inside, other=1.0), 1.1754944e-38)
     tl.store(sums + place, dv, mask=inside)
 
@@ -91,30 +94,33 @@ def _blocks(n: int, size: int) -> int:  # triton.cdiv is traced by its compiler,
     return -(-n // size)
 
 
+def _on(device: torch.device) -> AbstractContextManager[Any]:  # torch.cuda.device costs microseconds, needed or not
+    return _HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
 def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`f z + (1 - f) bias`, `f = v / norm`; `z`: [rows, n] contiguous, the others [n] or None."""
-    (rows, n), y = z.shape, torch.empty_like(z)
+    """`f z + (1 - f) bias`, `f = v / norm`; `z`: [..., n], the others [n] or None."""
+    z, n = z.contiguous(), z.shape[-1]
+    y, rows = torch.empty_like(z), z.numel() // max(n, 1)
     grid: Any = (_blocks(rows, ROWS), _blocks(n, COLUMNS))
-    vectors = (v, v if norm is None else norm, v if bias is None else bias)
-    with torch.cuda.device(z.device):
-        _scale[grid](z, *vectors, y, rows, n, norm is not None, bias is not None, ROWS, COLUMNS, num_warps=8)
+    with _on(z.device):
+        _scale[grid](z, v, norm, bias, y, rows, n, ROWS, COLUMNS, num_warps=8)
     return y
 
 
 def scale_backward(
     dy: Tensor, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `scale` with respect to `z`, [rows, n], and to `v` and `bias`, [n] in float32."""
-    dy, normed, biased = dy.contiguous(), norm is not None, bias is not None
-    (rows, n), dz = z.shape, torch.empty_like(z)
+    """Gradients of `scale` with respect to `z`, [..., n], and to `v` and `bias`, [n] in float32."""
+    dy, z, n = dy.contiguous(), z.contiguous(), z.shape[-1]
+    dz, rows = torch.empty_like(z), z.numel() // max(n, 1)
     down = _blocks(rows, ROWS * TALL)
-    sums = torch.empty(1 + biased, down, n, dtype=torch.float32, device=z.device)
+    sums = torch.empty((down, n) if bias is None else (2, down, n), dtype=torch.float32, device=z.device)
     grid: Any = (down, _blocks(n, COLUMNS))
-    vectors = (v, v if norm is None else norm, v if bias is None else bias)
-    with torch.cuda.device(z.device):
-        _scale_backward[grid](dy, z, *vectors, dz, sums, rows, n, normed, biased, ROWS, COLUMNS, TALL, num_warps=8)
-    total = sums.sum(1)
-    return dz, total[0], total[1] if biased else None
+    with _on(z.device):
+        _scale_backward[grid](dy, z, v, norm, bias, dz, sums, rows, n, ROWS, COLUMNS, TALL, num_warps=8)
+    dv, dbias = (sums.sum(0), None) if bias is None else sums.sum(1)
+    return dz, dv, dbias
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -123,6 +129,6 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     norms = torch.empty(out, dtype=torch.float32, device=W.device)
     A, B = A.contiguous(), B.contiguous()
     grid: Any = (_blocks(out, 16),)
-    with torch.cuda.device(W.device):
+    with _on(W.device):
         _row_norms[grid](W, A, B, norms, out, n, r, s, *W.stride(), 16, 128, max(16, 1 << (r - 1).bit_length()))
     return norms

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call
-from lit_peft.core.kernels import row_norms, scale_features
-from lit_peft.core.layers import layer_ops
+from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features
+from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.lora import LoRA, LoRADelta
+from lit_peft.methods.lora import LoRA, LoRADelta, LoRAFunction
 
 
 class DoRA(LoRA):
@@ -68,6 +68,8 @@ class DoRADelta(LoRADelta):
         return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
+        if self.fuses(call):
+            return DoRAFunction.apply(*self.node_inputs(layer, x), self.lora_magnitude_vector)
         ops = layer_ops(layer)
         z, b = super().forward(layer, call, x), call.bias()  # of which the bias is not scaled
         norm = row_norms(call.matrix(), self.lora_A, self.lora_B, self.scaling)
@@ -76,3 +78,31 @@ class DoRADelta(LoRADelta):
         ratio = self.ratio(norm)
         y = z * ops.along_features(ratio.to(z.dtype))
         return y if b is None else y + ops.along_features((b * (1 - ratio)).to(z.dtype))
+
+
+class DoRAFunction(torch.autograd.Function):
+    """LoRA's function and what scales its output as one node, `y = m / |V| (W x + s B A d) + b`; keeps `z` as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        layer: nn.Module,
+        ops: LayerOps,
+        s: float,
+        m: Tensor,
+    ) -> Tensor:
+        W, b = ops.matrix(layer), ops.bias(layer)
+        z, norm = ops.apply(layer, x, W, b), row_norms(W, A, B, s)
+        kept = LoRAFunction.add_change(ctx, z, x, dropped, A, B, layer, ops, s)
+        ctx.save_for_backward(z, m, norm, b, *kept)
+        return scale(z, m, norm, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, m, norm, b, *kept = ctx.saved_tensors
+        dz, dm, _ = scale_backward(grads[0], z, m, norm, b)
+        return *LoRAFunction.gradients(ctx, dz, *kept), None, None, None, dm.to(m.dtype)

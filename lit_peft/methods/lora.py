@@ -218,41 +218,79 @@ class LoRADelta(Delta):
         return W + self.change()
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
-        ops, (A, B), d = layer_ops(layer), self.factors(), dropped(x, self.dropout, self.training)
-        if A.shape[1] * B.shape[0] >= self.fused_from and call.is_fusible:
-            dtype = compute_dtype(x)
-            apart = None if d is x else d.to(dtype)
-            return LoRAFunction.apply(x.to(dtype), apart, A.to(dtype), B.to(dtype), layer, ops, self.scaling)
-        return ops.add_low_rank(layer, call(x), d, A, B, self.scaling)
+        if self.fuses(call):
+            return LoRAFunction.apply(*self.node_inputs(layer, x))
+        y, d = call(x), dropped(x, self.dropout, self.training)
+        return layer_ops(layer).add_low_rank(layer, y, d, *self.factors(), self.scaling)
+
+    def fuses(self, call: Call) -> bool:
+        """Whether one node is to stand for the layer and this."""
+        return self.lora_A.shape[1] * self.lora_B.shape[0] >= self.fused_from and call.is_fusible
+
+    def node_inputs(self, layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
+        """What `LoRAFunction` is given."""
+        dtype, d = compute_dtype(x), dropped(x, self.dropout, self.training)
+        apart = None if d is x else d.to(dtype)
+        return x.to(dtype), apart, *self.factors(), layer, layer_ops(layer), self.scaling
 
 
 class LoRAFunction(torch.autograd.Function):
     """`y = W x + b + s B A d` as one node, `d` being `x` or its dropout.
 
-    Keeps `d` and `A d` for backward, and of a quantised weight only what is packed.
+    Keeps `d`, `A d` and the factors, and of a quantised weight only what is packed. Computes in the dtype of `x`, in
+    which it returns the factors' gradients too; autograd casts them.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps, s: float
     ) -> Tensor:
-        d = x if dropped is None else dropped
-        h = d @ A.t()
-        ctx.save_for_backward(d, A, B, h)
-        ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
         y = ops.linear(layer, x)
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), B.t(), alpha=s)  # in place: y is not seen elsewhere
+        ctx.save_for_backward(*LoRAFunction.add_change(ctx, y, x, dropped, A, B, layer, ops, s))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d, A, B, h = ctx.saved_tensors
-        dy = grads[0]
-        dh = ctx.s * (dy @ B)
-        dx = ctx.ops.linear_t(ctx.layer, dy) if ctx.needs_input_grad[0] else None
+        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def add_change(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        dropped: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        layer: nn.Module,
+        ops: LayerOps,
+        s: float,
+    ) -> tuple[Tensor, ...]:
+        """Adds `s B A d` to `y`, in place, which must not be seen elsewhere. Returns what `gradients` wants kept."""
+        d, A, B = x if dropped is None else dropped, A.to(x.dtype), B.to(x.dtype)
+        h = _rows(d) @ A.t()
+        y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=s)
+        ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
+        return d, A, B, h
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor, d: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of `x`, `dropped`, `A` and `B`, as far as they are needed, from that of `y`."""
+        of_x, of_d, of_A, of_B = ctx.needs_input_grad[:4]
+        dy_rows, s = _rows(dy), ctx.s
+        dh = dy_rows @ B
+        dx = ctx.ops.linear_t(ctx.layer, dy) if of_x else None
         if dx is not None and not ctx.apart:
-            dx.view(-1, dx.shape[-1]).addmm_(dh.reshape(-1, dh.shape[-1]), A)
-        dd = dh @ A if ctx.apart and ctx.needs_input_grad[1] else None
-        dA = dh.reshape(-1, dh.shape[-1]).t() @ d.reshape(-1, d.shape[-1])
-        dB = ctx.s * (dy.reshape(-1, dy.shape[-1]).t() @ h.reshape(-1, h.shape[-1]))
-        return dx, dd, dA, dB, None, None, None
+            dx.view(-1, dx.shape[-1]).addmm_(dh, A, alpha=s)
+        dd = _product(dh, A, s).view_as(d) if of_d else None
+        dA = _product(dh.t(), _rows(d), s) if of_A else None
+        dB = _product(dy_rows.t(), h, s) if of_B else None
+        return dx, dd, dA, dB
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
+    """`s a b` in one kernel; beta = 0 leaves out what it would be added to."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
