@@ -220,8 +220,8 @@ class LoRADelta(Delta):
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         if self.fuses(call):
             return LoRAFunction.apply(*self.node_inputs(layer, x))
-        y, d = call(x), dropped(x, self.dropout, self.training)
-        return layer_ops(layer).add_low_rank(layer, y, d, *self.factors(), self.scaling)
+        d = dropped(x, self.dropout, self.training)
+        return layer_ops(layer).add_low_rank(layer, call(x), d, *self.factors(), self.scaling)
 
     def fuses(self, call: Call) -> bool:
         """Whether one node is to stand for the layer and this."""
