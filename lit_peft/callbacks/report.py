@@ -148,6 +148,11 @@ class RunReport(pl.Callback):
                     size = _size(target)
                     metrics["adapter/bytes"] = (metrics["adapter/bytes"] or 0) + size
                     notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
+            pruned = method.pruned(module)  # on every rank: shards are gathered
+            if pruned is not None:
+                of = "" if method.name == "default" else f"/{method.name}"
+                metrics |= {key + of: value for key, value in pruned.metrics().items()}
+                notes[f"pruned{of}"] = str(pruned)
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         if trainer.is_global_zero:
             notes["metrics"] = nothing or str(folder / "metrics.json")

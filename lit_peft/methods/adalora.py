@@ -22,6 +22,7 @@ from lit_peft.methods.base import (
     longest_first,
 )
 from lit_peft.methods.hf_peft import stores_transposed
+from lit_peft.methods.pruning import Pruned
 
 _SAME = {
     "init_r": "init_r",
@@ -56,7 +57,8 @@ class AdaLoRA(TargetedMethod):
         alpha: Numerator of the scaling; null means init_r, so that `s` is 1. It is not changed as ranks are masked.
         dropout: Dropout on the adapter's input.
         tinit: Share of the steps before ranks are masked.
-        tfinal: Share of the steps, the last ones, with the masks that were reached.
+        tfinal: Share of the steps, the last ones, with the masks that were reached. Early stopping waits for them, and
+            so does the best checkpoint.
         every: Steps between two choices of masks.
         beta1: Decay of the average of the importance; .85, the paper's.
         beta2: Decay of the average of its uncertainty; .85, the paper's.
@@ -160,6 +162,11 @@ class AdaLoRA(TargetedMethod):
     def notes(self, module: nn.Module) -> list[str]:
         ranks = [len(delta.kept) for delta in self.additions(module).values()]
         return [f"Ranks in all: {sum(ranks)} at first, {min(sum(ranks), len(ranks) * self.target_r)} in the end."]
+
+    def pruned(self, module: nn.Module) -> Pruned:
+        live = [delta.live() for delta in self.additions(module).values()]
+        total = sum(map(len, live))
+        return Pruned(int(torch.cat(live).sum()), total, "ranks", min(total, len(live) * self.target_r))
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         if not self.orthogonal:
@@ -314,10 +321,15 @@ class AdaLoRADelta(Delta):
         self.mask()
 
     @torch.no_grad()
+    def live(self) -> Tensor:
+        """Which ranks count, [r] of booleans; what is masked may grow again between two choices."""
+        return self.kept | (whole(self.lora_E)[:, 0] != 0)
+
+    @torch.no_grad()
     def compacted(self) -> "AdaLoRADelta":
         """A copy without the ranks that are masked, or this where none is; of a layer that has lost all, one stays."""
         A, E, B = (whole(p) for p in (self.lora_A, self.lora_E, self.lora_B))
-        left = self.kept | (E[:, 0] != 0)  # what is masked may grow again between two choices
+        left = self.live()
         left[:1] |= ~left.any()
         if left.all():
             return self

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods import seam
+from lit_peft.methods.pruning import Pruned, discount_checkpoints, restart_patience
 from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales, finds_rate
 
 AdapterDtype = Literal["auto", "float32", "bfloat16"]
@@ -51,6 +53,7 @@ class Method(pl.Callback):
     of `train_also` and `layer_decay`, except in a fit that resumes: they are the optimizer's, which is restored."""
     keep_originals: ClassVar[bool] = True
     """Whether base parameters that train are copied first, so that `detach` can give them back."""
+    _reached: bool | None = None  # whether the goal of `pruned` was, when last looked at
 
     def __init__(
         self,
@@ -116,6 +119,14 @@ class Method(pl.Callback):
     def notes(self, module: nn.Module) -> list[str]:
         """Lines for below the table of what trains: what it does not tell, a schedule for instance."""
         return []
+
+    def pruned(self, module: nn.Module) -> Pruned | None:
+        """How much of the adapter is left, where a method takes parts of it away; None of any other.
+
+        Called on every rank. A run reports it; early stopping waits until its goal is reached, and from the first
+        validation after that the best checkpoint is chosen among those that have reached it.
+        """
+        return None
 
     def lacks_gradient(self, name: str) -> bool:
         """Whether a trainable parameter may go without a (non-zero) gradient in the first two steps."""
@@ -206,6 +217,14 @@ class Method(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         seam.install(trainer, pl_module)
+        if stage == "fit":
+            self._reached = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": self._reached} if _overrides(self, "pruned") else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._reached = state_dict["reached"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for hook in ("penalty", "after_optimizer_step"):
@@ -225,6 +244,8 @@ class Method(pl.Callback):
         if not adapter.prepared and _overrides(self, "prepare"):
             self.prepare(pl_module, trainer.train_dataloader or ())
         adapter.prepared = True
+        if self._reached is None:  # not restored from a checkpoint
+            self._reached = self._has_reached(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -234,6 +255,39 @@ class Method(pl.Callback):
         seam.check_gradients(pl_module, self, optimizer, self._steps[id(optimizer)])
         self._steps[id(optimizer)] += 1
         self.before_optimizer_step(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._choose_anew(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._choose_anew(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._warn_unless_reached(pl_module, "Training ended")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is not None:
+            self._warn_unless_reached(pl_module, "The checkpoint that is tested was written")
+
+    def _has_reached(self, module: nn.Module) -> bool:
+        pruned = self.pruned(module)
+        return pruned is None or pruned.reached
+
+    def _choose_anew(self, trainer: pl.Trainer, module: nn.Module) -> None:
+        """Keeps the scores of an adapter above its goal from deciding; runs before any callback sees the next one."""
+        before, self._reached = self._reached, self._has_reached(module)
+        if not (before and self._reached):
+            restart_patience(trainer)
+        if self._reached and not before and discount_checkpoints(trainer):
+            done = f"{type(self).__name__} is at its goal, {self.pruned(module)}"
+            rank_zero_info(f"{done}: from here on the best checkpoint is chosen anew.")
+
+    def _warn_unless_reached(self, module: nn.Module, what: str) -> None:
+        pruned = self.pruned(module)
+        if pruned is not None and not pruned.reached:
+            rank_zero_warn(f"{what} before {type(self).__name__} was at its goal: {pruned}, not {pruned.goal:,}.")
 
 
 class TargetedMethod(Method):

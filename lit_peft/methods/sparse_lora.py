@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +13,7 @@ from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_choice, check_positive, check_range, longest_first
 from lit_peft.methods.lora import LoRA, LoRADelta
+from lit_peft.methods.pruning import Pruned
 
 GATE = 0.03
 """Where gates start. They act as `g / GATE`, so that training starts as LoRA's; Adam moves a parameter by about the
@@ -50,7 +50,8 @@ class SparseLoRA(LoRA):
         strength: `l` of a fixed penalty, without a target.
         target: Share of the gates or entries that is zero in the end; null means .5, unless there is a strength.
         begin: Share of the steps before anything is masked: `B` must have moved from its zeros.
-        end: Share of the steps after which the target is reached; what is left then has time to settle.
+        end: Share of the steps after which the target is reached; what is left then has time to settle. Early stopping
+            waits for it, and so does the best checkpoint.
         every: Steps between two choices of masks, which sort all entries.
         **lora: As for LoRA.
     """
@@ -74,7 +75,6 @@ class SparseLoRA(LoRA):
         if strength is not None and (sparsity == "magnitude" or target is not None):
             other = "sparsity = magnitude" if target is None else f"target = {target}"
             raise ValueError(f"strength = {strength} is a fixed penalty, and {other} asks for a share: leave one out.")
-        self._what = "the ranks" if sparsity == "structured" else "A and B"
         self._target = 0.5 if target is None else target
         check_range("target", self._target, 0, 1, open_above=True)
         check_range("begin", begin, 0, 1, open_above=True)
@@ -90,8 +90,16 @@ class SparseLoRA(LoRA):
     def notes(self, module: nn.Module) -> list[str]:
         if self.strength is not None:
             return [f"Sparsity: each step shrinks by {self.strength:g} x its rate; see train/sparsity."]
-        steps = f"from {self.begin:.0%} to {self.end:.0%} of the steps"
-        return [f"Sparsity: {self._target:.0%} of {self._what} masked, {steps}."]
+        goal = f"{self._target:.0%} of {'the ranks' if self.sparsity == 'structured' else 'A and B'} are masked"
+        return [f"Sparsity: {goal}, between {self.begin:.0%} and {self.end:.0%} of the steps."]
+
+    def pruned(self, module: nn.Module) -> Pruned:
+        sizes = [tensor.numel() for tensor in self._countable(module)]
+        total, parts = sum(sizes), "entries of A and B"
+        if self.sparsity == "structured":
+            sizes, parts = [total], "ranks"
+        goal = sum(n - round(self._target * n) for n in sizes) if self.strength is None else None
+        return Pruned(int(self._kept(module)), total, parts, goal)
 
     def lacks_gradient(self, name: str) -> bool:
         return name.startswith(self._gone)
@@ -104,18 +112,6 @@ class SparseLoRA(LoRA):
         self._find_gone(pl_module)
         if self.strength is None and math.isinf(self._steps_in_all):
             raise ValueError("The masks' schedule needs the run's end: set trainer.max_epochs or max_steps.")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tell(pl_module, f"Training ended before {self.end:.0%} of its steps")
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is not None:  # the best one may be an early one
-            self._tell(pl_module, "The checkpoint that is tested was written before the target was reached")
-
-    def _tell(self, module: nn.Module, why: str) -> None:
-        reached = self.achieved(module).item()
-        if self.strength is None and reached < self._target - 0.02:
-            rank_zero_warn(f"{why}: of {self._what} {reached:.0%} are masked, not {self._target:.0%}.")
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """`l |p|`, a number without a gradient: `sparsify` does what it would."""
@@ -181,12 +177,17 @@ class SparseLoRA(LoRA):
                 rate = rates.get(id(p), 0.0)
                 delta.strengths[i] = largest / (self.every * rate) if rate else 0.0
 
-    @torch.no_grad()
     def achieved(self, module: nn.Module) -> Tensor:
-        """The share of gates, or of entries, that is zero or masked."""
-        tensors = [t for delta in self.additions(module).values() for t in (delta.masks() or delta.sparse())]
-        kept = whole(torch.stack([t.count_nonzero() for t in tensors]).sum())
-        return 1 - kept / sum(t.numel() for t in tensors)
+        """The share of gates, or of entries, that is zero or masked: a tensor, without waiting for a GPU."""
+        return 1 - self._kept(module) / sum(tensor.numel() for tensor in self._countable(module))
+
+    @torch.no_grad()
+    def _kept(self, module: nn.Module) -> Tensor:
+        return whole(torch.stack([tensor.count_nonzero() for tensor in self._countable(module)]).sum())
+
+    def _countable(self, module: nn.Module) -> list[Tensor]:
+        """The tensors whose zeros count: the masks, where there are any."""
+        return [t for delta in self.additions(module).values() for t in (delta.masks() or delta.sparse())]
 
     def _find_gone(self, module: nn.Module) -> None:
         """Notes the layers that have lost all of their ranks, which get no gradient."""
