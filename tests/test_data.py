@@ -322,10 +322,18 @@ def test_the_tokenizer_is_the_backbones(folder: str, tokenizer: str, tmp_path: P
 @pytest.mark.parametrize(
     "options, stage, message",
     [
-        ({"text_column": "txt"}, "fit", "No column 'txt' in split 'train' of here; .* mean 'text'"),
+        (
+            {"text_column": "txt"},
+            "fit",
+            r"No column 'txt' in split .* \(--data.text_column\); .* mean 'text'",
+        ),
         ({"text_pair_column": "score"}, "fit", "'score' of split 'train' of here holds int64, expected text"),
         ({"label_column": "lable"}, "fit", "No label column 'lable' in split 'train'.* mean 'label'"),
-        ({"val_split": "valid"}, "fit", "No split 'valid' in here; there are: .* mean 'validation'"),
+        (
+            {"val_split": "valid"},
+            "fit",
+            r"No split 'valid' in here \(--data.val_split; .* mean 'validation'",
+        ),
         ({"test_split": "blank"}, "test", "nothing in split 'blank'"),
         ({"test_split": "unlabelled"}, "test", "2 of 3 examples in split 'unlabelled' .* only `predict`"),
         ({"test_split": "bare"}, "test", "No label column 'label' in split 'bare'.*; there are: text"),

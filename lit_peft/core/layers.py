@@ -109,8 +109,8 @@ class LayerOps:
 
     def combine(self, y: Tensor, h: Tensor, B: Tensor, alpha: float) -> Tensor:
         """`y + alpha * B h` over the feature dimension; `h`: [..., r], `B`: [out, r]. One kernel, a new tensor."""
-        if torch.compiler.is_compiling():  # the sum is fused into what follows; scaled after it, alpha * dy is written
-            return y + F.linear(h, (alpha * B).to(h.dtype))
+        if torch.compiler.is_compiling():  # the sum is fused into what follows; scaled later, alpha * dy is written
+            return y + F.linear(alpha * h, B.to(h.dtype))
         rows = h.reshape(-1, h.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, B.to(h.dtype).t(), alpha=alpha).view_as(y)
 
