@@ -10,6 +10,7 @@ from toys import net_lora as lora
 from lit_peft.core.addition import Delta
 from lit_peft.faults import TrainingFault
 from lit_peft.methods import LinearProbe, Method, TargetedMethod
+from lit_peft.methods.gradients import WATCHED
 
 # ----------------------------------------------------------------------------------- optimizers and gradients
 
@@ -52,19 +53,55 @@ def test_an_adapter_that_the_forward_pass_leaves_out_is_refused():
         fit(Module(), lora(), LinearProbe(name="probe", train_also=["unused"]))
 
 
-def test_zero_gradients_are_refused_by_the_second_step():
+def test_zero_gradients_throughout_are_refused():
     class Dead(Module):
         def forward(self, x):
             return self.net.head(0.0 * self.net.second(torch.tanh(self.net.first(x))))
 
-    with pytest.raises(TrainingFault, match="4 tensors of 'default' got no gradient"):
-        fit(Dead(), lora())
-    fit(Dead(), lora(), limit_train_batches=1)  # in the first step A's gradient is zero in any case
+    with pytest.raises(TrainingFault, match="All tensors of 'default' have had a gradient of zero in 20 steps"):
+        fit(Dead(), lora(), max_epochs=WATCHED)
+    fit(Dead(), lora(), max_epochs=1)  # too short to tell
+
+
+class Slow(Module):
+    """The first factors' gradient stays zero for some steps."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "a head of zeros":
+            nn.init.zeros_(self.net.head.weight)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+        if self.how == "a head of zeros":
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 1))
+        interval = "epoch" if self.how == "a warm-up by epochs" else "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+
+@pytest.mark.parametrize("how", ["a warm-up from rate zero", "a warm-up by epochs", "a head of zeros"])
+def test_a_gradient_that_comes_late_is_no_fault(how, recwarn):
+    module = Slow(how)
+    fit(module, lora(train_also=["head"]), max_epochs=WATCHED)
+    assert all(value.any() for value in adapters(module).values())
+    assert not [w for w in recwarn if "gradient" in str(w.message)]
 
 
 def test_an_unused_head_is_reported():
-    with pytest.warns(UserWarning, match=r"without any gradient in the first two steps: net\.unused\.bias, net\.unus"):
-        fit(Module(), lora(train_also=["unused"]))
+    with pytest.warns(UserWarning, match=r"other than zero in 20 steps: net\.unused\.bias, net\.unus"):
+        fit(Module(), lora(train_also=["unused"]), max_epochs=WATCHED)
+
+
+def test_a_tensor_beside_living_ones_that_gets_nothing_is_reported():
+    class Half(Module):
+        def forward(self, x):
+            h = torch.tanh(self.net.first(x))
+            return self.net.head(h + 0.0 * self.net.second(h))
+
+    with pytest.warns(UserWarning, match=r"in 20 steps: net\.second\.peft\.default\.lora_A, .*lora_B\.$"):
+        fit(Half(), lora(), max_epochs=WATCHED)
 
 
 def test_two_optimizers_are_each_checked_for_their_own():

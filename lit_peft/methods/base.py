@@ -1,7 +1,6 @@
 """`Method`: a way of fine-tuning, as a Lightning callback. Subclass it to write a new one."""
 
 import inspect
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods import seam
+from lit_peft.methods.gradients import GradientWatch
 from lit_peft.methods.pruning import Pruned, discount_checkpoints, restart_patience
 from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales, finds_rate
 
@@ -129,7 +129,7 @@ class Method(pl.Callback):
         return None
 
     def lacks_gradient(self, name: str) -> bool:
-        """Whether a trainable parameter may go without a (non-zero) gradient in the first two steps."""
+        """Whether a trainable parameter may go without a (non-zero) gradient in the first steps."""
         return False
 
     def log_step(self, module: nn.Module, key: str, value: Tensor) -> None:
@@ -239,7 +239,7 @@ class Method(pl.Callback):
         if finds_rate(trainer):
             check_rates(trainer, pl_module)  # it has given all groups one rate, unless the module made them anew
         seam.begin(trainer, pl_module)
-        self._steps: Counter[int] = Counter()
+        self._watch = GradientWatch(self)
         adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
         if not adapter.prepared and _overrides(self, "prepare"):
             self.prepare(pl_module, trainer.train_dataloader or ())
@@ -252,8 +252,7 @@ class Method(pl.Callback):
     ) -> None:
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             return  # the module skipped this batch
-        seam.check_gradients(pl_module, self, optimizer, self._steps[id(optimizer)])
-        self._steps[id(optimizer)] += 1
+        self._watch.step(pl_module, optimizer)
         self.before_optimizer_step(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,7 +10,6 @@ import importlib
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.checkpoint import (
@@ -324,39 +321,6 @@ def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Notes what the optimizers are built with when training begins, unless it goes on; what a finder found, too."""
     if module.__dict__.get(BEGAN) is None:
         module.__dict__[BEGAN] = rates.settings(trainer) if rates.finds_rate(trainer) else module.__dict__.get(BUILT)
-
-
-def check_gradients(module: nn.Module, method: "Method", optimizer: Optimizer, step: int) -> None:
-    """In an optimizer's first two steps: its tensors of an adapter have gradients, in the second non-zero ones.
-
-    Base parameters that train are only warned about: a model may hold some that its loss does not use.
-
-    Raises:
-        TrainingFault: When a tensor of the adapter would never move.
-    """
-    state = registry(module)
-    if state is None or step > 1:
-        return
-    adapter = state.adapters[method.name]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    additions = {f"{p}.peft.{adapter.name}.{t}".lstrip(".") for p, names in adapter.sites.items() for t in names}
-    parameters = {name: module.get_parameter(name) for name in sorted(additions | set(adapter.base))}
-    parameters = {name: p for name, p in parameters.items() if id(p) in held}
-    dead = [
-        name
-        for name, p in parameters.items()
-        if (p.grad is None or (step == 1 and not p.grad.any())) and not method.lacks_gradient(name)
-    ]
-    lost = [name for name in dead if name in additions]
-    if lost or (dead and len(dead) == len(parameters)):
-        raise TrainingFault(
-            f"{len(lost or dead)} tensors of {method.name!r} got no gradient, {(lost or dead)[0]} among them: "
-            "they would never be trained. Is the layer used in the forward pass? With gradient checkpointing, use "
-            "use_reentrant=False."
-        )
-    if dead and step == 1:
-        shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-        warnings.warn(f"Trained, but without any gradient in the first two steps: {shown}.", stacklevel=2)
 
 
 def guard_load_from_checkpoint(saving: Any) -> None:

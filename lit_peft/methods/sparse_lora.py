@@ -133,7 +133,7 @@ class SparseLoRA(LoRA):
         trainer: pl.Trainer = module.trainer  # type: ignore[assignment]
         self.sparsify(module, trainer.optimizers, trainer.global_step + 1, int(self._steps_in_all))
         self.log_step(module, "train/sparsity", self.achieved(module))
-        if sum(self._steps.values()) < 3:  # while gradients are checked
+        if not self._watch.ended:
             self._find_gone(module)
 
     @torch.no_grad()
