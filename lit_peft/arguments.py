@@ -87,22 +87,14 @@ def resolve(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: For what is neither a file nor a name, and for a folder that is no run.
-        ValueError: For a file that is no configuration.
+        ValueError: For a file that is no configuration; for a run of several checkpoints, none of them called best.
     """
     words, runs = take(arguments, "--run")
     if runs:
         run = _run(Path(runs[-1]))
         words[1:1] = ["--config", str(run / "config.yaml")]
         if not values(words, "--ckpt_path", "--adapter"):
-            checkpoint = run / "checkpoints" / ("last.ckpt" if words[0] == "fit" else "best.ckpt")
-            if not checkpoint.exists() and words[0] != "fit":
-                checkpoint = checkpoint.with_name("last.ckpt")  # a run too short to be validated has no best
-            if not checkpoint.exists():
-                again = f" Start it again: lit-peft fit --config {run / 'config.yaml'}" if words[0] == "fit" else ""
-                raise FileNotFoundError(
-                    f"--run: {run} holds no checkpoint, so that there is nothing to {words[0]}.{again}"
-                )
-            words += ["--ckpt_path", str(checkpoint)]
+            words += ["--ckpt_path", str(_checkpoint(run, words[0]))]
     resolved = list(words)
     for start, end, flag, value in options(words):
         if flag in CONFIG_FLAGS:
@@ -110,6 +102,30 @@ def resolve(arguments: Sequence[str]) -> list[str]:
             read_config(path)
             resolved[start:end] = [f"{flag}={path}"] if end - start == 1 else [flag, path]
     return resolved
+
+
+def _checkpoint(run: Path, verb: str) -> Path:
+    """The checkpoint of a run that a verb starts from.
+
+    Raises:
+        FileNotFoundError: When it has none.
+        ValueError: When it has several, and none is called best.
+    """
+    folder = run / "checkpoints"
+    last, best = folder / "last.ckpt", folder / "best.ckpt"
+    if verb != "fit" and best.exists():
+        return best
+    if verb != "fit" and (chosen := sorted(path for path in folder.rglob("*.ckpt") if path != last)):
+        if len(chosen) > 1:
+            there = ", ".join(str(path.relative_to(folder)) for path in chosen)
+            raise ValueError(f"--run: {folder} holds several checkpoints, {there}: choose one, --ckpt_path FILE.")
+        return chosen[0]
+    if not last.exists():
+        again = f" Start it again: lit-peft fit --config {run / 'config.yaml'}" if verb == "fit" else ""
+        raise FileNotFoundError(f"--run: {run} holds no checkpoint, so that there is nothing to {verb}.{again}")
+    if verb != "fit":
+        print(f"{run} holds no best checkpoint: {verb} takes the last one.")
+    return last
 
 
 def _run(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lit_peft.arguments import nearest
 
@@ -28,6 +29,12 @@ def find_fault(class_path: str) -> str | None:
     if found is None:
         return _no_class(module, attribute)
     return _other_lightning(class_path, found) if isinstance(found, type) else None
+
+
+def imported(class_path: str) -> Any:
+    """What a class path names, where nothing is wrong with it."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _no_module(name: str) -> str:

@@ -20,10 +20,12 @@ from lit_peft.arguments import change_method, settings
 from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, ReproducibleSteps, RunReport, SpeedMonitor
 from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selection
 from lit_peft.callbacks.report import shown, unlogged
+from lit_peft.class_path import imported
 from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path
 from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
+from lit_peft.limits import check_nulls, check_settings
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
@@ -168,6 +170,13 @@ class LitPeftCLI(LightningCLI):
 
     # --------------------------------------------------------------------------------------- the trainer
 
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        check_settings(config)
+        for section in ("model", "data", "method"):
+            if (part := config.get(section)) is not None:
+                check_nulls(section, imported(part.class_path), part.get("init_args") or {})
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         method = self._get(self.config_init, "method")
         stopper: EarlyStopping = self._get(self.config_init, "early_stopping")
@@ -182,7 +191,7 @@ class LitPeftCLI(LightningCLI):
         self.folder: Path | None = None
         if config.get("barebones"):  # Lightning refuses everything that could slow it down, these defaults too
             config = {key: value for key, value in config.items() if key not in ("log_every_n_steps", "logger")}
-            return self.trainer_class(**config | {"callbacks": [method, *own]})
+            return self._trainer(config | {"callbacks": [method, *own]})
         keeps = self.subcommand == "fit" and not config.get("fast_dev_run")
         if keeps:
             self.folder = self._folder(config)
@@ -204,7 +213,13 @@ class LitPeftCLI(LightningCLI):
                     # Absolute: a resume that names the same folder in another way must find its best checkpoint.
                     callback.dirpath = str(self.folder.resolve() / "checkpoints")
             forced.append(RunConfig(self.folder, self._parser(self.subcommand), self.config[str(self.subcommand)]))
-        return self.trainer_class(**config | {"callbacks": [method, *own, *forced]})
+        return self._trainer(config | {"callbacks": [method, *own, *forced]})
+
+    def _trainer(self, arguments: dict[str, Any]) -> pl.Trainer:
+        try:
+            return self.trainer_class(**arguments)
+        except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # of a value that it did not expect
+            raise ValueError(f"trainer: {error}") from error
 
     def _callbacks(self) -> list[pl.Callback]:
         self.report = RunReport(None if self.folder is None else str(self.folder))

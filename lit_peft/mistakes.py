@@ -21,9 +21,20 @@ CLASSES = ("model", "data", "method")
 FIXED = {"trainer": pl.Trainer, "early_stopping": EarlyStopping, "checkpoint": ModelCheckpoint}
 KEYS = ("seed_everything", "ckpt_path", "resume_every", "base_test", "predictions")
 FLAGS = ("config", "run", "adapter", "text", "text_pair", *KEYS)
+OPTIMIZER = ("optimizer", "lr_scheduler")
+"""Sections that LightningCLI has by default."""
 ELSEWHERE = {"rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning_rate"}
 """What other libraries call our arguments."""
-TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+ABSTRACT = {"collections.abc.Sequence": "list", "collections.abc.Mapping": "dict"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -76,6 +87,8 @@ def of_lightning(text: str) -> str:
     """At most three lines on what Lightning, or we, raise."""
     if match := re.search(r"No supported (\w+) backend found", text):
         return f"trainer.accelerator: this machine has no {match[1].upper()}; use auto or cpu."
+    if "is not in bounds, numpy accepts" in text:
+        return f"seed_everything: {text}."
     return shorten(text)
 
 
@@ -102,6 +115,11 @@ def _unrecognized(arguments: Sequence[str], words: str) -> str:
     section, _, rest = name.partition(".")
     if not flag.startswith("--"):
         return f"{flag!r} belongs to no option; an option is --key value."
+    if section in OPTIMIZER:
+        return (
+            f"unknown option {flag}: a module builds its own optimizer. TextClassification takes "
+            "--model.learning_rate, --model.weight_decay, --model.schedule, and --model.optimizer with a class."
+        )
     if rest and section in (*FIXED, *CLASSES):
         known = _parameters(arguments, section)
         return f"unknown option {flag}.{_nearest_option(section, rest, known)}{_listed(known)}"
@@ -146,16 +164,22 @@ def _value(arguments: Sequence[str], key: str, text: str) -> str:
     """A value of the wrong type."""
     section, source = (None, "") if "." in key or key in CLASSES else _home(arguments, key)
     full = f"{section}.{key}" if section else key
+    if key in FIXED:
+        return (
+            f"{full} takes options, such as --{full}.{_parameters(arguments, key)[0]} VALUE, and no value of its own."
+        )
+    for name, plain in ABSTRACT.items():
+        text = text.replace(f"<class '{name}'>", f"<class '{plain}'>")
     if "class_path" in text or "dot import path" in text or re.search(r"<class '\w+\.", text):
         return f"{source}{full}: {_class(key, text)}"
     given, text = _given(text), re.sub(r"Given value type:.*|Subtypes:.*", "", text)
     choices = [word for found in re.findall(r"Literal\[(.*?)\]", text) for word in re.findall(r"'([^']*)'", found)]
     kinds = [TYPES[name] for name in dict.fromkeys(re.findall(r"<class '(\w+)'>", text)) if name in TYPES]
-    if choices:
-        expected = [f"one of {', '.join(dict.fromkeys(choices))}"]
-    elif kinds:
-        expected = [kind for kind in kinds if kind != "null"] + ["null"] * ("null" in kinds)
-    else:
+    expected = [kind for kind in kinds if kind != "null"] + ["null"] * ("null" in kinds)
+    if choices := list(dict.fromkeys(choices)):
+        also = [kind for kind in kinds if kind == TYPES["bool"]]
+        expected = [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0], *also]
+    if not expected:
         return f"{source}{full}: {shorten(text)}"
     return f"{source}{full}: expected {' or '.join(expected)}, not {given!r}.{nearest(given, choices)}"
 
@@ -184,11 +208,13 @@ def _class(key: str, text: str) -> str:
         except ValueError as error:
             return str(error)
     short = _short_names(key)
-    known = f" {', '.join(short)}, or" if short else ""
+    known = f" {', '.join(short)}, or" if key in CLASSES else ""
     return f"there is no class {name!r}.{nearest(name, short)} Expected{known} a path such as my_package.{name}."
 
 
 def _short_names(key: str) -> list[str]:
+    if key == "trainer.callbacks":
+        return [name for name, cls in vars(pl.callbacks).items() if inspect.isclass(cls)]
     return {"model": lit_peft.tasks.__all__, "data": lit_peft.data.__all__, "method": list(available())}.get(key, [])
 
 

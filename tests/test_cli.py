@@ -418,6 +418,31 @@ def test_a_run_without_a_checkpoint_says_how_to_start_it_again(quick, tmp_path, 
     assert f"Start it again: lit-peft fit --config {tmp_path}/version_0/config.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "names, taken, told",
+    [
+        (["best", "last"], "best", ""),
+        (["best", "last", "epoch=1"], "best", ""),
+        (["a/b", "last"], "a/b", ""),
+        (["last"], "last", "holds no best checkpoint: test takes the last one."),
+        (["best-epoch=0", "best-epoch=1", "last"], None, "best-epoch=0.ckpt, best-epoch=1.ckpt: choose one"),
+    ],
+)
+def test_the_checkpoint_of_a_run_is_its_best_whatever_it_is_called(names, taken, told, quick, tmp_path, capsys):
+    folder = tmp_path / "version_0" / "checkpoints"
+    shutil.copytree(quick, folder.parent, ignore=shutil.ignore_patterns("*.ckpt"))
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.ckpt").touch()
+    if taken is None:
+        with pytest.raises(ValueError, match=told):
+            resolve(["test", "--run", str(folder.parent)])
+    else:
+        assert resolve(["test", "--run", str(folder.parent)])[-2:] == ["--ckpt_path", f"{folder}/{taken}.ckpt"]
+        assert capsys.readouterr().out == (f"{folder.parent} {told}\n" if told else "")
+        assert resolve(["fit", "--run", str(folder.parent)])[-1] == f"{folder}/last.ckpt"
+
+
 @pytest.mark.parametrize("arguments", [["predict", "--run"], ["predict", "--adapter"], ["predict", "--text"]])
 def test_an_option_without_its_value_is_told(arguments, capsys):
     with pytest.raises(SystemExit):

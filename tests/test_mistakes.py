@@ -51,6 +51,7 @@ MISTAKES = [
     quick("HF PEFT's name of an argument", "--method.lora_alpha 8", "no argument 'lora_alpha'. Here it is 'alpha'"),
     # options, verbs and configurations
     quick("an unknown argument", "--data.batchsize 8", "no argument 'batchsize'. Did you mean 'batch_size'?"),
+    quick("an optimizer beside the model's", "--optimizer.lr 1e-3", "--model.learning_rate"),
     quick("an abbreviated option", "--trainer.max_epoch 3", "Did you mean 'trainer.max_epochs'?"),
     quick("an unknown section", "--datas.batch_size 8", "Did you mean 'data', as in --data.batch_size?"),
     Mistake("another tool's verb", ["train", "--config", "quickstart"], "unknown verb 'train'. Did you mean 'fit'?"),
@@ -64,6 +65,10 @@ MISTAKES = [
     quick("nothing to train", "--trainer.max_epochs 0", "trainer.max_epochs is 0: fit would train nothing"),
     quick("a package that is missing", "--trainer.logger WandbLogger", "Requirement 'wandb>=0.12.10' not met"),
     quick("a class that is not there", "--model my_package.Net", "There is no module 'my_package'"),
+    quick("null for a number", "--method.r null", "method.r is null, expected a value such as 16"),
+    quick("a list for a mapping", "--method.rank_pattern [3]", "expected a mapping or null, not '[3]'"),
+    quick("a negative seed", "--seed_everything -1", "seed_everything: -1 is not in bounds"),
+    quick("weights of classes that are all 0", "--model.class_weights [0,0]", "expected numbers from 0, not all of"),
     # data
     Mistake("no data", ["fit", "--config", "text_classification/lora"], "data.path is empty: give --data.path FILE"),
     quick("a missing file", "--data.path {folder}/trian.csv", "No such file or folder"),
@@ -81,6 +86,11 @@ MISTAKES = [
     quick("one column for text and label", "--data.label_column sentence", "which is the column of a text too"),
     quick("texts cut off whole", "--data.max_length 2", "of that 2 are marks of the tokenizer"),
     # trainer
+    quick("devices below 1", "--trainer.devices -3", "trainer: `devices` selected with"),
+    quick("no batch to accumulate", "--trainer.accumulate_grad_batches 0", "must be at least 1, not 0"),
+    quick("validation after no step", "--trainer.val_check_interval 0", "must be a number above 0, not 0"),
+    quick("a callback misspelt", "--trainer.callbacks EarlyStoping", "Did you mean 'EarlyStopping'?"),
+    quick("early stopping switched off", "--early_stopping null", "early_stopping takes options"),
     quick("a GPU that is not there", "--trainer.accelerator gpu", "this machine has no GPU; use auto or cpu"),
     quick("a precision that is none", "--trainer.precision bf61-true", "Did you mean 'bf16-true'?"),
     quick(

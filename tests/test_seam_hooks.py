@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import ADAPTED, Module, adapters, fit, saved
@@ -26,6 +27,17 @@ def test_an_optimizer_built_too_early_is_refused():
 
     with pytest.raises(TrainingFault, match=r"4 trainable parameters are in no optimizer, net\.first\.peft\.default"):
         fit(Early(), lora())
+
+
+def test_a_module_among_the_hyperparameters_is_refused_where_checkpoints_are_written(tmp_path):
+    class Takes(Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    with pytest.raises(ValueError, match=r"Takes keeps 'backbone', of the class Linear, .*ignore=\['backbone'\]"):
+        fit(Takes(nn.Linear(2, 2)), lora(), ModelCheckpoint(tmp_path))
+    fit(Takes(nn.Linear(2, 2)), lora())
 
 
 def test_reentrant_checkpointing_of_frozen_input_is_refused():

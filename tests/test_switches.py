@@ -47,9 +47,9 @@ def steps_of(checkpoint: Path) -> int:
     ("switches", "missing", "said"),
     [
         (["--trainer.logger", "false"], {"events", "hparams.yaml"}, "not written: no TensorBoard logger"),
-        (["--trainer.limit_val_batches", "0"], {"checkpoints/best.ckpt"}, "no best one: nothing was validated"),
+        (["--trainer.limit_val_batches", "0"], {"checkpoints/best.ckpt"}, "there is no best one"),
         (["--trainer.limit_test_batches", "0"], set(), "val accuracy"),
-        (["--trainer.max_steps", "1"], {"checkpoints/best.ckpt"}, "no best one: nothing was validated"),
+        (["--trainer.max_steps", "1"], {"checkpoints/best.ckpt"}, "there is no best one"),
         (["--trainer.num_sanity_val_steps", "0"], set(), "test accuracy"),
         (
             ["--trainer.enable_checkpointing", "false"],

@@ -1,14 +1,11 @@
 """Checkpoints of a run: the state to go on from, kept fresh, and checks that the best one can be chosen."""
 
-import io
-import pickle
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -131,26 +128,7 @@ class TestSetCheck(pl.Callback):
             data.check("test")
 
 
-class ReadableHyperparameters(pl.Callback):
-    """Refuses hyperparameters with which a checkpoint could be written and not be read: objects of other classes."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        written = stage == "fit" and trainer.checkpoint_callbacks
-        for owner in (pl_module, trainer.datamodule) if written else ():  # type: ignore[attr-defined]
-            for name, value in getattr(owner, "hparams", {}).items():
-                file = io.BytesIO()
-                try:
-                    torch.save(value, file)
-                    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-                except (pickle.PickleError, AttributeError, TypeError):
-                    raise ValueError(
-                        f"{type(owner).__name__} keeps {name!r}, of the class {type(value).__name__}, as a "
-                        "hyperparameter: a checkpoint with it could not be read again. Leave it out, "
-                        f"self.save_hyperparameters(ignore=[{name!r}])."
-                    ) from None
-
-
-CHECKS = (MonitorCheck, TestSetCheck, ReadableHyperparameters)
+CHECKS = (MonitorCheck, TestSetCheck)
 """Callbacks that end a run from which nothing would come."""
 
 

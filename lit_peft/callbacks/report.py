@@ -134,7 +134,7 @@ class RunReport(pl.Callback):
         nothing = "not written: fast_dev_run keeps nothing" if trainer.fast_dev_run else None  # type: ignore[attr-defined]
         notes["checkpoint"] = nothing or (str(checkpoint) if checkpoint else "not written: checkpoints are off")
         if checkpoint is not None and checkpoint.name == "last.ckpt":
-            notes["checkpoint"] += " (no best one: nothing was validated)"
+            notes["checkpoint"] += " (there is no best one)"
         for method in methods(trainer):
             target = folder / "adapter" if method.name == "default" else folder / "adapter" / method.name
             if nothing:

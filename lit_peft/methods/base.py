@@ -14,6 +14,7 @@ from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods import seam
+from lit_peft.methods.checkpoint_file import check_hyperparameters
 from lit_peft.methods.gradients import GradientWatch
 from lit_peft.methods.pruning import Pruned, discount_checkpoints, restart_patience
 from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales, finds_rate
@@ -218,6 +219,7 @@ class Method(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         seam.install(trainer, pl_module)
         if stage == "fit":
+            check_hyperparameters(trainer, pl_module)
             self._reached = None
 
     def state_dict(self) -> dict[str, Any]:

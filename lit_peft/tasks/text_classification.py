@@ -132,6 +132,8 @@ class TextClassification(pl.LightningModule):
                 f"class_weights has {len(weights)} numbers; there are {len(self.label_names)} classes: "
                 f"{', '.join(self.label_names)}."
             )
+        if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+            raise ValueError(f"model.class_weights is {weights.tolist()}, expected numbers from 0, not all of them 0.")
         return weights
 
     def forward(self, batch: Batch) -> Tensor:
