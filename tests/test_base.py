@@ -209,7 +209,7 @@ def test_a_fingerprint_names_the_weight_that_differs():
         "distilbert.transformer.layer.1.ffn.lin1.weight holds other values, and 2 more"
     )
     other.classifier = nn.Identity()
-    assert compare_fingerprints(saved, fingerprint(other)) == "the base has no parameter classifier.weight (nor 1 more)"
+    assert compare_fingerprints(saved, fingerprint(other)) == "the base has no classifier.weight (nor 1 more)"
     assert compare_fingerprints({"w": "2x3:ab"}, {"w": "3x2:ab"}) == "w has shape 3x2, not 2x3"
 
 

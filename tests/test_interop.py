@@ -575,7 +575,7 @@ UNLOADABLE = {
     ),
     "not a method": (in_record(methods=PLUGIN), DISTILBERT, "made with os.system, which is not here"),
     "other values": (lambda f: None, other_values, "another base model: .*lin1.weight holds other values"),
-    "another model": (lambda f: None, lambda: tiny("bert"), "another base model: the base has no parameter distilbert"),
+    "another model": (lambda f: None, lambda: tiny("bert"), "another base model: the base has no distilbert"),
     "theirs, another model": (
         FOREIGN,
         lambda: tiny("bert"),

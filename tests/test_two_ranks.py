@@ -15,7 +15,7 @@ from torch import nn
 from toys import loader
 
 from lit_peft import AdaLoRA, FullFineTuning, SparseLoRA
-from lit_peft.core.checkpoint import whole
+from lit_peft.core.sharded import whole
 from lit_peft.testing.conformance import perturb
 from lit_peft.testing.subjects import IN, OUT
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition, Call, Delta
+from lit_peft.core.buffers import base_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import fingerprint
 from lit_peft.core.layers import LayerOps, class_layer_ops
 from lit_peft.core.swap import (
     FrozenStatistics,
     Swapped,
-    buffers_beside,
     cast_parameters,
     check_forward,
     leave_fast_path,
@@ -109,7 +109,9 @@ class Registry:
     required_grad: set[str] = field(default_factory=set)
     """Base parameters that required a gradient before the first adapter came; `detach` gives it back."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """Host copies of base parameters that train and of the buffers beside them, as they were at first."""
+    """Host copies of base parameters that train and of the base's saved buffers, as they were at first."""
+    moved: set[str] = field(default_factory=set)
+    """Base buffers that were seen with other values than at first, or that a checkpoint brought."""
     fingerprint: dict[str, str] = field(default_factory=dict)
 
     def trainable_names(self) -> set[str]:
@@ -161,7 +163,9 @@ def attach(
         scales: Base parameter -> scale of its learning rate, where that is not 1.
         spec: Class path and arguments of the method, kept for checkpoints.
         dtype: Dtype of everything that trains.
-        keep_originals: Whether to keep a host copy of the base parameters that train, for `detach`.
+        keep_originals: Whether to keep a host copy of the base parameters that train, for `detach`. Buffers of the
+            base are copied in any case, since that is how a checkpoint knows which have moved, but for those that
+            are saved whether or not they have.
         update_norm_stats: Whether frozen normalisation layers update their running statistics in training.
 
     Raises:
@@ -180,8 +184,9 @@ def attach(
             f"update_norm_stats: {type(module).__name__} has no layer with running statistics, as BatchNorm has; "
             "leave it out."
         )
-    state = registry(module)
+    state, buffers = registry(module), set[str]()
     if state is None:
+        buffers = set(base_buffers(module))
         state = Registry(
             required_grad={n for n, p in module.named_parameters() if p.requires_grad},
             fingerprint=fingerprint(module),
@@ -190,11 +195,11 @@ def attach(
     adapter = state.adapters[name] = Adapter(
         name, spec or {}, base=base, head=sorted(head), scales=dict(scales or {}), update_norm_stats=update_norm_stats
     )
-    if keep_originals:
-        for key in {*base, *moving_buffers(module, [adapter])} - set(state.originals):
-            tensor = attrgetter(key)(module)
-            if not tensor.is_meta:
-                state.originals[key] = tensor.detach().to("cpu", copy=True)
+    own = {*base, *moving_buffers(module, [adapter])}
+    for key in ((buffers | own) if keep_originals else (buffers - own)) - set(state.originals):
+        tensor = attrgetter(key)(module)
+        if not tensor.is_meta:
+            state.originals[key] = tensor.detach().to("cpu", copy=True)
     try:
         for site, addition in pairs:
             _add(module, site, name, addition, dtype)
@@ -282,18 +287,6 @@ def _release_statistics(module: nn.Module, path: str) -> None:
         child.train(module.get_submodule(path.rpartition(".")[0]).training)
 
 
-def moving_buffers(module: nn.Module, adapters: Iterable[Adapter]) -> set[str]:
-    """Names of saved buffers that training moves under these adapters, and that belong to them therefore.
-
-    Those beside a parameter that trains and, under `update_norm_stats`, those of all normalisation layers.
-    """
-    adapters = list(adapters)
-    names = {name for adapter in adapters for name in adapter.base}
-    if any(adapter.update_norm_stats for adapter in adapters):
-        names.update(f"{path}.running_mean".lstrip(".") for path, _ in with_running_statistics(module))
-    return buffers_beside(module, names)
-
-
 def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
     """Chooses the adapters that run: one name, several (their changes add up), or None for the bare base.
 
@@ -323,8 +316,8 @@ def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
 def detach(module: nn.Module, name: str | None = None) -> None:
     """Takes adapters off again, all of them or the one named; the module is then what it was before.
 
-    Base parameters that trained, and statistics that moved, get their first values back, unless `keep_originals`
-    was off.
+    Base parameters that trained, and buffers that moved, get their first values back, unless `keep_originals` was off.
+    Buffers that belong to no adapter, as an average that a frozen layer keeps, get them with the last one.
 
     Raises:
         KeyError: For a name that no adapter has.
@@ -341,9 +334,11 @@ def detach(module: nn.Module, name: str | None = None) -> None:
     kept = {n for adapter in state.adapters.values() for n in adapter.base}
     names = {n for adapter in gone for n in adapter.base} - kept
     restore_parameters(module, names, state.originals)
-    for key in moving_buffers(module, gone) - moving_buffers(module, state.adapters.values()):
-        if key in state.originals:
-            attrgetter(key)(module).copy_(state.originals.pop(key))
+    back = set(state.originals)  # of buffers alone by now, unless adapters stay
+    if state.adapters:
+        back &= moving_buffers(module, gone) - moving_buffers(module, state.adapters.values())
+    put_back(module, back, state.originals)
+    state.moved -= back
     if state.adapters:
         freeze(module)
         set_active(module, [n for n in state.active if n in state.adapters])

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.attach import Registry, moving_buffers, registry
+from lit_peft.core.attach import Registry, registry
+from lit_peft.core.buffers import base_buffers, moved_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import compare_fingerprints
+from lit_peft.core.sharded import whole
 from lit_peft.core.swap import FrozenStatistics
 
 FORMAT_VERSION = 1
@@ -29,12 +31,12 @@ class CheckpointMismatch(ValueError):
     """A checkpoint or adapter folder does not belong to the module it is loaded into."""
 
 
-def adapter_keys(module: nn.Module) -> set[str]:
-    """State-dict keys that a checkpoint must hold: additions, base parameters that train, and their statistics.
+def fixed_keys(module: nn.Module) -> set[str]:
+    """State-dict keys that every checkpoint of an adapted module holds, whatever has moved so far.
 
-    Buffers are kept where they may have moved: beside a parameter that trains (a BatchNorm's running statistics),
-    in every normalisation layer under `update_norm_stats`, and in modules that have no parameter of their own (a
-    moving average, a queue).
+    Additions, base parameters that train, and buffers that are there to move: beside a parameter that trains (a
+    BatchNorm's running statistics), in every normalisation layer under `update_norm_stats`, and in modules that have
+    no parameter of their own (a moving average, a queue).
     """
     state = _require(module)
     adapters = state.adapters.values()
@@ -46,21 +48,48 @@ def adapter_keys(module: nn.Module) -> set[str]:
     return {key for key in module.state_dict() if ".peft." in f".{key}" or key in kept}
 
 
-def record(module: nn.Module) -> dict[str, Any]:
-    """The entry that goes with an adapter's tensors: format, methods and arguments, fingerprint of the frozen base."""
+def adapter_keys(module: nn.Module) -> set[str]:
+    """State-dict keys that a checkpoint must hold now: the fixed ones, and those of base buffers that have moved.
+
+    A buffer that was seen to have moved stays among them, also where it is back at its first value. Reads every
+    saved buffer of the base; where some are sharded, every rank calls.
+    """
     state = _require(module)
-    trained = {name for adapter in state.adapters.values() for name in adapter.base}
+    state.moved |= moved_buffers(module, state.originals)
+    return fixed_keys(module) | (state.moved & base_buffers(module).keys())
+
+
+def record(module: nn.Module) -> dict[str, Any]:
+    """The entry that goes with an adapter's tensors.
+
+    Format, methods and arguments; the buffers that moved beyond the fixed keys; and the fingerprint of the frozen
+    base, as it was when the first adapter came, without what goes with the adapter.
+    """
+    state, keys = _require(module), adapter_keys(module)
     return {
         "format_version": FORMAT_VERSION,
         "methods": {name: adapter.spec for name, adapter in state.adapters.items()},
-        "fingerprint": {name: digest for name, digest in state.fingerprint.items() if name not in trained},
+        "moved": sorted(keys - fixed_keys(module)),
+        "fingerprint": {name: digest for name, digest in state.fingerprint.items() if name not in keys},
     }
+
+
+def take_moved(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Before the tensors of a checkpoint are loaded: buffers that it leaves out had not moved, and are put back.
+
+    Args:
+        module: The adapted module.
+        saved: The checkpoint's record.
+    """
+    state = _require(module)
+    state.moved = set(saved.get("moved", ()))
+    put_back(module, base_buffers(module).keys() - fixed_keys(module) - state.moved, state.originals)
 
 
 def check_record(
     module: nn.Module,
     saved: Mapping[str, Any] | None,
-    keys: Iterable[str],
+    keys: Iterable[str] | None,
     may_change: Mapping[str, frozenset[str]],
     *,
     resumes: bool = False,
@@ -70,7 +99,7 @@ def check_record(
     Args:
         module: The adapted module.
         saved: The checkpoint's own record, None where it has none.
-        keys: Keys of the tensors in it.
+        keys: Keys of the tensors in it; None where they are loaded already, and no longer known.
         may_change: Adapter name -> arguments that may differ.
         resumes: Whether a fit goes on from the checkpoint. Rates must then be the same too: they are part of the
             optimizer's state, which would not fit other groups, or put the old rates in the place of new ones.
@@ -89,12 +118,14 @@ def check_record(
             f"This checkpoint has format version {saved['format_version']}; this release reads up to {FORMAT_VERSION}."
         )
     _compare_methods(saved["methods"], state, may_change, resumes)
-    difference = compare_fingerprints(saved["fingerprint"], record(module)["fingerprint"])
+    difference = compare_fingerprints(saved["fingerprint"], state.fingerprint)
     if difference is not None:
         raise CheckpointMismatch(f"This checkpoint belongs to another base model: {difference}.")
-    expected, found = adapter_keys(module), set(keys)
-    if expected != found:
-        missing, unknown = sorted(expected - found), sorted(found - expected)
+    fixed, moved = fixed_keys(module), set(saved.get("moved", ()))
+    found = fixed | moved if keys is None else set(keys)
+    missing = sorted((fixed | moved) - found)
+    unknown = sorted(found - fixed - (moved & base_buffers(module).keys()))
+    if missing or unknown:
         parts = [
             f"{len(names)} {what} ({names[0]}{', …' if names[1:] else ''})"
             for names, what in ((missing, "missing"), (unknown, "unknown"))
@@ -255,20 +286,6 @@ def unpack_mask(text: str, shape: torch.Size) -> Tensor:
     if len(bits) != -(-shape.numel() // 8):
         raise CheckpointMismatch(f"A mask of {len(bits)} bytes is none of {list(shape)}.")
     return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).view(shape)
-
-
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself, gathered where it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def sharded_like(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor, equal on every rank, laid out as `like` is: the way back from `whole`."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:

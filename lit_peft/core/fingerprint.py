@@ -5,21 +5,25 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.buffers import base_buffers
+
 _SAMPLES = 64
 
 
 def fingerprint(module: nn.Module) -> dict[str, str]:
-    """A digest of every parameter: name -> "shape:hash of 64 values spread over it".
+    """A digest of every parameter and saved floating buffer: name -> "shape:hash of 64 values spread over it".
 
     Values are rounded to bfloat16 first, so that a base gives the same digests whether it was loaded in
-    float32 or bfloat16. Take it before quantising and sharding; parameters on the meta device have no values
-    and are left out. Cost: one small gather a parameter.
+    float32 or bfloat16. Of buffers, running statistics for instance, those of integers are left out: counters and
+    positions do not tell a base. Take it before quantising and sharding; tensors on the meta device have no values
+    and are left out. Cost: one small gather a tensor.
     """
-    return {name: _digest(p) for name, p in module.named_parameters() if not p.is_meta}
+    buffers = ((name, b) for name, b in base_buffers(module).items() if b.is_floating_point())
+    return {name: _digest(tensor) for name, tensor in (*module.named_parameters(), *buffers) if not tensor.is_meta}
 
 
-def _digest(parameter: Tensor) -> str:
-    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
     # Evenly spread, by integer arithmetic alone: the same elements on every device.
     index = (
         torch.arange(min(_SAMPLES, flat.numel()), device=flat.device)
@@ -29,7 +33,7 @@ def _digest(parameter: Tensor) -> str:
     values = flat[index]
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
-    shape = "x".join(map(str, parameter.shape)) or "scalar"
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
     return f"{shape}:{hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]}"
 
 
@@ -38,11 +42,11 @@ def compare_fingerprints(saved: dict[str, str], found: dict[str, str]) -> str | 
 
     Args:
         saved: Digests kept in a checkpoint.
-        found: Digests of the module it is about to be loaded into; further parameters in it do not matter.
+        found: Digests of the module it is about to be loaded into; further tensors in it do not matter.
     """
     missing = [name for name in saved if name not in found]
     if missing:
-        return f"the base has no parameter {missing[0]}" + (f" (nor {len(missing) - 1} more)" if missing[1:] else "")
+        return f"the base has no {missing[0]}" + (f" (nor {len(missing) - 1} more)" if missing[1:] else "")
     different = [name for name in saved if saved[name] != found[name]]
     if not different:
         return None

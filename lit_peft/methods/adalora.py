@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, dropped
-from lit_peft.core.checkpoint import sharded_like, whole
 from lit_peft.core.layers import layer_ops
+from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.targets import Site
 from lit_peft.faults import TrainingFault
 from lit_peft.methods.base import (

@@ -4,10 +4,13 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.checkpoint import adapter_keys
+from lit_peft.core.attach import registry
+from lit_peft.core.buffers import base_buffers, moved_buffers
+from lit_peft.core.checkpoint import fixed_keys
 from lit_peft.core.swap import Swapped, swap_class
 
 
@@ -19,15 +22,22 @@ class AveragedAdapters(Swapped):
     """
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Averages the adapters' tensors of `model` into this copy's; integers are taken over as they are."""
+        """Averages the adapters' tensors and the base's buffers of `model` into this copy's; integers are taken over.
+
+        Which buffers move is not asked at every step: what is equal stays, bit for bit.
+        """
         average: Any = self
-        whole, keys = average.module, sorted(adapter_keys(model))
+        whole, fixed = average.module, fixed_keys(model)
+        keys = sorted(fixed | (base_buffers(model).keys() & base_buffers(whole).keys()))
         mine, theirs = ([attrgetter(key)(root) for key in keys] for root in (whole, model))
+        before = {i: mine[i].clone() for i, key in enumerate(keys) if key not in fixed and mine[i].is_floating_point()}
         average.module = _holder(mine)
         try:
             super().update_parameters(_holder(theirs))  # type: ignore[misc]
         finally:
             average.module = whole
+        for i, was in before.items():
+            mine[i].copy_(torch.where(theirs[i] == was, was, mine[i]))
         for old, new in zip(mine, theirs, strict=True):
             if not old.is_floating_point():
                 old.copy_(new)
@@ -75,6 +85,13 @@ def take_average(checkpoint: dict[str, Any], trainer: Any) -> None:
         average: Any = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedAdapters) and "current_model_state" not in checkpoint:
             checkpoint["state_dict"] = average.module.state_dict()  # type: ignore[attr-defined]
+
+
+def averaged_moved(trainer: Any) -> set[str]:
+    """Names of the buffers that have moved in the trainer's averaged copies: they lag behind, and go back later."""
+    copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    roots: list[Any] = [average.module for average in copies if isinstance(average, AveragedAdapters)]  # type: ignore[attr-defined]
+    return {name for root in roots for name in moved_buffers(root, registry(root).originals)}  # type: ignore[union-attr]
 
 
 def leave_base_out(checkpoint: dict[str, Any], keep: set[str]) -> None:

@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import Adapter, detach, moving_buffers, registry
+from lit_peft.core.attach import Adapter, detach, registry
+from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import (
     FORMAT_VERSION,
     CheckpointMismatch,
@@ -67,8 +68,9 @@ RECORD = "lit_peft"
 def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Path:
     """Writes one adapter as `adapter_config.json` and `adapter_model.safetensors`, which HF PEFT opens.
 
-    Names in it are relative to the transformers model inside `module`. What `load` wants beyond HF PEFT's own
-    entries (method, arguments, fingerprint of the base) stands in the metadata of the tensor file.
+    Names in it are relative to the transformers model inside `module`; buffers of that model which moved in training
+    are in it, those outside of it are not. What `load` wants beyond HF PEFT's own entries (method, arguments,
+    fingerprint of the base) stands in the metadata of the tensor file.
 
     Args:
         module: What the method was attached to: a model, or a LightningModule that holds one.
@@ -87,6 +89,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     model, pairs = root.model, root.pairs(adapter)
     method: Any = method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
     base = [root.inside(parameter) for parameter in adapter.base]
+    entry = _record(module, root, adapter)
 
     whole = hf_peft.trained_whole(model, {id(model.get_parameter(parameter)) for parameter in base})
     if whole == [""]:
@@ -115,7 +118,8 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
 
     entries, changes = form.to_hf_peft(pairs)
     tensors = {key: torch.cat(value, -1) if isinstance(value, list) else value for key, value in changes.items()}
-    of_base, kept = _of_base(model, base, saved, paths, None if form is hf_peft.OwnForm else "bias" in entries)
+    supports_bias = None if form is hf_peft.OwnForm else "bias" in entries
+    of_base, kept = _of_base(model, base, entry["moved"], saved, paths, supports_bias)
     tensors |= kept
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -129,7 +133,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     }
     if hf_peft.PROMPT in tensors:
         del config["target_modules"]
-    own = _record(module, root, adapter) | {"methods": {name: spec}}
+    own = entry | {"methods": {name: spec}}
     if hasattr(form, "exported"):
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
     metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
@@ -163,13 +167,14 @@ def _no_change(model: nn.Module, saved: list[str]) -> tuple[LoRA, list[tuple[Sit
 
 
 def _of_base(
-    model: nn.Module, base: list[str], saved: list[str], paths: list[str], supports_bias: bool | None
+    model: nn.Module, base: list[str], moved: list[str], saved: list[str], paths: list[str], supports_bias: bool | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a folder holds of the base: entries of the config, and tensors under HF PEFT's names.
 
     Args:
         model: The model.
         base: Its parameters that train.
+        moved: Its buffers that moved beside none of them.
         saved: Modules that are saved whole; HF PEFT wants all of their tensors, whether they train or not.
         paths: Layers that are adapted. HF PEFT wraps them, which moves their biases.
         supports_bias: Whether the method's form has an entry `bias`; None for our own, which takes any parameter.
@@ -192,6 +197,7 @@ def _of_base(
             entries["bias"] = "lora_only" if {f"{path}.bias" for path in paths}.issuperset(alone) else "all"
         kept |= {name: model.get_parameter(name) for name in alone}
         kept |= {name: model.get_buffer(name) for name in buffers_beside(model, alone)}
+    kept |= {name: model.get_buffer(name) for name in moved}
     for owner in paths:
         for name in [name for name in kept if name.rpartition(".")[0] == owner]:
             kept[f"{owner}.base_layer{name.removeprefix(owner)}"] = kept.pop(name)
@@ -199,22 +205,23 @@ def _of_base(
 
 
 def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
-    entry = record(module)
+    entry, state = record(module), registry(module)
+    assert state is not None
+    moved = sorted(state.moved - moving_buffers(module, state.adapters.values()))
     own = {key: value for key in ("backbone", "label_names") if (value := getattr(module, key, None)) is not None}
     return entry | {
         "model": own,  # what `lit-peft predict --adapter` starts from, without the run
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
         "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
+        "moved": list(_of_model(dict.fromkeys(moved, ""), root)),
         "fingerprint": _of_model(entry["fingerprint"], root),
     }
 
 
-def _of_model(digests: Mapping[str, str], root: Root) -> dict[str, str]:
-    """The digests of the model's own parameters, under their names in it."""
-    return {
-        root.inside(name): digest for name, digest in digests.items() if not root.path or is_inside(name, [root.path])
-    }
+def _of_model(named: Mapping[str, str], root: Root) -> dict[str, str]:
+    """What is said of the model's own tensors, under their names in it."""
+    return {root.inside(name): value for name, value in named.items() if not root.path or is_inside(name, [root.path])}
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -307,10 +314,12 @@ def _load_folder(
         masks = _masks(root.pairs(adapter))
         for key, packed in (mine or {}).get("masks", {}).items():
             masks[key].copy_(unpack_mask(packed, masks[key].shape))
-        moving = {root.inside(key) for key in moving_buffers(module, [adapter])}
-        if adapter.update_norm_stats and (lost := moving - base.keys()):
+        moved = set((mine or {}).get("moved", ()))
+        moving = {root.inside(key) for key in moving_buffers(module, [adapter])} | moved
+        if (moved or adapter.update_norm_stats) and (lost := moving - base.keys()):
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")
         _fill_base(root.model, trains, base, moving)
+        registry(module).moved.update(map(root.outside, moved))  # type: ignore[union-attr]
     except Exception:
         detach(module, name)
         raise

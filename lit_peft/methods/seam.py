@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_peft.core.attach import Adapter, registry
+from lit_peft.core.buffers import base_buffers
 from lit_peft.core.checkpoint import (
     RATES,
     CheckpointMismatch,
@@ -27,12 +28,14 @@ from lit_peft.core.checkpoint import (
     check_archive,
     check_record,
     differing,
+    fixed_keys,
     record,
+    take_moved,
 )
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
 from lit_peft.faults import TrainingFault
 from lit_peft.methods import rates
-from lit_peft.methods.averaging import copy_again, is_a, leave_base_out, put_base_in, take_average
+from lit_peft.methods.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -97,12 +100,14 @@ class AdaptedLightningModule(Swapped):
         """Leaves the frozen base out; this hook also runs for `save_weights_only`, a callback's does not."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         module: Any = self
-        if registry(module) is None:  # detached since: the whole model
+        state = registry(module)
+        if state is None:  # detached since: the whole model
             return
         if module.trainer.state.fn == "fit":
             take_average(checkpoint, module.trainer)
+            state.moved |= averaged_moved(module.trainer)
         leave_base_out(checkpoint, adapter_keys(module))
-        prepared = [adapter.name for adapter in registry(module).adapters.values() if adapter.prepared]  # type: ignore[union-attr]
+        prepared = [adapter.name for adapter in state.adapters.values() if adapter.prepared]
         checkpoint["lit_peft"] = record(module) | {"prepared": prepared, "optimizers": module.__dict__.get(BEGAN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -112,8 +117,9 @@ class AdaptedLightningModule(Swapped):
         module: Any = self
         fitting = module._trainer is not None and module._trainer.state.fn == "fit"
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
-        keys = checkpoint["state_dict"] if "state_dict" in checkpoint else adapter_keys(module)
+        keys = checkpoint.get("state_dict")
         check_record(module, checkpoint.get("lit_peft"), keys, may_change, resumes=fitting)
+        take_moved(module, checkpoint["lit_peft"])
         for adapter in registry(module).adapters.values():  # type: ignore[union-attr]
             adapter.prepared = adapter.name in checkpoint["lit_peft"].get("prepared", [adapter.name])
         if module._trainer is not None:
@@ -131,12 +137,13 @@ class AdaptedLightningModule(Swapped):
         """
         module: Any = self
         if registry(module) is not None:
-            own = {key for key in adapter_keys(module) if ".peft." in f".{key}"}
+            fixed = fixed_keys(module)
+            own = {key for key in fixed if ".peft." in f".{key}"}
             lost = sorted(own.symmetric_difference(key for key in state_dict if ".peft." in f".{key}"))
             if lost:
                 what = "lacks" if lost[0] in own else "holds, without a place for it,"
                 raise CheckpointMismatch(f"The state dict {what} {lost[0]}; {len(lost)} tensors of adapters differ.")
-            strict = strict and not adapter_keys(module).issuperset(state_dict)
+            strict = strict and not state_dict.keys() <= fixed | base_buffers(module).keys()
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
 

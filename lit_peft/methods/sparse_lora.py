@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_peft.core.checkpoint import sharded_like, whole
+from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_choice, check_positive, check_range, longest_first
 from lit_peft.methods.lora import LoRA, LoRADelta

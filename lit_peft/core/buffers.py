@@ -1,0 +1,72 @@
+"""Buffers of the base: those that training moves by design, those that have moved in fact, and the way back."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.sharded import sharded_like, whole
+from lit_peft.core.swap import buffers_beside, with_running_statistics
+
+if TYPE_CHECKING:
+    from lit_peft.core.attach import Adapter
+
+
+def base_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer, of those that a state dict holds and that no addition brought; a shared one once."""
+    found: dict[str, Tensor] = {}
+    for path, child in module.named_modules():
+        if ".peft." in f".{path}.":
+            continue
+        for key, buffer in child._buffers.items():
+            if buffer is not None and key not in child._non_persistent_buffers_set:
+                found[f"{path}.{key}".lstrip(".")] = buffer
+    return found
+
+
+def moving_buffers(module: nn.Module, adapters: Iterable["Adapter"]) -> set[str]:
+    """Names of saved buffers that training moves under these adapters, and that belong to them therefore.
+
+    Those beside a parameter that trains and, under `update_norm_stats`, those of all normalisation layers.
+    """
+    adapters = list(adapters)
+    names = {name for adapter in adapters for name in adapter.base}
+    if any(adapter.update_norm_stats for adapter in adapters):
+        names.update(f"{path}.running_mean".lstrip(".") for path, _ in with_running_statistics(module))
+    return buffers_beside(module, names)
+
+
+def moved_buffers(module: nn.Module, originals: Mapping[str, Tensor]) -> set[str]:
+    """Names of base buffers that hold other bits than their originals, or have none to be compared with.
+
+    By content: an assignment, `.data` and a move to another device leave no trace that could be read instead. Each
+    buffer comes to the host for it; where some are sharded, every rank calls.
+    """
+    return {
+        name for name, buffer in base_buffers(module).items() if not _holds(whole(buffer.detach()), originals.get(name))
+    }
+
+
+def _holds(buffer: Tensor, original: Tensor | None) -> bool:
+    if original is None or buffer.is_meta:
+        return buffer.is_meta
+    if original.shape != buffer.shape:
+        return False
+    pair = (tensor.cpu().contiguous().reshape(-1) for tensor in (original.to(buffer.dtype), buffer))
+    a, b = (tensor.view(torch.uint8) for tensor in pair)  # bits: a NaN equals itself
+    return torch.equal(a, b)
+
+
+def put_back(module: nn.Module, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
+    """Gives these buffers their first values, where there is a copy of them; dtype and device stay as they are."""
+    for name in names:
+        if name not in originals:
+            continue
+        owner, _, key = name.rpartition(".")
+        layer, first = module.get_submodule(owner), originals[name]
+        buffer = layer._buffers.get(key)
+        if buffer is not None and buffer.shape == first.shape:
+            buffer.detach().copy_(sharded_like(first.to(buffer.device), buffer))
+        else:  # another tensor took its place
+            layer._buffers[key] = first.to(first.device if buffer is None else buffer.device, copy=True)
