@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import ADAPTED, Module, adapters, fit, saved
@@ -10,8 +10,9 @@ from toys import net_lora as lora
 
 from lit_peft.core.addition import Delta
 from lit_peft.faults import TrainingFault
-from lit_peft.methods import LinearProbe, Method, TargetedMethod
+from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, Method, TargetedMethod
 from lit_peft.methods.gradients import WATCHED
+from lit_peft.testing.conformance import assert_same, snapshot
 
 # ----------------------------------------------------------------------------------- optimizers and gradients
 
@@ -38,6 +39,81 @@ def test_a_module_among_the_hyperparameters_is_refused_where_checkpoints_are_wri
     with pytest.raises(ValueError, match=r"Takes keeps 'backbone', of the class Linear, .*ignore=\['backbone'\]"):
         fit(Takes(nn.Linear(2, 2)), lora(), ModelCheckpoint(tmp_path))
     fit(Takes(nn.Linear(2, 2)), lora())
+
+
+class Thaws(Module):
+    """Unfreezes its base, in configure_optimizers or after an epoch, as gradual unfreezing by hand does."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def configure_optimizers(self):
+        if self.where == "configure_optimizers":
+            self.requires_grad_(True)
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    def on_train_epoch_start(self):
+        if self.where == "add_param_group" and self.current_epoch == 1:
+            self.net.head.requires_grad_(True)
+            self.optimizers().optimizer.add_param_group({"params": list(self.net.head.parameters())})
+        if self.where == "new list" and self.current_epoch == 1:
+            self.requires_grad_(True)
+            self.optimizers().optimizer.param_groups[0]["params"] = list(self.parameters())
+
+
+@pytest.mark.parametrize("where", ["configure_optimizers", "add_param_group", "new list"])
+def test_a_base_that_is_unfrozen_beside_the_methods_is_refused_before_it_moves(where):
+    module, before = Thaws(where), snapshot(Thaws(where))
+    with pytest.raises(TrainingFault, match=r"net\.\w+\.weight among them, and no method trains them.* train_also"):
+        fit(module, lora(), max_epochs=3)
+    assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
+    fit(Thaws("configure_optimizers"), FullFineTuning())
+
+
+class Backbone(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.net.second = self.net.second, nn.Identity()
+
+    def forward(self, x):
+        net = self.net
+        return net.head(torch.tanh(self.backbone(torch.tanh(net.first(x)))))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+def test_backbone_finetuning_is_for_what_a_method_trains():
+    def finetuning():
+        return BackboneFinetuning(1, verbose=False)
+
+    with pytest.raises(TrainingFault, match=r"backbone\.weight among them, and no method trains them"):
+        fit(Backbone(), lora(target_modules=["first"]), finetuning(), max_epochs=2)
+    module = Backbone()
+    before = module.backbone.weight.detach().clone()
+    fit(module, FullFineTuning(), finetuning(), max_epochs=2)
+    assert not torch.equal(module.backbone.weight, before)
+
+
+@pytest.mark.parametrize("other", [BitFit(name="biases"), LinearProbe(train_also=["net.head"], name="head")])
+def test_what_another_method_trains_is_not_refused(other):
+    fit(Module(), lora(), other)
+
+
+def test_lbfgs_keeps_the_list_of_its_parameters(tmp_path):
+    class Net(Module):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+    path = saved(tmp_path, Net(), lora(train_also=["net.head"]))
+    whole, resumed = Net(), Net()
+    run = fit(whole, lora(train_also=["net.head"]), max_epochs=3)
+    fit(resumed, lora(train_also=["net.head"]), max_epochs=3, ckpt_path=path)
+    (optimizer,) = run.optimizers
+    assert optimizer._params is optimizer.param_groups[0]["params"] and len(optimizer._params) == 6
+    assert_same(adapters(resumed), adapters(whole))
+    assert any(not torch.equal(value, torch.load(path)["state_dict"][key]) for key, value in adapters(whole).items())
 
 
 def test_reentrant_checkpointing_of_frozen_input_is_refused():

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
-from lit_peft.methods import seam
+from lit_peft.methods import optimizers, seam
 from lit_peft.methods.checkpoint_file import check_hyperparameters
 from lit_peft.methods.gradients import GradientWatch
 from lit_peft.methods.pruning import Pruned, discount_checkpoints, restart_patience
@@ -235,13 +235,14 @@ class Method(pl.Callback):
                     f"{type(self).__name__} acts through `{hook}`, which manual optimization leaves out; "
                     f"set automatic_optimization = True in {type(pl_module).__name__}."
                 )
-        seam.check_optimizers(trainer, pl_module)
+        optimizers.check_optimizers(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if finds_rate(trainer):
             check_rates(trainer, pl_module)  # it has given all groups one rate, unless the module made them anew
-        seam.begin(trainer, pl_module)
+        optimizers.begin(trainer, pl_module)
         self._watch = GradientWatch(self)
+        self._shapes = {id(optimizer): optimizers.shape_of(optimizer) for optimizer in trainer.optimizers}
         adapter = registry(pl_module).adapters[self.name]  # type: ignore[union-attr]
         if not adapter.prepared and _overrides(self, "prepare"):
             self.prepare(pl_module, trainer.train_dataloader or ())
@@ -254,6 +255,9 @@ class Method(pl.Callback):
     ) -> None:
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             return  # the module skipped this batch
+        if self._shapes.get(id(optimizer)) != (shape := optimizers.shape_of(optimizer)):  # a hook has added some
+            optimizers.check_trained(pl_module, optimizer)
+            self._shapes[id(optimizer)] = shape
         self._watch.step(pl_module, optimizer)
         self.before_optimizer_step(pl_module)
 

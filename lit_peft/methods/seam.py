@@ -33,16 +33,12 @@ from lit_peft.core.checkpoint import (
     take_moved,
 )
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
-from lit_peft.faults import TrainingFault
 from lit_peft.methods import rates
 from lit_peft.methods.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
+from lit_peft.methods.optimizers import BEGAN, BUILT, check_began
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
-
-
-BUILT, BEGAN = "_lit_peft_built", "_lit_peft_began"
-"""Where a module keeps the settings of its optimizers as they were built, and as they were when its run began."""
 
 
 class AdaptedLightningModule(Swapped):
@@ -126,7 +122,7 @@ class AdaptedLightningModule(Swapped):
             _check_resume(module._trainer)
         if fitting:
             module.__dict__[BEGAN] = checkpoint["lit_peft"].get("optimizers")
-            _check_began(module)
+            check_began(module)
         put_base_in(checkpoint, module, fitting=fitting)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -289,45 +285,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Drops frozen parameters from the optimizers and makes sure that each trainable one is in one of them.
-
-    Users write `Adam(self.parameters())`; what is frozen would cost state and, on resume, break the restore.
-
-    Raises:
-        TrainingFault: When a parameter would never be optimised, as with an optimizer built before attaching.
-        ValueError: When the methods ask for rates that the optimizers do not have.
-    """
-    held: set[int] = set()
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-            held.update(map(id, group["params"]))
-    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-    if lost:
-        raise TrainingFault(
-            f"{len(lost)} trainable parameters are in no optimizer, {lost[0]} among them: the optimizer was built "
-            "before the method was attached. Build it in configure_optimizers from self.parameters() (with "
-            "LightningCLI: take an OptimizerCallable, auto_configure_optimizers=False)."
-        )
-    rates.check_rates(trainer, module)
-    module.__dict__[BUILT] = rates.settings(trainer)
-    _check_began(module)
-
-
-def _check_began(module: Any) -> None:
-    """Compares the optimizers with those of the run that goes on, once both are known: which comes first depends."""
-    built, began = module.__dict__.get(BUILT), module.__dict__.get(BEGAN)
-    if built is not None and began is not None:
-        rates.check_settings(began, built)
-
-
-def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Notes what the optimizers are built with when training begins, unless it goes on; what a finder found, too."""
-    if module.__dict__.get(BEGAN) is None:
-        module.__dict__[BEGAN] = rates.settings(trainer) if rates.finds_rate(trainer) else module.__dict__.get(BUILT)
 
 
 def guard_load_from_checkpoint(saving: Any) -> None:
