@@ -1,13 +1,15 @@
 """What must hold on two ranks; all in one file, so that one worker runs them on one pair of processes."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from test_buffers import MOVED, Net, method
 from test_contract import METHODS
 from test_data_order import EXAMPLES, QUIET, Data, Recorder
 from test_full import Blocks, Moves, moved
@@ -16,7 +18,7 @@ from toys import loader
 
 from lit_peft import AdaLoRA, FullFineTuning, SparseLoRA
 from lit_peft.core.sharded import whole
-from lit_peft.testing.conformance import perturb
+from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
 
 
@@ -212,6 +214,47 @@ def _unfreeze_on_one_rank(rank: int) -> tuple[list[set[str]], dict[str, torch.Te
     )
     trainer.fit(module, loader())
     return watch.moved, module.state_dict()
+
+
+class Sharded(Net):
+    def shard(self, mesh: Any) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for child in (self.first, self.white, self.head):
+            fully_shard(child, mesh=mesh["data_parallel"])
+
+
+def _move_buffers_on_one_rank(rank: int, sharded: bool, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Ends of a fit of three epochs, and of one that goes on from the checkpoint of the first."""
+
+    def fit(ckpt_path: Path | None) -> dict[str, torch.Tensor]:
+        module = (Sharded if sharded else Net)()
+        trainer = pl.Trainer(
+            **QUIET,
+            strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
+            if sharded
+            else DDPStrategy(process_group_backend="gloo"),
+            devices=2,
+            plugins=[TorchElasticEnvironment()],
+            callbacks=[method(), *([] if ckpt_path else [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)])],
+            enable_checkpointing=ckpt_path is None,
+            use_distributed_sampler=False,
+            max_epochs=3,
+        )
+        trainer.fit(module, loader(), ckpt_path=ckpt_path)
+        return {key: whole(value).clone() for key, value in module.state_dict().items()}
+
+    return [fit(None), fit(folder / "epoch=0.ckpt")]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_buffers_that_move_on_two_ranks_are_saved_and_resumed(two_ranks: Any, tmp_path: Path, sharded: bool) -> None:
+    ranks = two_ranks(_move_buffers_on_one_rank, sharded, tmp_path)
+    assert torch.load(tmp_path / "epoch=0.ckpt")["state_dict"].keys() >= MOVED
+    for whole_fit, resumed in ranks:
+        assert_same(resumed, whole_fit)
+        assert_same(whole_fit, ranks[0][0])
+        assert whole_fit["steps"] == 12 and whole_fit["white.mean"].any()
 
 
 def test_gradual_unfreezing_on_two_ranks(two_ranks: Any) -> None:
