@@ -6,7 +6,9 @@ import pytest
 import torch
 from models import logits, tiny
 from torch import nn
+from toys import Module, fit, net_lora, trainer
 
+import lit_peft
 from lit_peft import DoRA, HiRA, LoRA
 from lit_peft.core.attach import registry, set_active
 from lit_peft.core.layers import LinearOps
@@ -70,6 +72,47 @@ def test_a_bfloat16_weight_is_rounded_once():
     exact = layer.weight.double() + delta.scaling * delta.lora_B.double() @ delta.lora_A.double()
     merge(module)
     assert torch.equal(layer.weight, exact.to(torch.bfloat16))
+
+
+ADAPTS = {
+    "attach": lambda module, folder: net_lora(name="two").attach(module),
+    "attach outside": lambda module, folder: LoRA(r=2, target_modules="0.net.first").attach(nn.Sequential(module)),
+    "fit": lambda module, folder: fit(module, net_lora()),
+    "test": lambda module, folder: trainer(net_lora()).test(module, verbose=False),
+    "save": lambda module, folder: lit_peft.save(module, folder / "new"),
+    "load": lambda module, folder: lit_peft.load(module, folder / "adapter", "two"),
+    "load a checkpoint": lambda module, folder: lit_peft.load(module, folder / "run.ckpt", "two"),
+    "set_active": lambda module, folder: set_active(module, None),
+    "detach": lambda module, folder: lit_peft.detach(module),
+    "merge": lambda module, folder: merge(module),
+}
+
+
+@pytest.mark.parametrize("adapts", ADAPTS)
+def test_while_merged_adapters_are_out_of_reach(adapts, tmp_path):
+    module, x = Module(), torch.randn(3, 4)
+    fit(module, net_lora()).save_checkpoint(tmp_path / "run.ckpt")
+    lit_peft.save(module, tmp_path / "adapter")
+    module.eval()
+    before, expected = snapshot(module), module(x)
+    merge(module)
+    with pytest.raises(ValueError, match=r"is merged: .*lit_peft\.core\.merge\.unmerge"):
+        ADAPTS[adapts](module, tmp_path)
+    unmerge(module.eval())
+    assert_same(snapshot(module), before)
+    assert torch.equal(module(x), expected)
+
+
+def test_an_adapter_attached_inside_since_the_merge_is_not_lost():
+    module = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    LoRA(r=2, target_modules="0.0").attach(module)
+    merge(module)
+    LoRA(r=2, target_modules="0").attach(module[0])
+    with pytest.raises(ValueError, match=r"0\.0 has an adapter of its own, attached since the merge; detach"):
+        unmerge(module)
+    lit_peft.detach(module[0])
+    unmerge(module)
+    assert set(registry(module).adapters) == {"default"}
 
 
 class Tied(nn.Module):

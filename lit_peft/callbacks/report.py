@@ -137,20 +137,22 @@ class RunReport(pl.Callback):
             notes["checkpoint"] += " (there is no best one)"
         for method in methods(trainer):
             target = folder / "adapter" if method.name == "default" else folder / "adapter" / method.name
+            of = "" if method.name == "default" else f"/{method.name}"
+            key = f"adapter{of}"
             if nothing:
-                notes["adapter"] = nothing
+                notes[key] = nothing
             elif trainer.is_global_zero:
                 try:
                     save(module, target, method.name)
-                except ValueError as error:
-                    notes["adapter"] = f"not written: {error}"
+                except Exception as error:  # the fit is done, and its figures are not written yet
+                    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                    notes[key] = f"not written: {kind}{error}"
                 else:
                     size = _size(target)
                     metrics["adapter/bytes"] = (metrics["adapter/bytes"] or 0) + size
-                    notes["adapter"] = f"{target} ({size / 1000:,.0f} kB)"
+                    notes[key] = f"{target} ({size / 1000:,.0f} kB)"
             pruned = method.pruned(module)  # on every rank: shards are gathered
             if pruned is not None:
-                of = "" if method.name == "default" else f"/{method.name}"
                 metrics |= {key + of: value for key, value in pruned.metrics().items()}
                 notes[f"pruned{of}"] = str(pruned)
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}

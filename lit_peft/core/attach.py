@@ -18,6 +18,7 @@ from lit_peft.core.swap import (
     Swapped,
     cast_parameters,
     check_forward,
+    check_unmerged,
     leave_fast_path,
     restore_class,
     restore_fast_path,
@@ -170,8 +171,8 @@ def attach(
 
     Raises:
         ValueError: When the name is taken or not a Python identifier, nothing would train, there are no running
-            statistics to update, the module is sharded already, or a site cannot carry an addition. The module
-            is then as it was.
+            statistics to update, the module is sharded already or merged, or a site cannot carry an addition. The
+            module is then as it was.
     """
     check_attachable(module, name)
     pairs, base = list(additions), sorted(base)
@@ -215,6 +216,7 @@ def attach(
 
 def check_attachable(module: nn.Module, name: str) -> None:
     """Raises ValueError when no adapter of this name can be attached to the module now."""
+    check_unmerged(module)
     state = registry(module)
     if state is not None and name in state.adapters:
         raise ValueError(f"This module already has an adapter named {name!r}; give the new one another `name`.")
@@ -248,7 +250,8 @@ def _add(module: nn.Module, site: Site, name: str, addition: Addition, dtype: to
     device = own.device if own is not None else next(module.parameters()).device
     if device.type != "meta":
         _initialise(site, name, addition)  # on the host, in float32: the same values on every kind of device
-    put_on(module, site.path)
+    if not isinstance(layer, Adapted):
+        put_on(module, site.path, Additions())
     layer.peft[name] = addition.to(device=device, dtype=dtype).train(layer.training)
 
 
@@ -294,8 +297,9 @@ def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
 
     Raises:
         KeyError: For a name that no adapter has.
-        ValueError: When two of them rescale one weight.
+        ValueError: When two of them rescale one weight, or the module is merged.
     """
+    check_unmerged(module)
     state = registry(module)
     known = state.adapters if state is not None else {}
     wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
@@ -321,7 +325,9 @@ def detach(module: nn.Module, name: str | None = None) -> None:
 
     Raises:
         KeyError: For a name that no adapter has.
+        ValueError: When the module is merged.
     """
+    check_unmerged(module)
     state = registry(module)
     if state is None or (name is not None and name not in state.adapters):
         raise KeyError(f"No adapter is named {name!r}; this module has {sorted(state.adapters) if state else 'none'}.")
@@ -360,14 +366,14 @@ def take_off(layer: Any) -> Additions:
     return additions
 
 
-def put_on(module: nn.Module, path: str, additions: "Additions | None" = None) -> None:
-    """Makes the layer at a path an adapted one, with these additions or none yet; nothing if it is one."""
+def put_on(module: nn.Module, path: str, additions: Additions) -> None:
+    """Makes the layer at a path, which must not be one, an adapted one with these additions."""
     layer: Any = module.get_submodule(path)
-    if not isinstance(layer, Adapted):
-        swap_class(layer, Adapted)
-        layer.peft = Additions() if additions is None else additions
-        layer.peft.train(layer.training)
-        leave_fast_path(module, path)
+    assert not isinstance(layer, Adapted)
+    swap_class(layer, Adapted)
+    layer.peft = additions
+    layer.peft.train(layer.training)
+    leave_fast_path(module, path)
 
 
 def close(module: nn.Module) -> Registry:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Delta, composed_bias, composed_weight
-from lit_peft.core.attach import Additions, Registry, close, put_on, registry, reopen, set_active, take_off
+from lit_peft.core.attach import Adapted, Additions, Registry, close, put_on, registry, reopen, set_active, take_off
 from lit_peft.core.layers import layer_ops
-
-_MERGED_KEY = "_lit_peft_merged"
+from lit_peft.core.swap import MERGED_KEY, check_unmerged
 
 
 @dataclass
@@ -29,7 +28,7 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
 
     `W <- V`, composed as `Delta` says, computed in float32 and rounded once to the weight's dtype. Base parameters
     that train (a head, biases) keep their trained values. `unmerge` undoes it; until then the original weights are
-    kept on the host.
+    kept on the host, and adapters are neither attached, nor saved, switched or detached.
 
     Args:
         module: What the adapters are attached to.
@@ -37,9 +36,11 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
 
     Raises:
         KeyError: For a name that no adapter has.
-        ValueError: When there is no adapter, an addition is no change of a weight, or a weight cannot be written:
-            quantised, or tied to another module's, which would change with it. The module is then as it was.
+        ValueError: When there is no adapter, they are merged already, an addition is no change of a weight, or a
+            weight cannot be written: quantised, or tied to another module's, which would change with it. The module
+            is then as it was.
     """
+    check_unmerged(module)
     state = registry(module)
     if state is None:
         raise ValueError(f"{type(module).__name__} has no adapter to merge.")
@@ -52,7 +53,7 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
     except ValueError:
         set_active(module, active)
         raise
-    kept = module.__dict__[_MERGED_KEY] = _Merged()
+    kept = module.__dict__[MERGED_KEY] = _Merged()
     try:
         for path in paths:
             layer: Any = module.get_submodule(path)
@@ -61,7 +62,7 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
             kept.additions[path] = take_off(layer)
         kept.state = close(module)
     except Exception:
-        _restore(module, module.__dict__.pop(_MERGED_KEY))
+        _restore(module, module.__dict__.pop(MERGED_KEY))
         set_active(module, active)
         raise
 
@@ -70,11 +71,14 @@ def unmerge(module: nn.Module) -> None:
     """Undoes `merge`: weights are bit for bit what they were, and the adapters are back.
 
     Raises:
-        ValueError: When nothing is merged.
+        ValueError: When nothing is merged, or one of its layers was adapted since from a module inside.
     """
-    if _MERGED_KEY not in module.__dict__:
+    if MERGED_KEY not in module.__dict__:
         raise ValueError(f"{type(module).__name__} has no merged adapter to take out again.")
-    kept: _Merged = module.__dict__.pop(_MERGED_KEY)
+    kept: _Merged = module.__dict__[MERGED_KEY]
+    if taken := [path for path in kept.additions if isinstance(module.get_submodule(path), Adapted)]:
+        raise ValueError(f"{taken[0]} has an adapter of its own, attached since the merge; detach that one first.")
+    del module.__dict__[MERGED_KEY]
     _restore(module, kept)
     assert kept.state is not None
     reopen(module, kept.state)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MERGED_KEY = "_lit_peft_merged"
+"""Where a module keeps what `unmerge` needs."""
+
 
 class Swapped:
     """Mixin of every swapped class: pickles and copies as its base class, and is swapped when rebuilt."""
@@ -197,3 +200,13 @@ def restore_fast_path(module: nn.Module) -> None:
         hook.remove()
     if "_lit_peft_nested" in module.__dict__:
         module.use_nested_tensor = module.__dict__.pop("_lit_peft_nested")
+
+
+def check_unmerged(module: nn.Module) -> None:
+    """Raises ValueError where adapters are merged into the module's weights, or a part's: they are out of reach."""
+    for path, child in module.named_modules():
+        if MERGED_KEY in child.__dict__:
+            raise ValueError(
+                f"{path or type(child).__name__} is merged: its adapters are folded into its weights. Take them out "
+                "again first, with lit_peft.core.merge.unmerge."
+            )

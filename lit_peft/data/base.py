@@ -69,7 +69,7 @@ class TextDataModule(pl.LightningDataModule):
         name = self.tokenizer_name
         if name is None and self.trainer:
             name = getattr(self.trainer.lightning_module, "backbone", None)
-        if name is None:
+        if not isinstance(name, str):  # of a user's module it may be the network itself
             raise ValueError(
                 "data.tokenizer is null and the model has no `backbone` to take it from: set data.tokenizer."
             )

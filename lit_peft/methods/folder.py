@@ -49,7 +49,7 @@ from lit_peft.core.checkpoint import (
     write_folder,
 )
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
-from lit_peft.core.swap import buffers_beside
+from lit_peft.core.swap import buffers_beside, check_unmerged
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods import hf_peft, seam
 from lit_peft.methods.base import Method
@@ -81,7 +81,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         The folder.
 
     Raises:
-        ValueError: When there is no such adapter, or HF PEFT has no form for what it is or trains.
+        ValueError: When there is no such adapter, it is merged, or HF PEFT has no form for what it is or trains.
     """
     adapter = _adapter(module, name)
     moving = sorted(moving_buffers(module, [adapter]))
@@ -147,6 +147,7 @@ def _masks(pairs: list[tuple[Site, Addition]]) -> dict[str, Tensor]:
 
 
 def _adapter(module: nn.Module, name: str) -> Adapter:
+    check_unmerged(module)
     state = registry(module)
     if state is None or name not in state.adapters:
         raise ValueError(
@@ -208,9 +209,9 @@ def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
     entry, state = record(module), registry(module)
     assert state is not None
     moved = sorted(state.moved - moving_buffers(module, state.adapters.values()))
-    own = {key: value for key in ("backbone", "label_names") if (value := getattr(module, key, None)) is not None}
+    told = module.folder_record() if hasattr(type(module), "folder_record") else {}  # type: ignore[operator]
     return entry | {
-        "model": own,  # what `lit-peft predict --adapter` starts from, without the run
+        "model": told,
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
         "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
@@ -252,8 +253,10 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
     if Path(path).is_dir() or Path(path).suffix != ".ckpt":
         read = read_folder(path)
         seam.build(module)
+        check_unmerged(module)
         return _load_folder(module, *read, name)
     seam.build(module)
+    check_unmerged(module)
     adapter = load_checkpoint(module, path, name)
     seam.adapt(module)
     return adapter

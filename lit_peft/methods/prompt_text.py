@@ -22,7 +22,8 @@ def token_ids(module: nn.Module, text: str, tokenizer: str | None, n: int) -> Te
         ValueError: When no tokenizer is known or the text has no token.
     """
     model: Any = find_root(module).model
-    name = tokenizer or getattr(module, "backbone", None) or getattr(model.config, "_name_or_path", None)
+    backbone = getattr(module, "backbone", None)  # of a user's module it may be the network itself
+    name = tokenizer or (isinstance(backbone, str) and backbone) or getattr(model.config, "_name_or_path", None)
     if not name:
         raise ValueError("tokenizer: the model does not say where its tokenizer is; give a folder or a hub id.")
     from transformers import AutoTokenizer

@@ -169,6 +169,10 @@ class TextClassification(pl.LightningModule):
         load(task, checkpoint_path)
         return task.eval()
 
+    def folder_record(self) -> dict[str, Any]:
+        """What an adapter folder says of the task: `lit-peft predict --adapter` starts from it, without the run."""
+        return {"backbone": self.backbone, "label_names": self.label_names}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes where a local base is: `backbone` may be seen from the folder in which this process began."""
         path = Path(self.backbone).expanduser()
