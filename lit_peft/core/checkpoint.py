@@ -280,9 +280,12 @@ def unpack_mask(text: str, shape: torch.Size) -> Tensor:
     """The tensor of this shape that `pack_mask` packed.
 
     Raises:
-        CheckpointMismatch: When the text is of another size.
+        CheckpointMismatch: When the text is damaged or of another size.
     """
-    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    try:
+        bits = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    except ValueError as error:
+        raise CheckpointMismatch(f"A mask is no base64: {error}") from error
     if len(bits) != -(-shape.numel() // 8):
         raise CheckpointMismatch(f"A mask of {len(bits)} bytes is none of {list(shape)}.")
     return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).view(shape)
@@ -295,7 +298,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
 
     Raises:
         FileNotFoundError: When a file is missing.
-        CheckpointMismatch: When a file is truncated or is not what its name says.
+        CheckpointMismatch: When a file is truncated or is not what its name says, or a tensor is not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -305,12 +308,17 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
             pickled = " adapter_model.bin is a pickle, which could run anything: save it as safetensors."
             hint = pickled if (folder / "adapter_model.bin").is_file() else ""
             raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}.{hint}")
+    where = folder / "adapter_config.json"
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        config = json.loads(where.read_text())
+        where = folder / "adapter_model.safetensors"
+        with safe_open(where, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise CheckpointMismatch(f"{folder} is damaged: {error}") from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointMismatch(f"{where} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointMismatch(f"{folder}/adapter_config.json holds {type(config).__name__}, not an object.")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointMismatch(f"{where}: {key} holds nan or inf: its training diverged, or it is damaged.")
     return config, tensors, metadata

@@ -51,6 +51,6 @@ def compare_fingerprints(saved: dict[str, str], found: dict[str, str]) -> str | 
     if not different:
         return None
     name = different[0]
-    (old_shape, _), (new_shape, _) = saved[name].split(":"), found[name].split(":")
+    old_shape, new_shape = (digests[name].partition(":")[0] for digests in (saved, found))
     what = f"has shape {new_shape}, not {old_shape}" if old_shape != new_shape else "holds other values"
     return f"{name} {what}" + (f", and {len(different) - 1} more of {len(saved)} differ" if different[1:] else "")

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -339,6 +340,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}.")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError, naming the argument, unless the value is a number."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, not {value!r}.")
+
+
 def check_rank(name: str, r: int, site: Site) -> None:
     """Raises ValueError, naming the argument and the layer, unless the layer's weight can have this rank."""
     if r > min(site.size):
@@ -349,6 +356,7 @@ def check_rank(name: str, r: int, site: Site) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raises ValueError, naming the argument, unless the value is finite and above 0."""
+    check_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a number above 0, not {value}.")
 
@@ -372,6 +380,7 @@ def check_pattern(name: str, pattern: Iterable[str], sites: Sequence[Site]) -> N
 
 def check_range(name: str, value: float, low: float, high: float | None = None, *, open_above: bool = False) -> None:
     """Raises ValueError, naming the argument and its range, unless low <= value <= high (< high if `open_above`)."""
+    check_number(name, value)
     above = high is not None and (value >= high if open_above else value > high)
     if value < low or above or value != value:
         upper = "" if high is None else f" and {'below' if open_above else 'at most'} {high:g}"

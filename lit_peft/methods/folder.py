@@ -29,7 +29,8 @@ does not know, and tensors are named by their place here, "encoder.q.peft.gate".
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,23 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import Adapter, detach, registry
+from lit_peft.core.attach import Adapter, check_attachable, detach, registry
 from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import (
-    FORMAT_VERSION,
     CheckpointMismatch,
     pack_mask,
-    read_folder,
-    record,
     unpack_mask,
     write_folder,
 )
-from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.swap import buffers_beside, check_unmerged
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods import hf_peft, seam
 from lit_peft.methods.base import Method
 from lit_peft.methods.checkpoint_file import load_checkpoint
-from lit_peft.methods.hf_peft import Root, find_root, is_inside
+from lit_peft.methods.folder_record import RECORD, check_base, compare_halves, make_record, open_folder
+from lit_peft.methods.hf_peft import find_root, is_inside
 from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
-
-RECORD = "lit_peft"
-"""Key of our own record in the metadata of the tensor file, where HF PEFT does not look."""
-
 
 # ---------------------------------------------------------------------------------------------------- save
 
@@ -89,7 +83,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     model, pairs = root.model, root.pairs(adapter)
     method: Any = method_class(adapter.spec["class_path"])(**adapter.spec["init_args"])
     base = [root.inside(parameter) for parameter in adapter.base]
-    entry = _record(module, root, adapter)
+    entry = make_record(module, root, adapter)
 
     whole = hf_peft.trained_whole(model, {id(model.get_parameter(parameter)) for parameter in base})
     if whole == [""]:
@@ -133,7 +127,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     }
     if hf_peft.PROMPT in tensors:
         del config["target_modules"]
-    own = entry | {"methods": {name: spec}}
+    own = entry | {"config": config, "methods": {name: spec}}
     if hasattr(form, "exported"):
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
     metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
@@ -205,26 +199,6 @@ def _of_base(
     return entries, kept
 
 
-def _record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, Any]:
-    entry, state = record(module), registry(module)
-    assert state is not None
-    moved = sorted(state.moved - moving_buffers(module, state.adapters.values()))
-    told = module.folder_record() if hasattr(type(module), "folder_record") else {}  # type: ignore[operator]
-    return entry | {
-        "model": told,
-        "base": [root.inside(name) for name in adapter.base],
-        "head": [root.inside(name) for name in adapter.head],
-        "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
-        "moved": list(_of_model(dict.fromkeys(moved, ""), root)),
-        "fingerprint": _of_model(entry["fingerprint"], root),
-    }
-
-
-def _of_model(named: Mapping[str, str], root: Root) -> dict[str, str]:
-    """What is said of the model's own tensors, under their names in it."""
-    return {root.inside(name): value for name, value in named.items() if not root.path or is_inside(name, [root.path])}
-
-
 # ---------------------------------------------------------------------------------------------------- load
 
 
@@ -239,7 +213,7 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
     Args:
         module: A model, or a LightningModule that holds one, with the weights that the adapter was trained on; for
             a checkpoint, the module that was trained. One that builds its layers in `configure_model` does so now.
-        path: The folder, or the `.ckpt` file.
+        path: The folder of an adapter, or the file of a checkpoint.
         name: Name that the adapter gets on the module; several in one checkpoint keep their names.
 
     Returns:
@@ -247,14 +221,18 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
 
     Raises:
         FileNotFoundError: When a file is missing.
-        CheckpointMismatch: When the folder is damaged, belongs to another base or holds what no method here has.
+        CheckpointMismatch: When the folder is damaged, contradicts itself, belongs to another base or holds what no
+            method here has. The module is then as it was.
         ValueError: When the module cannot take an adapter of this name.
     """
-    if Path(path).is_dir() or Path(path).suffix != ".ckpt":
-        read = read_folder(path)
+    if Path(path).is_dir() or not (Path(path).is_file() or Path(path).suffix == ".ckpt"):
+        read = open_folder(path)
         seam.build(module)
-        check_unmerged(module)
-        return _load_folder(module, *read, name)
+        check_attachable(module, name)
+        try:
+            return _load_folder(module, *read, name)
+        except CheckpointMismatch as error:
+            raise CheckpointMismatch(f"{path}: {error}") from error
     seam.build(module)
     check_unmerged(module)
     adapter = load_checkpoint(module, path, name)
@@ -268,10 +246,11 @@ def attach(module: nn.Module, method: Method) -> Adapter:
 
 
 def _load_folder(
-    module: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str], name: str
+    module: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], mine: dict[str, Any] | None, name: str
 ) -> Adapter:
     root = find_root(module)
-    mine = _read_record(metadata, module, root)
+    if mine is not None:
+        check_base(mine, module, root)
     base, changes = hf_peft.split(root.model, config, tensors)
     paths = hf_peft.site_paths(root.model, changes)
     if mine is not None:
@@ -281,7 +260,8 @@ def _load_folder(
         spec = {"class_path": _reader(config)}
         trains, head = hf_peft.trained_names(root.model, config, base)
         arguments = {"train_also": head} if hf_peft.PROMPT in changes else {"target_modules": paths, "train_also": head}
-    if missing := [key for key in trains if key not in base]:
+    parameters = dict(root.model.named_parameters(remove_duplicate=False))
+    if missing := [key for key in trains if key not in base or key not in parameters]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
     cls: Any = method_class(spec["class_path"])
     form: Any = (
@@ -289,34 +269,42 @@ def _load_folder(
     )
     read = {}
     # A prompt of ours may have more to it than HF PEFT knows.
-    if hasattr(form, "from_hf_peft") and (mine is None or hf_peft.PROMPT not in changes):
-        known = {**form.hf_options, **form.hf_peft}
-        read = form.from_hf_peft(hf_peft.read_options(config, known, cls.__name__), paths)
-    try:
+    reads = hasattr(form, "from_hf_peft") and (mine is None or hf_peft.PROMPT not in changes)
+    with _asked_for(cls):
+        recorded = cls(**arguments) if mine is not None else None
+        if reads:
+            known = {**form.hf_options, **form.hf_peft}
+            read = form.from_hf_peft(hf_peft.read_options(config, known, cls.__name__), paths)
         method = cls(**arguments | read | {"name": name})
-    except (TypeError, ValueError) as error:
-        raise CheckpointMismatch(f"The folder asks for a {cls.__name__} that cannot be: {error}") from error
     spec = method.spec() if mine is None else spec | {"init_args": arguments | {"name": name}}
 
     # The places are those of the folder: what the arguments say of them may mean others from this root.
     canonical = {id(p): key for key, p in module.named_parameters()}
-    names = {canonical[id(root.model.get_parameter(key))] for key in trains}
+    names = {canonical[id(parameters[key])] for key in trains}
     scales = (mine or {}).get("scales", {})
     method.train_also = {f"re:{re.escape(root.outside(key))}": scales.get(key, 1.0) for key in head}
     method.trains = names.__contains__
     if paths and hasattr(form, "to_hf_peft"):
         sites = [make_site(root.outside(path), root.model.get_submodule(path)) for path in paths]
         method.sites = lambda module, avoid: sites
-    adapter: Adapter = method.attach(module)
+    with _asked_for(cls):
+        adapter: Adapter = method.attach(module)
     adapter.spec, adapter.prepared = spec, True
     try:
         if more := set(adapter.base) - names:
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
+        if recorded is not None and reads:
+            entries = recorded.to_hf_peft(root.pairs(adapter))[0]
+            # Which biases train stands in `base`.
+            compare_halves(config, entries, [key for key in entries if key != "bias"])
         maps: Any = hf_peft.OwnForm if form is hf_peft.OwnForm else method
         _fill_additions(maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}, changes)
-        masks = _masks(root.pairs(adapter))
-        for key, packed in (mine or {}).get("masks", {}).items():
-            masks[key].copy_(unpack_mask(packed, masks[key].shape))
+        if mine is not None and hasattr(form, "exported"):
+            masks, packed = _masks(root.pairs(adapter)), mine.get("masks", {})
+            if odd := sorted(masks.keys() ^ packed.keys()):
+                raise CheckpointMismatch(f"The record {'lacks' if odd[0] in masks else 'holds'} the mask {odd[0]}.")
+            for key, mask in masks.items():
+                mask.copy_(unpack_mask(packed[key], mask.shape))
         moved = set((mine or {}).get("moved", ()))
         moving = {root.inside(key) for key in moving_buffers(module, [adapter])} | moved
         if (moved or adapter.update_norm_stats) and (lost := moving - base.keys()):
@@ -329,20 +317,15 @@ def _load_folder(
     return adapter
 
 
-def _read_record(metadata: Mapping[str, str], module: nn.Module, root: Root) -> dict[str, Any] | None:
-    """Our own record, compared with the base; None in a folder of HF PEFT's."""
-    if RECORD not in metadata:
-        return None
-    mine: dict[str, Any] = json.loads(metadata[RECORD])
-    if mine["format_version"] > FORMAT_VERSION:
-        raise CheckpointMismatch(
-            f"This folder has format version {mine['format_version']}; this release reads up to {FORMAT_VERSION}."
-        )
-    state = registry(module)
-    found = _of_model(state.fingerprint, root) if state is not None else fingerprint(root.model)
-    if (difference := compare_fingerprints(mine["fingerprint"], found)) is not None:
-        raise CheckpointMismatch(f"This adapter belongs to another base model: {difference}.")
-    return mine
+@contextmanager
+def _asked_for(cls: type) -> Iterator[None]:
+    """Tells what a method of this class cannot be made of; what it is given has been read from a file."""
+    try:
+        yield
+    except (CheckpointMismatch, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, re.error) as error:
+        raise CheckpointMismatch(f"The folder asks for a {cls.__name__} that cannot be: {error}") from error
 
 
 def _reader(config: Mapping[str, Any]) -> str:
@@ -369,7 +352,7 @@ def _fill_additions(own: Mapping[str, Tensor | list[Tensor]], changes: Mapping[s
     for key, views in own.items():
         parts = views if isinstance(views, list) else [views]
         width = sum(view.shape[-1] for view in parts)
-        _check_shape(key, changes[key], torch.Size((*parts[0].shape[:-1], width)))
+        _check_fits(key, changes[key], parts[0], torch.Size((*parts[0].shape[:-1], width)))
         for view, tensor in zip(parts, changes[key].split([v.shape[-1] for v in parts], -1), strict=True):
             view.detach().copy_(tensor)
 
@@ -380,7 +363,8 @@ def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor], 
     trained = {id(parameters[name]) for name in trains}
     own: dict[str, Tensor] = parameters | dict(model.named_buffers())
     for name, tensor in base.items():
-        _check_shape(name, tensor, own[name].shape)
+        _check_fits(name, tensor, own[name], own[name].shape)
+    for name, tensor in base.items():
         if id(own[name]) in trained or name in moving:
             own[name].detach().copy_(tensor)
         elif own[name].requires_grad:
@@ -391,7 +375,9 @@ def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor], 
             )
 
 
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+def _check_fits(name: str, tensor: Tensor, place: Tensor, shape: torch.Size) -> None:
+    if tensor.is_floating_point() != place.is_floating_point():
+        raise CheckpointMismatch(f"{name} is of {tensor.dtype} in the folder and {place.dtype} in the module.")
     if tensor.shape != shape:
         raise CheckpointMismatch(
             f"{name} has shape {list(tensor.shape)} in the folder and {list(shape)} in the module."
