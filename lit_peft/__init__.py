@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from lit_peft.core.addition import Addition, Delta
     from lit_peft.core.attach import detach, set_active
     from lit_peft.methods.adalora import AdaLoRA
-    from lit_peft.methods.adapter_folder import AdapterFolder
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
     from lit_peft.methods.bottleneck_adapter import BottleneckAdapter
     from lit_peft.methods.dora import DoRA
-    from lit_peft.methods.folder import attach, load, save
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.hira import HiRA
     from lit_peft.methods.ia3 import IA3
@@ -27,22 +25,24 @@ if TYPE_CHECKING:
     from lit_peft.methods.p_tuning import PTuning
     from lit_peft.methods.prefix_tuning import PrefixTuning
     from lit_peft.methods.prompt_tuning import PromptTuning
-    from lit_peft.methods.rates import param_groups
     from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
+    from lit_peft.saving.adapter_folder import AdapterFolder
+    from lit_peft.saving.folder import attach, load, save
+    from lit_peft.training.rates import param_groups
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Addition": "core.addition",
     "Delta": "core.addition",
-    "AdapterFolder": "methods.adapter_folder",
-    "attach": "methods.folder",
+    "AdapterFolder": "saving.adapter_folder",
+    "attach": "saving.folder",
     "detach": "core.attach",
     "set_active": "core.attach",
-    "load": "methods.folder",
-    "param_groups": "methods.rates",
-    "save": "methods.folder",
+    "load": "saving.folder",
+    "param_groups": "training.rates",
+    "save": "saving.folder",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from lit_peft.cli import main
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, read_folder
 from lit_peft.methods import IA3, BitFit, BottleneckAdapter, LoRA, SparseLoRA
-from lit_peft.methods.folder_record import RECORD
+from lit_peft.saving.folder_record import RECORD
 from lit_peft.testing.states import assert_same, perturb, snapshot
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

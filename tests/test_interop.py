@@ -23,7 +23,7 @@ from lit_peft.core.addition import Call
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, read_folder
 from lit_peft.methods import BitFit, FullFineTuning, HiRA, LinearProbe, LoRA
-from lit_peft.methods.folder import load, save
+from lit_peft.saving.folder import load, save
 
 HEAD = {
     "distilbert": ["pre_classifier", "classifier"],

@@ -81,7 +81,7 @@ def test_a_wrong_base_or_argument_is_refused(run, tmp_path):
 @pytest.mark.parametrize("strict", [None, True, False])
 @pytest.mark.parametrize("tree", ["lightning.pytorch", "pytorch_lightning"])
 def test_a_foreign_class_is_told_to_load(strict, tree, tmp_path):
-    from lit_peft.methods.seam import guard_load_from_checkpoint
+    from lit_peft.training.seam import guard_load_from_checkpoint
 
     library = importlib.import_module(tree)
     guard_load_from_checkpoint(importlib.import_module(f"{tree}.core.saving"))

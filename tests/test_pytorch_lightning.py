@@ -10,8 +10,8 @@ from toys import LORA_KEYS, Steps, adapters, loader
 from toys import net_lora as lora
 
 from lit_peft.core.checkpoint import CheckpointMismatch
-from lit_peft.methods.seam import AtomicCheckpointIO
 from lit_peft.testing.conformance import assert_same
+from lit_peft.training.seam import AtomicCheckpointIO
 
 
 class Module(Steps, pl.LightningModule):
@@ -61,7 +61,7 @@ def test_a_killed_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(old[:10])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_peft.methods.seam.torch.save", killed)
+    monkeypatch.setattr("lit_peft.training.seam.torch.save", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint(tmp_path / "run.ckpt")
     assert (tmp_path / "run.ckpt").read_bytes() == old

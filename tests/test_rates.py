@@ -20,8 +20,8 @@ from lit_peft.callbacks.tables import sites_table
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, LoRA
-from lit_peft.methods.rates import layer_depths
 from lit_peft.tasks import TextClassification
+from lit_peft.training.rates import layer_depths
 
 TOP, NORMS = "transformer.layer.3", "*[nN]orm*"
 

@@ -9,7 +9,7 @@ import lit_peft
 import lit_peft.data
 from lit_peft.callbacks.report import RunReport
 from lit_peft.core.checkpoint import read_folder
-from lit_peft.methods.folder_record import RECORD
+from lit_peft.saving.folder_record import RECORD
 from lit_peft.tasks import TextClassification
 
 

@@ -217,7 +217,7 @@ def test_a_killed_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(old[: len(old) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_peft.methods.seam.torch.save", killed)
+    monkeypatch.setattr("lit_peft.training.seam.torch.save", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint(path)
     assert path.read_bytes() == old

@@ -11,8 +11,8 @@ from toys import net_lora as lora
 from lit_peft.core.addition import Delta
 from lit_peft.faults import TrainingFault
 from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, Method, TargetedMethod
-from lit_peft.methods.gradients import WATCHED
 from lit_peft.testing.conformance import assert_same, snapshot
+from lit_peft.training.gradients import WATCHED
 
 # ----------------------------------------------------------------------------------- optimizers and gradients
 

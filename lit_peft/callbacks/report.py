@@ -19,8 +19,8 @@ from lit_peft.callbacks.tables import count_parameters, sites_table, summary_pan
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import atomic_path
 from lit_peft.methods.base import Method
-from lit_peft.methods.folder import save
-from lit_peft.methods.seam import methods
+from lit_peft.saving.folder import save
+from lit_peft.training.seam import methods
 
 
 class RunReport(pl.Callback):

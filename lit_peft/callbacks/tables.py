@@ -14,7 +14,7 @@ from torch import nn
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.layers import find_layer_ops
 from lit_peft.core.targets import roles_of
-from lit_peft.methods.seam import methods_of
+from lit_peft.training.seam import methods_of
 
 
 @dataclass(frozen=True)

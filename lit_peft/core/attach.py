@@ -29,7 +29,7 @@ from lit_peft.core.swap import (
 from lit_peft.core.targets import Site
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What `adapter_dtype` accepts beside "auto", float32 (but see methods/seam.py on bf16-true)."""
+"""What `adapter_dtype` accepts beside "auto", float32 (but see training/seam.py on bf16-true)."""
 
 
 class Adapted(Swapped):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, dropped
+from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.targets import Site
@@ -21,8 +22,7 @@ from lit_peft.methods.base import (
     check_rank,
     longest_first,
 )
-from lit_peft.methods.hf_peft import stores_transposed
-from lit_peft.methods.pruning import Pruned
+from lit_peft.training.pruning import Pruned
 
 _SAME = {
     "init_r": "init_r",
@@ -212,7 +212,7 @@ class AdaLoRA(TargetedMethod):
     # ---------------------------------------------------------------------------------------------- folders
 
     def exported(self, sites: list[tuple[Site, Any]]) -> tuple["AdaLoRA", list[tuple[Site, Any]]]:
-        """What a folder holds in the place of this: the ranks that are left; see `lit_peft.methods.folder`."""
+        """What a folder holds in the place of this: the ranks that are left; see `lit_peft.saving.folder`."""
         left = [(site, delta.compacted()) for site, delta in sites]
         ranks = {site.path or "*": len(delta.kept) for site, delta in left}
         if all(delta is old for (_, delta), (_, old) in zip(left, sites, strict=True)):
@@ -220,7 +220,7 @@ class AdaLoRA(TargetedMethod):
         return type(self)(**self.arguments() | {"rank_pattern": longest_first(ranks)}), left
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's ADALORA, its schedule in steps; see `lit_peft.methods.folder`."""
+        """HF PEFT's ADALORA, its schedule in steps; see `lit_peft.saving.folder`."""
         tensors = {f"{site.path}.{key}": value for site, delta in sites for key, value in delta.named_parameters()}
         steps = self.total_steps or 1000  # HF PEFT wants a number; `from_hf_peft` reads shares
         # By then it is only told how many ranks are left; the scaling stays that of init_r.
@@ -238,7 +238,7 @@ class AdaLoRA(TargetedMethod):
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same AdaLoRA; see `lit_peft.methods.folder`."""
+        """Arguments of the same AdaLoRA; see `lit_peft.saving.folder`."""
         r, steps = options["init_r"], options["total_step"]
         left = {key.removesuffix(".lora_E"): sum(kept) for key, kept in options["rank_pattern"].items()}
         return {

@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
-from lit_peft.methods import optimizers, seam
-from lit_peft.methods.checkpoint_file import check_hyperparameters
-from lit_peft.methods.gradients import GradientWatch
-from lit_peft.methods.pruning import Pruned, discount_checkpoints, restart_patience
-from lit_peft.methods.rates import check_layer_decay, check_patterns, check_rates, find_scales, finds_rate
+from lit_peft.training import optimizers, seam
+from lit_peft.training.gradients import GradientWatch
+from lit_peft.training.pruning import Pruned, discount_checkpoints, restart_patience
+from lit_peft.training.rates import check_layer_decay, check_patterns, check_rates, find_scales, finds_rate
 
 AdapterDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -210,7 +209,7 @@ class Method(pl.Callback):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments().items())})"
 
-    # ------------------------------------------------------------------------- Lightning's hooks, see seam.py
+    # ------------------------------------------------------------------------- Lightning's hooks, see training/seam.py
 
     @property
     def state_key(self) -> str:
@@ -220,7 +219,7 @@ class Method(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         seam.install(trainer, pl_module)
         if stage == "fit":
-            check_hyperparameters(trainer, pl_module)
+            seam.check_hyperparameters(trainer, pl_module)
             self._reached = None
 
     def state_dict(self) -> dict[str, Any]:

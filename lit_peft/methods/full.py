@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lit_peft.core.attach import Adapter
-from lit_peft.methods.averaging import is_a
 from lit_peft.methods.base import Method
-from lit_peft.methods.rates import base_depths
+from lit_peft.training.averaging import is_a
+from lit_peft.training.rates import base_depths
 
 
 class FullFineTuning(Method):

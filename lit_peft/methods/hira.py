@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
+from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod, check_range, check_rank
-from lit_peft.methods.hf_peft import stores_transposed
 
 
 class HiRA(TargetedMethod):
@@ -54,7 +54,7 @@ class HiRA(TargetedMethod):
         return HiRADelta(*site.size, self.r, self.dropout)
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's HIRA, which has linear layers and embeddings; see `lit_peft.methods.folder`."""
+        """HF PEFT's HIRA, which has linear layers and embeddings; see `lit_peft.saving.folder`."""
         tensors: dict[str, Tensor] = {}
         for site, delta in sites:
             ops = layer_ops(site.layer)
@@ -66,7 +66,7 @@ class HiRA(TargetedMethod):
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same HiRA; see `lit_peft.methods.folder`."""
+        """Arguments of the same HiRA; see `lit_peft.saving.folder`."""
         return {"r": options["r"], "dropout": options["hira_dropout"]}
 
 

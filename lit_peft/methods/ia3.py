@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta
+from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.kernels import scale_features
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod
-from lit_peft.methods.hf_peft import stores_transposed
 
 
 class IA3(TargetedMethod):
@@ -53,7 +53,7 @@ class IA3(TargetedMethod):
         return OutputScale(site.out_features)
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's IA3, whose vectors are rows or columns; see `lit_peft.methods.folder`."""
+        """HF PEFT's IA3, whose vectors are rows or columns; see `lit_peft.saving.folder`."""
         inputs = [site.path for site, delta in sites if isinstance(delta, InputScale)]
         outputs = [site.path for site, delta in sites if isinstance(delta, OutputScale)]
         tensors = {f"{site.path}.ia3_l": delta.row_or_column() for site, delta in sites}
@@ -64,7 +64,7 @@ class IA3(TargetedMethod):
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same IA3; see `lit_peft.methods.folder`."""
+        """Arguments of the same IA3; see `lit_peft.saving.folder`."""
         named = options["feedforward_modules"]
         if isinstance(named, str):
             return {"feedforward_modules": [path for path in paths if re.fullmatch(named, path)]}

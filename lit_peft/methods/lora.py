@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.hf_peft import match_pattern, stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import (
@@ -20,7 +21,6 @@ from lit_peft.methods.base import (
     check_range,
     check_rank,
 )
-from lit_peft.methods.hf_peft import match_pattern, stores_transposed
 
 
 class LoRA(TargetedMethod):
@@ -122,7 +122,7 @@ class LoRA(TargetedMethod):
         return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * self.loraplus_ratio}]
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's LORA; see `lit_peft.methods.folder`. Ranks and alphas are given by path where they differ."""
+        """HF PEFT's LORA; see `lit_peft.saving.folder`. Ranks and alphas are given by path where they differ."""
         alpha = 2 * self.r if self.alpha is None else self.alpha
         tensors: dict[str, Tensor] = {}
         for site, delta in sites:
@@ -148,7 +148,7 @@ class LoRA(TargetedMethod):
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same LoRA; see `lit_peft.methods.folder`."""
+        """Arguments of the same LoRA; see `lit_peft.saving.folder`."""
         if options["init_lora_weights"] not in (True, False, "gaussian", "eva", "orthogonal"):
             raise CheckpointMismatch(
                 f"init_lora_weights={options['init_lora_weights']!r} has changed the base too: save the adapter in HF "

@@ -53,7 +53,7 @@ class PTuning(PromptMethod):
 
     @classmethod
     def from_hf_peft(cls, options: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same prompt, whose network HF PEFT has dropped; see `lit_peft.methods.folder`."""
+        """Arguments of the same prompt, whose network HF PEFT has dropped; see `lit_peft.saving.folder`."""
         return super().from_hf_peft(options, paths) | {"reparametrise": False}
 
 

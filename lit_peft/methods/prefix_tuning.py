@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
+from lit_peft.core.hf_peft import PROMPT, find_root
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import TargetedMethod, check_range
-from lit_peft.methods.hf_peft import PROMPT, find_root
 from lit_peft.methods.prefix_attention import Prefix, check_implementation, register
 from lit_peft.methods.prefixes import (
     FreePrefix,
@@ -153,5 +153,5 @@ class PrefixTuning(TargetedMethod):
 
     @classmethod
     def from_hf_peft(cls, options: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same prefix, whose network HF PEFT has dropped; see `lit_peft.methods.folder`."""
+        """Arguments of the same prefix, whose network HF PEFT has dropped; see `lit_peft.saving.folder`."""
         return {"num_virtual_tokens": options["num_virtual_tokens"]}

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.hf_peft import PROMPT, find_root
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import Method, check_range
-from lit_peft.methods.hf_peft import PROMPT, find_root
 from lit_peft.methods.positions import argument_names, position_room, position_table
 from lit_peft.methods.prompts import CrossAttended, Prompt
 
@@ -94,7 +94,7 @@ class PromptMethod(Method):
 
     @classmethod
     def from_hf_peft(cls, options: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same prompt; see `lit_peft.methods.folder`."""
+        """Arguments of the same prompt; see `lit_peft.saving.folder`."""
         if (task := options["task_type"]) not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
             raise CheckpointMismatch(
                 f"HF PEFT's {task} moves the text's positions and lets the head read a virtual token, which "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft import hub
-from lit_peft.methods.hf_peft import find_root
+from lit_peft.core.hf_peft import find_root
 
 
 def token_ids(module: nn.Module, text: str, tokenizer: str | None, n: int) -> Tensor:

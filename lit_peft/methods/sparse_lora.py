@@ -13,7 +13,7 @@ from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import check_choice, check_positive, check_range, longest_first
 from lit_peft.methods.lora import LoRA, LoRADelta
-from lit_peft.methods.pruning import Pruned
+from lit_peft.training.pruning import Pruned
 
 GATE = 0.03
 """Where gates start. They act as `g / GATE`, so that training starts as LoRA's; Adam moves a parameter by about the
@@ -197,7 +197,7 @@ class SparseLoRA(LoRA):
     # ---------------------------------------------------------------------------------------------- folders
 
     def exported(self, sites: list[tuple[Site, Any]]) -> tuple["SparseLoRA", list[tuple[Site, Any]]]:
-        """What a folder holds in the place of this: the ranks that are left; see `lit_peft.methods.folder`."""
+        """What a folder holds in the place of this: the ranks that are left; see `lit_peft.saving.folder`."""
         left = [(site, delta.compacted(site, self.use_rslora)) for site, delta in sites]
         if all(len(d.lora_A) == len(old.lora_A) for (_, d), (_, old) in zip(left, sites, strict=True)):
             return self, left

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod, check_range
-from lit_peft.methods.hf_peft import stores_transposed
 
 
 class VeRA(TargetedMethod):
@@ -66,7 +66,7 @@ class VeRA(TargetedMethod):
         return VeRADelta(self._shared, site.path == self._holder, *site.size, self.d_initial, self.dropout)
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's VERA with its projections; see `lit_peft.methods.folder`."""
+        """HF PEFT's VERA with its projections; see `lit_peft.saving.folder`."""
         shared = sites[0][1].shared
         tensors = {"vera_A": shared.vera_A, "vera_B": shared.vera_B}
         for site, delta in sites:
@@ -82,7 +82,7 @@ class VeRA(TargetedMethod):
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-        """Arguments of the same VeRA; see `lit_peft.methods.folder`."""
+        """Arguments of the same VeRA; see `lit_peft.saving.folder`."""
         if not options["save_projection"]:
             raise CheckpointMismatch(
                 "The folder lacks vera_A and vera_B: save the adapter in HF PEFT with save_projection=True."

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_peft.methods.rates import param_groups
+from lit_peft.training.rates import param_groups
 
 Schedule = Literal["linear", "cosine", "constant"]
 

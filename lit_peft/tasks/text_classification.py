@@ -16,10 +16,10 @@ from torch.optim import AdamW
 from lit_peft import hub
 from lit_peft.core.checkpoint import read_archive
 from lit_peft.methods.base import check_positive, check_range
-from lit_peft.methods.folder import load
-from lit_peft.methods.rates import methods_on
 from lit_peft.metrics import classification_metrics
+from lit_peft.saving.folder import load
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
+from lit_peft.training.rates import methods_on
 
 Batch = dict[str, Tensor]
 BACKBONE_PATH = "backbone_path"

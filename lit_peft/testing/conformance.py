@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from lit_peft.core import hf_peft
 from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach, registry, set_active
 from lit_peft.core.checkpoint import read_folder
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
-from lit_peft.methods import hf_peft
 from lit_peft.methods.base import Method, TargetedMethod
-from lit_peft.methods.folder import load, save
 from lit_peft.methods.lora import LoRA
+from lit_peft.saving.folder import load, save
 from lit_peft.testing.compiling import assert_compiles
 from lit_peft.testing.fits import assert_resumes_exactly, assert_two_ranks_equal_one
 from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot

@@ -8,7 +8,7 @@ from torch import nn
 
 from lit_peft.core.attach import Adapter
 from lit_peft.methods.base import Method
-from lit_peft.methods.folder import load
+from lit_peft.saving.folder import load
 
 
 class AdapterFolder(Method):

@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.targets import find_parameters
-from lit_peft.methods.averaging import is_a
+from lit_peft.training.averaging import is_a
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -173,7 +173,7 @@ def methods_on(module: nn.Module) -> list["Method"]:
 def _method(module: nn.Module, adapter: Adapter) -> "Method":
     """The method of an adapter: the trainer's own, which may have planned by its sites, or one made from the record."""
     from lit_peft.methods.registry import method_class
-    from lit_peft.methods.seam import methods_of
+    from lit_peft.training.seam import methods_of
 
     for method in methods_of(module) if hasattr(module, "_trainer") else ():
         if method.name == adapter.name:

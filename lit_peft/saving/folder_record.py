@@ -15,7 +15,7 @@ from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, read_folder, record
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
-from lit_peft.methods.hf_peft import Root, is_inside
+from lit_peft.core.hf_peft import Root, is_inside
 
 RECORD = "lit_peft"
 """Key of our own record in the metadata of the tensor file, where HF PEFT does not look."""

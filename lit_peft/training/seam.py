@@ -7,7 +7,9 @@ weights -> precision's convert_module -> configure_optimizers -> on_fit_start ->
 import errno
 import functools
 import importlib
+import io
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,9 +35,9 @@ from lit_peft.core.checkpoint import (
     take_moved,
 )
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
-from lit_peft.methods import rates
-from lit_peft.methods.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
-from lit_peft.methods.optimizers import BEGAN, BUILT, check_began
+from lit_peft.training import rates
+from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
+from lit_peft.training.optimizers import BEGAN, BUILT, check_began
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -285,6 +287,26 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def check_hyperparameters(trainer: Any, module: Any) -> None:
+    """Refuses hyperparameters with which a checkpoint could be written and not be read: objects of other classes.
+
+    Raises:
+        ValueError: Naming the first of the module or the data module, and the way out.
+    """
+    for owner in (module, trainer.datamodule) if trainer.checkpoint_callbacks else ():
+        for name, value in getattr(owner, "hparams", {}).items():
+            file = io.BytesIO()
+            try:
+                torch.save(value, file)
+                torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            except (pickle.PickleError, AttributeError, TypeError):
+                raise ValueError(
+                    f"{type(owner).__name__} keeps {name!r}, of the class {type(value).__name__}, as a hyperparameter: "
+                    "a checkpoint with it could not be read again. Leave it out, "
+                    f"self.save_hyperparameters(ignore=[{name!r}])."
+                ) from None
 
 
 def guard_load_from_checkpoint(saving: Any) -> None:

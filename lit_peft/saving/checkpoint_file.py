@@ -1,8 +1,6 @@
 """A run's checkpoint outside of a trainer: attaches the methods that it records and loads what they trained."""
 
-import io
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,23 +111,3 @@ def _fill(
     with torch.no_grad():
         for key, tensor in tensors.items():
             places[key].copy_(tensor)
-
-
-def check_hyperparameters(trainer: Any, module: Any) -> None:
-    """Refuses hyperparameters with which a checkpoint could be written and not be read: objects of other classes.
-
-    Raises:
-        ValueError: Naming the first of the module or the data module, and the way out.
-    """
-    for owner in (module, trainer.datamodule) if trainer.checkpoint_callbacks else ():
-        for name, value in getattr(owner, "hparams", {}).items():
-            file = io.BytesIO()
-            try:
-                torch.save(value, file)
-                torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-            except (pickle.PickleError, AttributeError, TypeError):
-                raise ValueError(
-                    f"{type(owner).__name__} keeps {name!r}, of the class {type(value).__name__}, as a hyperparameter: "
-                    "a checkpoint with it could not be read again. Leave it out, "
-                    f"self.save_hyperparameters(ignore=[{name!r}])."
-                ) from None

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core import hf_peft
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import Adapter, check_attachable, detach, registry
 from lit_peft.core.buffers import moving_buffers
@@ -46,15 +47,15 @@ from lit_peft.core.checkpoint import (
     unpack_mask,
     write_folder,
 )
+from lit_peft.core.hf_peft import find_root, is_inside
 from lit_peft.core.swap import buffers_beside, check_unmerged
 from lit_peft.core.targets import Site, make_site
-from lit_peft.methods import hf_peft, seam
 from lit_peft.methods.base import Method
-from lit_peft.methods.checkpoint_file import load_checkpoint
-from lit_peft.methods.folder_record import RECORD, check_base, compare_halves, make_record, open_folder
-from lit_peft.methods.hf_peft import find_root, is_inside
 from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
+from lit_peft.saving.checkpoint_file import load_checkpoint
+from lit_peft.saving.folder_record import RECORD, check_base, compare_halves, make_record, open_folder
+from lit_peft.training import seam
 
 # ---------------------------------------------------------------------------------------------------- save
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lit_peft.core.attach import registry
 from lit_peft.faults import TrainingFault
-from lit_peft.methods import rates
+from lit_peft.training import rates
 
 BUILT, BEGAN = "_lit_peft_built", "_lit_peft_began"
 """Where a module keeps the settings of its optimizers as they were built, and as they were when its run began."""

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lit_peft.methods.averaging import is_a
+from lit_peft.training.averaging import is_a
 
 
 @dataclass(frozen=True)

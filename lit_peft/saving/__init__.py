@@ -1,0 +1,1 @@
+"""Adapter folders, ours and HF PEFT's, and checkpoints outside of a trainer."""
