@@ -14,7 +14,7 @@ import lit_peft
 from lit_peft.core.attach import detach, registry
 from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys
 from lit_peft.core.fingerprint import fingerprint
-from lit_peft.methods import IA3, BitFit, FullFineTuning, LinearProbe
+from lit_peft.methods import IA3, BitFit, FullFineTuning, LinearProbe, LoRA
 from lit_peft.testing.conformance import assert_same, snapshot
 
 WAYS = {
@@ -287,3 +287,55 @@ def test_digests_of_buffers_do_not_depend_on_the_dtype():
     assert {"norm.running_mean", "norm.running_var", "white.mean", "white.table"} <= digests.keys()
     assert not {"norm.num_batches_tracked", "white.seen", "steps"} & digests.keys()
     assert fingerprint(module.to(torch.bfloat16)) == digests
+
+
+class Odd(nn.Module):
+    """A frozen layer with buffers that are no plain tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_buffer("phase", torch.ones(4, dtype=torch.complex64).conj())
+        self.register_buffer("mask", None)
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.full((4,), 0.5)
+        return torch.sparse.mm(self.adjacency, (x @ self.weight).t()).t() * self.mask * self.expanded
+
+
+def test_buffers_that_are_sparse_expanded_conjugate_or_made_on_first_use_do_no_harm(tmp_path):
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Odd(), nn.Linear(4, 2))
+
+    module, x = net(), torch.randn(3, 4)
+    method = LoRA(r=2, target_modules=["1"])
+    method.attach(module)
+    nn.init.ones_(module[1].peft["default"].lora_B)
+    expected = module(x)
+    lit_peft.save(module, tmp_path / "folder")
+    loaded = net()
+    lit_peft.load(loaded, tmp_path / "folder")
+    assert torch.equal(loaded(x), expected)
+    method.detach(module)
+    assert torch.equal(module(x), net()(x))
+
+
+def test_a_buffer_may_hold_what_no_parameter_may(tmp_path):
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), Masked())
+
+    module = net()
+    LoRA(r=2, target_modules=["0"], train_also=["1"]).attach(module)
+    lit_peft.save(module, tmp_path / "folder")
+    lit_peft.load(loaded := net(), tmp_path / "folder")
+    assert torch.equal(loaded[1].mask, module[1].mask)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_peft import DoRA
+from lit_peft import DoRA, LoRA
 from lit_peft.core.layers import layer_ops
 from lit_peft.methods import dora
 from lit_peft.testing.conformance import perturb
@@ -171,3 +171,15 @@ def test_a_row_of_zeros_stays_one():
     torch.testing.assert_close(y, base)
     y.sum().backward()
     assert all(t.grad.isfinite().all() for t in (x, *trained(module)))
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_a_second_derivative_through_the_node_is_refused(method, monkeypatch):
+    """The casts of the factors lie inside of it: it would be wrong in bfloat16."""
+    monkeypatch.setattr("lit_peft.methods.lora.LoRADelta.fused_from", 0)
+    monkeypatch.setattr("lit_peft.methods.dora.DoRADelta.fused_from", 0)
+    net, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8, requires_grad=True)
+    method(r=2, dropout=0.0, target_modules=["0"]).attach(net)
+    (dx,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()

@@ -110,8 +110,16 @@ EDITS = {
     "transposed": (config, {"fan_in_fan_out": True}, "fan_in_fan_out is true, and the record means false"),
     "more": (config, {"use_dora": True}, "use_dora is true, and the record does not have it"),
     "no pattern": (config, {"rank_pattern": [1]}, rf"{CONFIG}: rank_pattern must be an object, not \[1\]"),
-    "nan": (tensor, {"key": A, "value": torch.full((2, 4), torch.nan)}, rf"{TENSORS}: {A} holds nan or inf"),
-    "inf": (tensor, {"key": A, "value": torch.full((2, 4), -torch.inf)}, rf"{TENSORS}: {A} holds nan or inf"),
+    "nan": (
+        tensor,
+        {"key": A, "value": torch.full((2, 4), torch.nan)},
+        r"first\.lora_A\.weight holds nan or inf",
+    ),
+    "inf": (
+        tensor,
+        {"key": A, "value": torch.full((2, 4), -torch.inf)},
+        r"first\.lora_A\.weight holds nan or inf",
+    ),
     "a tensor too few": (tensor, {"key": A, "value": None}, r"lacks first\.lora_A\.weight"),
     "a tensor too many": (tensor, {"key": A + "x", "value": torch.ones(2)}, r"holds first\.lora_A\.weightx, which"),
     "a tensor of the head": (tensor, {"key": "base_model.model.head.bias", "value": None}, r"holds no head\.bias"),

@@ -207,3 +207,12 @@ def test_a_split_that_is_named_for_other_data_is_read(tmp_path: Path, tokenizer:
     other.remember({}, named=True)
     with pytest.raises(ValueError, match=r"No split 'tset' in .* \(--data\.test_split; cut: .*\); there are: train"):
         other.test_dataloader()
+
+
+def test_a_module_that_only_tested_records_nothing(tmp_path: Path, tokenizer: str) -> None:
+    """Its rows did not train, whatever a checkpoint is saved for that holds its state."""
+    data = module(write(tmp_path / "mine.csv", rows(*range(60))), tokenizer, "test")
+    data.test_dataloader()
+    assert data.state_dict() == {}
+    data.setup("fit")
+    assert data.state_dict()["rows"] == 60

@@ -214,3 +214,15 @@ def test_a_run_tells_what_is_left_of_the_checkpoint_that_it_tested(tmp_path, cap
     assert metrics["adapter/left"] == gates["best"] > gates["last"] == 32
     assert metrics["adapter/sparsity"] == pytest.approx(1 - gates["best"] / 64)
     assert re.search(rf"pruned +{gates['best']} of 64 ranks left \({gates['best'] / 64:.0%}\)", capsys.readouterr().out)
+
+
+@ALL
+def test_early_stopping_waits_where_epochs_are_not_validated(make):
+    class Rising(Worse):
+        def training_step(self, batch, index):
+            self.log("train/worse", float(self.current_epoch), on_step=False, on_epoch=True)
+            return super().training_step(batch, index)
+
+    stopper = EarlyStopping("train/worse", patience=1, check_on_train_epoch_end=True)
+    fit(method := make(), stopper, module=(module := Rising()), check_val_every_n_epoch=5)
+    assert method.pruned(module).reached

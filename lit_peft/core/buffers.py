@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 
 def base_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer, of those that a state dict holds and that no addition brought; a shared one once."""
+    """Name -> buffer, of those that a state dict holds and that no addition brought; a shared one once.
+
+    Sparse and quantised ones, which have no plain storage to be compared, are left alone.
+    """
     found: dict[str, Tensor] = {}
     for path, child in module.named_modules():
         if ".peft." in f".{path}.":
             continue
         for key, buffer in child._buffers.items():
-            if buffer is not None and key not in child._non_persistent_buffers_set:
+            plain = buffer is not None and buffer.layout is torch.strided and not buffer.is_quantized
+            if plain and key not in child._non_persistent_buffers_set:
                 found[f"{path}.{key}".lstrip(".")] = buffer
     return found
 
@@ -38,35 +42,38 @@ def moving_buffers(module: nn.Module, adapters: Iterable["Adapter"]) -> set[str]
 
 
 def moved_buffers(module: nn.Module, originals: Mapping[str, Tensor]) -> set[str]:
-    """Names of base buffers that hold other bits than their originals, or have none to be compared with.
+    """Names of base buffers that hold other bits than their originals.
 
-    By content: an assignment, `.data` and a move to another device leave no trace that could be read instead. Each
-    buffer comes to the host for it; where some are sharded, every rank calls.
+    One without an original was made on first use, and will be again. By content: an assignment, `.data` and a move to
+    another device leave no trace that could be read instead. Each buffer comes to the host for it; where some are
+    sharded, every rank calls.
     """
-    return {
-        name for name, buffer in base_buffers(module).items() if not _holds(whole(buffer.detach()), originals.get(name))
-    }
+    buffers = ((name, buffer) for name, buffer in base_buffers(module).items() if name in originals)
+    return {name for name, buffer in buffers if not _holds(whole(buffer.detach()), originals[name])}
 
 
-def _holds(buffer: Tensor, original: Tensor | None) -> bool:
-    if original is None or buffer.is_meta:
-        return buffer.is_meta
+def _holds(buffer: Tensor, original: Tensor) -> bool:
+    if buffer.is_meta:
+        return True
     if original.shape != buffer.shape:
         return False
-    pair = (tensor.cpu().contiguous().reshape(-1) for tensor in (original.to(buffer.dtype), buffer))
+    pair = (t.cpu().resolve_conj().contiguous().reshape(-1) for t in (original.to(buffer.dtype), buffer))
     a, b = (tensor.view(torch.uint8) for tensor in pair)  # bits: a NaN equals itself
     return torch.equal(a, b)
 
 
 def put_back(module: nn.Module, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
     """Gives these buffers their first values, where there is a copy of them; dtype and device stay as they are."""
+    layers = dict(module.named_modules())
     for name in names:
-        if name not in originals:
-            continue
         owner, _, key = name.rpartition(".")
-        layer, first = module.get_submodule(owner), originals[name]
+        if name not in originals or owner not in layers:
+            continue
+        layer, first = layers[owner], originals[name]
         buffer = layer._buffers.get(key)
         if buffer is not None and buffer.shape == first.shape:
+            if _holds(whole(buffer.detach()), first):
+                continue  # an expanded one cannot be written to, either
             buffer.detach().copy_(sharded_like(first.to(buffer.device), buffer))
         else:  # another tensor took its place
             layer._buffers[key] = first.to(first.device if buffer is None else buffer.device, copy=True)

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,6 +85,20 @@ def take_moved(module: nn.Module, saved: Mapping[str, Any]) -> None:
     state = _require(module)
     state.moved = set(saved.get("moved", ()))
     put_back(module, base_buffers(module).keys() - fixed_keys(module) - state.moved, state.originals)
+
+
+def add_moved(module: nn.Module, moved: set[str]) -> None:
+    """Notes that an adapter which was loaded into a module moved these buffers of the base, and warns where it shares
+    them with another adapter: there is one of each.
+    """
+    state = _require(module)
+    state.moved |= moved
+    if state.moved and len(state.adapters) > 1:
+        warnings.warn(
+            f"Training moved {min(state.moved)}, a buffer of the base, and several adapters are on it now: whichever "
+            "is active, the buffer is as the one loaded last has it.",
+            stacklevel=3,
+        )
 
 
 def check_record(
@@ -318,7 +333,4 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         raise CheckpointMismatch(f"{where} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointMismatch(f"{folder}/adapter_config.json holds {type(config).__name__}, not an object.")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise CheckpointMismatch(f"{where}: {key} holds nan or inf: its training diverged, or it is damaged.")
     return config, tensors, metadata

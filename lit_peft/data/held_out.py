@@ -71,6 +71,7 @@ class HeldOutDataModule(TextDataModule):
         self.val_fraction = val_fraction
         self._history: Mapping[str, Any] | None = None
         self._named = False
+        self._fitted = False
 
     # ------------------------------------------------------------------------------------- of a subclass
 
@@ -125,6 +126,7 @@ class HeldOutDataModule(TextDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":
+            self._fitted = True
             self.remember(None)
         super().setup(stage)
 
@@ -206,7 +208,8 @@ class HeldOutDataModule(TextDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoints of a fit: what decides which rows of which data train, and which rows these are."""
-        if "train" not in vars(self).get("_splits", ()):
+        fits = self._fitted or (self.trainer is not None and self.trainer.state.fn == "fit")
+        if not fits or "train" not in vars(self).get("_splits", ()):
             return {}
         path = Path(self.path).expanduser()
         where = str(path.resolve()) if self.path != hub.DEMO and path.exists() else self.path

@@ -268,8 +268,11 @@ class Method(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
             self._choose_anew(trainer, pl_module)
+        elif not self._has_reached(pl_module):  # early stopping may look at epochs in which nothing is validated
+            restart_patience(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watch.finish()
         self._warn_unless_reached(pl_module, "Training ended")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

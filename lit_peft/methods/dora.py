@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lit_peft.core.addition import Call
 from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features
@@ -104,6 +105,7 @@ class DoRAFunction(torch.autograd.Function):
         return scale(z, m, norm, b)
 
     @staticmethod
+    @once_differentiable  # the norm is a constant to it
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, m, norm, b, *kept = ctx.saved_tensors
         dz, dm, _ = scale_backward(grads[0], z, m, norm, b)

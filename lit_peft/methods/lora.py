@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
@@ -250,6 +251,7 @@ class LoRAFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # its casts have no gradient of their own
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None
 

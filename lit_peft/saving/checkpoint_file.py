@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.attach import Adapter, detach, registry
 from lit_peft.core.buffers import base_buffers, moving_buffers
-from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, fixed_keys, read_archive
+from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, add_moved, fixed_keys, read_archive
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.methods.registry import method_class
 
@@ -107,7 +107,7 @@ def _fill(
             raise CheckpointMismatch(
                 f"{where}: {key} has shape {list(tensor.shape)}, and {list(places[key].shape)} in the module."
             )
-    state.moved |= moved
+    add_moved(module, moved)
     with torch.no_grad():
         for key, tensor in tensors.items():
             places[key].copy_(tensor)

@@ -43,6 +43,7 @@ from lit_peft.core.attach import Adapter, check_attachable, detach, registry
 from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import (
     CheckpointMismatch,
+    add_moved,
     pack_mask,
     unpack_mask,
     write_folder,
@@ -254,6 +255,9 @@ def _load_folder(
         check_base(mine, module, root)
     base, changes = hf_peft.split(root.model, config, tensors)
     paths = hf_peft.site_paths(root.model, changes)
+    for key, tensor in (*changes.items(), *((key, base[key]) for key in (mine or {}).get("base", ()) if key in base)):
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointMismatch(f"{key} holds nan or inf: its training diverged, or the folder is damaged.")
     if mine is not None:
         (spec,) = mine["methods"].values()
         trains, head, arguments = mine["base"], mine["head"], spec["init_args"]
@@ -311,7 +315,7 @@ def _load_folder(
         if (moved or adapter.update_norm_stats) and (lost := moving - base.keys()):
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")
         _fill_base(root.model, trains, base, moving)
-        registry(module).moved.update(map(root.outside, moved))  # type: ignore[union-attr]
+        add_moved(module, {root.outside(key) for key in moved})
     except Exception:
         detach(module, name)
         raise

@@ -37,7 +37,7 @@ class AveragedAdapters(Swapped):
         finally:
             average.module = whole
         for i, was in before.items():
-            mine[i].copy_(torch.where(theirs[i] == was, was, mine[i]))
+            mine[i].copy_(torch.where(theirs[i].to(was.device) == was, was, mine[i]))
         for old, new in zip(mine, theirs, strict=True):
             if not old.is_floating_point():
                 old.copy_(new)

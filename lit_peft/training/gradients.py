@@ -28,7 +28,8 @@ class GradientWatch:
     def __init__(self, method: "Method") -> None:
         self.method = method
         self._steps: Counter[int] = Counter()
-        self._silent: dict[int, set[str]] = {}
+        self._absent: dict[int, set[str]] = {}
+        self._zero: dict[int, set[str]] = {}
 
     @property
     def ended(self) -> bool:
@@ -38,12 +39,13 @@ class GradientWatch:
     def step(self, module: nn.Module, optimizer: Optimizer) -> None:
         """Looks at the gradients with which an optimizer is about to step.
 
-        Base parameters that train are only warned about: a model may hold some that its loss does not use. So are
-        tensors of an adapter whose gradient is zero where that of others is not.
+        A layer may be left out of some steps (layer drop, an expert without tokens), and a gradient be zero for long
+        (a margin that is kept): what has been zero throughout is warned about, as are base parameters without one, as a
+        loss need not use them all.
 
         Raises:
-            TrainingFault: A tensor of the adapter has no gradient in the first two steps, or none of them has one other
-                than zero in all of those watched.
+            TrainingFault: None of the tensors has a gradient in the first two steps, or one of the adapter has none in
+                all that are watched.
         """
         state, key = registry(module), id(optimizer)
         step = self._steps[key]
@@ -55,23 +57,34 @@ class GradientWatch:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = {name: module.get_parameter(name) for name in sorted(additions | set(adapter.base))}
         watched = {n: p for n, p in parameters.items() if id(p) in held and not self.method.lacks_gradient(n)}
-        if step < 2:
-            without = [name for name, p in watched.items() if p.grad is None]
-            lost = [name for name in without if name in additions]
-            if lost or (without and len(without) == len(watched)):
-                raise TrainingFault(
-                    f"{len(lost or without)} tensors of {self.method.name!r} got no gradient, {(lost or without)[0]} "
-                    "among them: they would never be trained. Is the layer used in the forward pass? With gradient "
-                    "checkpointing, use use_reentrant=False."
-                )
-        silent = self._silent.setdefault(key, set(watched)) & watched.keys()
-        self._silent[key] = silent = {n for n in silent if (g := watched[n].grad) is None or not g.any()}
-        if step + 1 < WATCHED or not silent:
-            return
-        if additions & watched.keys() and silent >= additions & watched.keys():
+        absent = self._absent[key] = {
+            name for name in self._absent.get(key, watched.keys()) if name in watched and watched[name].grad is None
+        }
+        self._zero[key] = {
+            name for name in self._zero.get(key, watched.keys()) if name in watched and not _moves(watched[name])
+        }
+        none_at_all = step < 2 and absent >= (additions & watched.keys() or watched.keys())
+        lost = absent if none_at_all else absent & additions
+        if lost and (none_at_all or step + 1 == WATCHED):
             raise TrainingFault(
-                f"All tensors of {self.method.name!r} have had a gradient of zero in {WATCHED} steps: the loss does "
-                "not depend on the layers that are adapted."
+                f"{len(lost)} tensors of {self.method.name!r} got no gradient, {min(lost)} among them: they would "
+                "never be trained. Is the layer used in the forward pass? With gradient checkpointing, use "
+                "use_reentrant=False."
             )
-        shown = ", ".join(sorted(silent)[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-        warnings.warn(f"Trained, but without a gradient other than zero in {WATCHED} steps: {shown}.", stacklevel=2)
+        if step + 1 == WATCHED:
+            self.finish()
+
+    def finish(self) -> None:
+        """Warns, once, of what has had no gradient other than zero so far, if that was more than one step.
+
+        In the first it may be by design: a factor that starts at zero hides its partner's.
+        """
+        for key, steps in self._steps.items():
+            if steps > 1 and (silent := sorted(self._zero.pop(key, ()))):
+                shown = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+                told = f"Trained, but without a gradient other than zero in {steps} steps: {shown}."
+                warnings.warn(told, stacklevel=2)
+
+
+def _moves(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
