@@ -19,6 +19,8 @@ from lit_peft.methods.registry import available, find
 
 CLASSES = ("model", "data", "method")
 FIXED = {"trainer": pl.Trainer, "early_stopping": EarlyStopping, "checkpoint": ModelCheckpoint}
+OTHERS = ("trainer.callbacks", "trainer.logger")
+"""Options that name a class, too."""
 KEYS = ("seed_everything", "ckpt_path", "resume_every", "base_test", "predictions")
 FLAGS = ("config", "run", "adapter", "text", "text_pair", *KEYS)
 OPTIMIZER = ("optimizer", "lr_scheduler")
@@ -151,6 +153,10 @@ def _listed(known: Sequence[str], most: int = 14) -> str:
 
 def _required(arguments: Sequence[str], names: str) -> str:
     missing = [name.rpartition(".")[2] for name in names.split(", ")]
+    if missing[0] not in CLASSES:  # an argument of a class that was named
+        others = [flag for _, _, flag, _ in options(arguments) if flag.lstrip("-") in OTHERS]
+        homes = [f"--{section}" for section in CLASSES if missing[0] in _parameters(arguments, section)] or others
+        return f"{missing[0]} has no default: give {homes[-1] if homes else '--model'}.{missing[0]} VALUE."
     return (
         f"nothing says which {', '.join(missing)} to use. Name a configuration, --config quickstart for "
         f"instance, or give --{' … --'.join(missing)} ….\nConfigurations: {', '.join(configs())}."
