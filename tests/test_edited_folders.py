@@ -167,6 +167,19 @@ def test_an_edited_folder_of_hf_peft_is_refused_by_name(entries, message, whole,
     assert registry(module) is None
 
 
+@pytest.mark.parametrize("form", ["ours", "HF PEFT's"])
+@pytest.mark.parametrize("of", ["lora_A", "head.weight"])
+def test_what_is_not_finite_is_refused_in_folders_of_either(form, of, tmp_path):
+    LoRA(r=2, target_modules=["first"], train_also=["head"]).attach(module := Net())
+    folder = lit_peft.save(module, tmp_path / "folder")
+    (key,) = [key for key in load_file(folder / TENSORS) if of in key]
+    tensor(folder, key, torch.full_like(load_file(folder / TENSORS)[key], torch.nan))
+    if form == "HF PEFT's":
+        save_file(load_file(folder / TENSORS), folder / TENSORS)
+    with pytest.raises(CheckpointMismatch, match=rf"{of}\S* holds nan or inf"):
+        lit_peft.load(Net(), folder)
+
+
 def test_what_changes_nothing_may_be_edited(whole, tmp_path):
     folder = shutil.copytree(whole["LoRA"][0], tmp_path / "edited")
     targets = ["second", "first"]

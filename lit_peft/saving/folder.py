@@ -255,9 +255,6 @@ def _load_folder(
         check_base(mine, module, root)
     base, changes = hf_peft.split(root.model, config, tensors)
     paths = hf_peft.site_paths(root.model, changes)
-    for key, tensor in (*changes.items(), *((key, base[key]) for key in (mine or {}).get("base", ()) if key in base)):
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise CheckpointMismatch(f"{key} holds nan or inf: its training diverged, or the folder is damaged.")
     if mine is not None:
         (spec,) = mine["methods"].values()
         trains, head, arguments = mine["base"], mine["head"], spec["init_args"]
@@ -268,6 +265,9 @@ def _load_folder(
     parameters = dict(root.model.named_parameters(remove_duplicate=False))
     if missing := [key for key in trains if key not in base or key not in parameters]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
+    for key, tensor in (changes | {key: base[key] for key in trains}).items():  # a buffer may hold inf, as a mask does
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointMismatch(f"{key} holds nan or inf: its training diverged, or the folder is damaged.")
     cls: Any = method_class(spec["class_path"])
     form: Any = (
         hf_peft.OwnForm if mine is not None and config.get("peft_type") == hf_peft.OwnForm.hf_peft["peft_type"] else cls
