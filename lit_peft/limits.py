@@ -8,7 +8,6 @@ from typing import Any, Union, get_args, get_origin
 from lit_peft.methods.base import Method, check_positive, check_range
 
 LEAST = {
-    "seed_everything": 0,
     "trainer.accumulate_grad_batches": 1,
     "trainer.check_val_every_n_epoch": 1,
     "trainer.gradient_clip_val": 0,
@@ -28,8 +27,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
     """
 
     def given(key: str) -> Any:
-        section, _, name = key.rpartition(".")
-        return ((config.get(section) or {}) if section else config).get(name)
+        section, _, name = key.partition(".")
+        return (config.get(section) or {}).get(name)
 
     for key, least in LEAST.items():
         if (value := given(key)) is not None and not isinstance(value, bool):

@@ -1,6 +1,7 @@
 """What other packages print and nobody can act on, kept off the command line."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-HERE = str(Path(__file__).parent)
+HERE = f"{Path(__file__).parent}{os.sep}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def module(path: Path, tokenizer: str, verb: str, **options: Any) -> TextClassif
 def trained(path: Path, tokenizer: str, **options: Any) -> dict[str, Any]:
     """What the checkpoints of a fit hold of its data, as read from a file."""
     data = module(path, tokenizer, "fit", **options)
-    assert len(data._splits["train"])
+    data.setup("fit")
     torch.save(data.state_dict(), path.with_suffix(".pt"))
     return torch.load(path.with_suffix(".pt"), weights_only=True)
 

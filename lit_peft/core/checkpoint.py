@@ -60,13 +60,17 @@ def adapter_keys(module: nn.Module) -> set[str]:
     return fixed_keys(module) | (state.moved & base_buffers(module).keys())
 
 
-def record(module: nn.Module) -> dict[str, Any]:
+def record(module: nn.Module, keys: set[str]) -> dict[str, Any]:
     """The entry that goes with an adapter's tensors.
 
     Format, methods and arguments; the buffers that moved beyond the fixed keys; and the fingerprint of the frozen
     base, as it was when the first adapter came, without what goes with the adapter.
+
+    Args:
+        module: The adapted module.
+        keys: Its `adapter_keys`, which cost a look at every buffer.
     """
-    state, keys = _require(module), adapter_keys(module)
+    state = _require(module)
     return {
         "format_version": FORMAT_VERSION,
         "methods": {name: adapter.spec for name, adapter in state.adapters.items()},
@@ -313,7 +317,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
 
     Raises:
         FileNotFoundError: When a file is missing.
-        CheckpointMismatch: When a file is truncated or is not what its name says, or a tensor is not finite.
+        CheckpointMismatch: When a file is truncated or is not what its name says.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 MERGED_KEY = "_lit_peft_merged"
-"""Where a module keeps what `unmerge` needs."""
+"""Where a module keeps what `unmerge` needs. Here, since `attach` asks for it and `merge` stands on `attach`."""
 
 
 class Swapped:

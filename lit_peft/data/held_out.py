@@ -208,8 +208,7 @@ class HeldOutDataModule(TextDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoints of a fit: what decides which rows of which data train, and which rows these are."""
-        fits = self._fitted or (self.trainer is not None and self.trainer.state.fn == "fit")
-        if not fits or "train" not in vars(self).get("_splits", ()):
+        if not self._fitted:
             return {}
         path = Path(self.path).expanduser()
         where = str(path.resolve()) if self.path != hub.DEMO and path.exists() else self.path

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_peft.core.addition import Call
 from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features
-from lit_peft.core.layers import LayerOps, layer_ops
+from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.lora import LoRA, LoRADelta, LoRAFunction
 
@@ -87,20 +87,12 @@ class DoRAFunction(torch.autograd.Function):
     """LoRA's function and what scales its output as one node, `y = m / |V| (W x + s B A d) + b`; keeps `z` as well."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        layer: nn.Module,
-        ops: LayerOps,
-        s: float,
-        m: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *low_rank, m = inputs  # what `LoRAFunction` takes, and `m`
+        x, _, A, B, layer, ops, s = low_rank
         W, b = ops.matrix(layer), ops.bias(layer)
         z, norm = ops.apply(layer, x, W, b), row_norms(W, A, B, s)
-        kept = LoRAFunction.add_change(ctx, z, x, dropped, A, B, layer, ops, s)
+        kept = LoRAFunction.add_change(ctx, z, *low_rank)
         ctx.save_for_backward(z, m, norm, b, *kept)
         return scale(z, m, norm, b)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.buffers import moving_buffers
-from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, read_folder, record
+from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, adapter_keys, read_folder, record
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.hf_peft import Root, is_inside
 
@@ -87,7 +87,7 @@ def make_record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, An
         root: The model in it.
         adapter: The registry's record.
     """
-    entry, state = record(module), registry(module)
+    entry, state = record(module, adapter_keys(module)), registry(module)
     assert state is not None
     told = module.folder_record() if hasattr(type(module), "folder_record") else {}  # type: ignore[operator]
     moved = sorted(state.moved - moving_buffers(module, state.adapters.values()))

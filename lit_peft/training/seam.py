@@ -104,9 +104,10 @@ class AdaptedLightningModule(Swapped):
         if module.trainer.state.fn == "fit":
             take_average(checkpoint, module.trainer)
             state.moved |= averaged_moved(module.trainer)
-        leave_base_out(checkpoint, adapter_keys(module))
+        keys = adapter_keys(module)
+        leave_base_out(checkpoint, keys)
         prepared = [adapter.name for adapter in state.adapters.values() if adapter.prepared]
-        checkpoint["lit_peft"] = record(module) | {"prepared": prepared, "optimizers": module.__dict__.get(BEGAN)}
+        checkpoint["lit_peft"] = record(module, keys) | {"prepared": prepared, "optimizers": module.__dict__.get(BEGAN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
