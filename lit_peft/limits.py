@@ -5,7 +5,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
-from lit_peft.methods.base import Method, check_positive, check_range
+from lit_peft.methods.base import Method
+from lit_peft.methods.checks import check_positive, check_range
 
 LEAST = {
     "trainer.accumulate_grad_batches": 1,

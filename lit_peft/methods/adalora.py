@@ -13,15 +13,8 @@ from lit_peft.core.layers import layer_ops
 from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.targets import Site
 from lit_peft.faults import TrainingFault
-from lit_peft.methods.base import (
-    TargetedMethod,
-    by_pattern,
-    check_pattern,
-    check_positive,
-    check_range,
-    check_rank,
-    longest_first,
-)
+from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.checks import by_pattern, check_pattern, check_positive, check_range, check_rank, longest_first
 from lit_peft.training.pruning import Pruned
 
 _SAME = {

@@ -12,7 +12,8 @@ from lit_peft.core.addition import Addition, Call
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.passing import InputReader, PassedInput
 from lit_peft.core.targets import Site, closest_site, sites_of_role
-from lit_peft.methods.base import TargetedMethod, check_choice, check_positive, check_range
+from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.checks import check_choice, check_positive, check_range
 
 PLACEMENTS = {"houlsby": ("output", "ffn_down"), "pfeiffer": ("ffn_down",), "parallel": ("ffn_down",)}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,7 +12,8 @@ from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
 from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_range, check_rank
+from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.checks import check_range, check_rank
 
 
 class HiRA(TargetedMethod):

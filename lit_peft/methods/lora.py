@@ -13,15 +13,8 @@ from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.hf_peft import match_pattern, stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import (
-    TargetedMethod,
-    by_pattern,
-    check_choice,
-    check_pattern,
-    check_positive,
-    check_range,
-    check_rank,
-)
+from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.checks import by_pattern, check_choice, check_pattern, check_positive, check_range, check_rank
 
 
 class LoRA(TargetedMethod):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import check_range
+from lit_peft.methods.checks import check_range
 from lit_peft.methods.prompt_method import PromptMethod
 from lit_peft.methods.prompt_tuning import PromptVectors
 from lit_peft.methods.prompts import Prompt

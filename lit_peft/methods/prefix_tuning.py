@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lit_peft.core.addition import Addition
 from lit_peft.core.hf_peft import PROMPT, find_root
 from lit_peft.core.targets import Site, make_site
-from lit_peft.methods.base import TargetedMethod, check_range
+from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.checks import check_range
 from lit_peft.methods.prefix_attention import Prefix, check_implementation, register
 from lit_peft.methods.prefixes import (
     FreePrefix,

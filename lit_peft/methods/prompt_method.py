@@ -10,7 +10,8 @@ from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.hf_peft import PROMPT, find_root
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site, make_site
-from lit_peft.methods.base import Method, check_range
+from lit_peft.methods.base import Method
+from lit_peft.methods.checks import check_range
 from lit_peft.methods.positions import argument_names, position_room, position_table
 from lit_peft.methods.prompts import CrossAttended, Prompt
 

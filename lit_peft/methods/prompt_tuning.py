@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import check_choice
+from lit_peft.methods.checks import check_choice
 from lit_peft.methods.prompt_method import PromptMethod
 from lit_peft.methods.prompt_text import token_ids
 from lit_peft.methods.prompts import Prompt

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import check_choice, check_positive, check_range, longest_first
+from lit_peft.methods.checks import check_choice, check_positive, check_range, longest_first
 from lit_peft.methods.lora import LoRA, LoRADelta
 from lit_peft.training.pruning import Pruned
 

@@ -12,7 +12,8 @@ from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
-from lit_peft.methods.base import TargetedMethod, check_range
+from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.checks import check_range
 
 
 class VeRA(TargetedMethod):

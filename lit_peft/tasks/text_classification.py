@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from lit_peft import hub
 from lit_peft.core.checkpoint import read_archive
-from lit_peft.methods.base import check_positive, check_range
+from lit_peft.methods.checks import check_positive, check_range
 from lit_peft.metrics import classification_metrics
 from lit_peft.saving.folder import load
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
