@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_peft.core.active import set_active
     from lit_peft.core.addition import Addition, Delta
-    from lit_peft.core.attach import detach, set_active
+    from lit_peft.core.attach import detach
     from lit_peft.methods.adalora import AdaLoRA
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
@@ -39,7 +40,7 @@ _HOME = {
     "AdapterFolder": "saving.adapter_folder",
     "attach": "saving.folder",
     "detach": "core.attach",
-    "set_active": "core.attach",
+    "set_active": "core.active",
     "load": "saving.folder",
     "param_groups": "training.rates",
     "save": "saving.folder",

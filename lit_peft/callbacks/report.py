@@ -16,11 +16,11 @@ from rich.console import Console
 
 from lit_peft.callbacks.speed import SpeedMonitor
 from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import atomic_path
+from lit_peft.core.registry import registry
 from lit_peft.methods.base import Method
 from lit_peft.saving.folder import save
-from lit_peft.training.seam import methods
+from lit_peft.training.bringing import methods
 
 
 class RunReport(pl.Callback):

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.layers import find_layer_ops
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import roles_of
-from lit_peft.training.seam import methods_of
+from lit_peft.training.bringing import methods_of
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def sites_table(module: nn.Module) -> Group:
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("adapter", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
-    for adapter in state.adapters.values():
-        label = f"{adapter.name}: " if len(state.adapters) > 1 else ""
+    for adapter in state.training():
+        label = f"{adapter.name}: " if len(state.active) > 1 else ""
         for (parent, shape, what), (leaves, count) in _rows(module, adapter).items():
             table.add_row(f"{_short(parent)}{' '.join(leaves)}", shape, label + what, f"{count:,}")
     counts = count_parameters(module)
@@ -81,12 +81,13 @@ def sites_table(module: nn.Module) -> Group:
         f"{counts.trainable:,} of {counts.total:,} parameters train ({counts.share:.2%}), in {', '.join(dtypes)}: "
         f"{counts.adapter:,} of the method, {counts.head:,} of the head."
     )
-    decays = [adapter.spec.get("init_args", {}).get("layer_decay", 1.0) for adapter in state.adapters.values()]
+    decays = [adapter.spec.get("init_args", {}).get("layer_decay", 1.0) for adapter in state.training()]
     fall = [
         f"From block to block towards the embeddings, rates of base parameters fall by x {d:g}."
         for d in decays
         if d != 1
     ]
+    fall += [f"Adapter {name} runs beside, frozen." for name in state.active if name in state.frozen]
     methods = methods_of(module) if hasattr(module, "_trainer") else []
     return Group(table, *map(Text, [line, *fall, *(note for method in methods for note in method.notes(module))]))
 

@@ -85,6 +85,32 @@ class Delta(Addition):
         return call(x) + ops.apply(layer, x, self.weight(W) - W, difference(self.bias(b), b))
 
 
+class Weighted(Delta):
+    """An adding delta whose change counts by a weight, `W + w (weight(W) - W)`; holds no tensors of its own.
+
+    Args:
+        inner: The delta, which lives where it is.
+        w: The weight.
+    """
+
+    def __init__(self, inner: Any, w: float) -> None:
+        super().__init__()
+        self.inner, self.w = inner, w
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.w * (self.inner.weight(W) - W)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        change = difference(self.inner.bias(b), b)
+        if change is None or change is b:
+            return b
+        return self.w * change if b is None else b + self.w * change
+
+    def forward(self, layer: nn.Module, call: "Call", x: Tensor) -> Tensor:
+        y = call(x)
+        return y + self.w * self.inner(layer, _Nothing(layer, torch.zeros_like(y)), x)
+
+
 def composed_weight(deltas: Iterable[Delta], W: Tensor) -> Tensor:
     """`V`, [out, in]: the changes of the base weight `W` added up, in the order given, scaling deltas acting on `V`."""
     V = W
@@ -176,3 +202,20 @@ class Call:
 
     def _deltas(self) -> list[Delta]:
         return [addition for addition in self.below if isinstance(addition, Delta)]
+
+
+class _Nothing(Call):
+    """What stands below a delta whose change alone is wanted: it returns zeros."""
+
+    __slots__ = ("zeros",)
+
+    def __init__(self, layer: nn.Module, zeros: Tensor) -> None:
+        super().__init__(layer, ())
+        self.zeros = zeros
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.zeros
+
+    @property
+    def is_base(self) -> bool:
+        return False

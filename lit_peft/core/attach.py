@@ -1,21 +1,19 @@
-"""Attaching additions to a module: registry of adapters, freezing, which ones run; and the way back."""
+"""Attaching additions to a module, and the way back."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lit_peft.core.addition import Addition, Call, Delta
+from lit_peft.core.active import Adapted, Additions, freeze, release_statistics, set_active, switch
+from lit_peft.core.addition import Addition
 from lit_peft.core.buffers import base_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import fingerprint
-from lit_peft.core.layers import LayerOps, class_layer_ops
+from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, registry
 from lit_peft.core.swap import (
-    FrozenStatistics,
-    Swapped,
     cast_parameters,
     check_forward,
     check_unmerged,
@@ -32,114 +30,6 @@ ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What `adapter_dtype` accepts beside "auto", float32 (but see training/seam.py on bf16-true)."""
 
 
-class Adapted(Swapped):
-    """What a layer becomes: itself, with the additions as its child `peft`."""
-
-    peft: "Additions"
-    layer_ops: LayerOps | None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.layer_ops = class_layer_ops(cls)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        below = self.peft.chain()
-        run = super().forward  # type: ignore[misc]
-        return Call(self, below, run)(*args, **kwargs) if below else run(*args, **kwargs)  # type: ignore[arg-type]
-
-
-class Additions(nn.ModuleDict):
-    """The additions of one site by adapter name; `active` names those that run, innermost first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active: tuple[str, ...] = ()
-
-    def chain(self) -> tuple[Addition, ...]:
-        """The active additions, innermost first: adding deltas, then a scaling one, then whatever wraps."""
-        return tuple(self._modules[name] for name in self.active)  # type: ignore[misc]
-
-    def order(self, names: Iterable[str], path: str) -> tuple[str, ...]:
-        """Those of these adapters that are here, in the order that composition asks for.
-
-        Raises:
-            ValueError: When two scaling deltas meet, whose order would matter.
-        """
-        rank = {name: _rank(self[name]) for name in names if name in self}
-        scaling = [name for name, r in rank.items() if r == 1]
-        if len(scaling) > 1:
-            raise ValueError(f"{path}: adapters {scaling} both rescale this weight; one scaling method a layer.")
-        return tuple(sorted(rank, key=lambda name: rank[name]))
-
-
-def _rank(addition: nn.Module) -> int:
-    return 2 if not isinstance(addition, Delta) else int(addition.scales)
-
-
-# ------------------------------------------------------------------------------------------------ registry
-
-
-@dataclass
-class Adapter:
-    """What the registry knows of one attached adapter; plain data, so that it copies and pickles."""
-
-    name: str
-    spec: dict[str, Any]
-    """Class path and arguments of the method, as the checkpoint keeps them."""
-    sites: dict[str, list[str]] = field(default_factory=dict)
-    """Path of each adapted module -> names of its trainable tensors."""
-    base: list[str] = field(default_factory=list)
-    """Base parameters that this adapter trains."""
-    head: list[str] = field(default_factory=list)
-    """Those among them that `train_also` named."""
-    scales: dict[str, float] = field(default_factory=dict)
-    """Base parameter -> scale of its learning rate, where `train_also` gives one other than 1."""
-    update_norm_stats: bool = False
-    """Whether running statistics move in training although their layers are frozen."""
-    trainable: bool = True
-    prepared: bool = False
-    """Whether a fit has begun with it or with its checkpoint, so that `Method.prepare` must not start it again."""
-
-
-@dataclass
-class Registry:
-    """All adapters of one module tree, kept on its root."""
-
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    required_grad: set[str] = field(default_factory=set)
-    """Base parameters that required a gradient before the first adapter came; `detach` gives it back."""
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """Host copies of base parameters that train and of the base's saved buffers, as they were at first."""
-    moved: set[str] = field(default_factory=set)
-    """Base buffers that were seen with other values than at first, or that a checkpoint brought."""
-    fingerprint: dict[str, str] = field(default_factory=dict)
-
-    def trainable_names(self) -> set[str]:
-        """Names of all parameters that train: the union over the adapters."""
-        names: set[str] = set()
-        for adapter in self.adapters.values():
-            if adapter.trainable:
-                names.update(adapter.base)
-                names.update(
-                    f"{path}.peft.{adapter.name}.{tensor}".lstrip(".")
-                    for path, tensors in adapter.sites.items()
-                    for tensor in tensors
-                )
-        return names
-
-
-_REGISTRY_KEY = "_lit_peft"
-
-
-def registry(module: nn.Module) -> Registry | None:
-    """The registry of the adapters attached to `module`, or None where there is none."""
-    return module.__dict__.get(_REGISTRY_KEY)
-
-
-# ------------------------------------------------------------------------------------------ attach, detach
-
-
 def attach(
     module: nn.Module,
     name: str,
@@ -153,7 +43,10 @@ def attach(
     keep_originals: bool = True,
     update_norm_stats: bool = False,
 ) -> Adapter:
-    """Attaches one adapter: swaps classes, casts, initialises, freezes the rest, and makes it active.
+    """Attaches one adapter: swaps classes, casts, initialises, freezes the rest, and adds it to the active ones.
+
+    Base parameters that it trains start from what they are now: where an active adapter trains them too, both go on
+    with the same ones. To begin at the base, `set_active(module, None)` first.
 
     Args:
         module: Root of the module tree; the registry is kept on it.
@@ -192,7 +85,7 @@ def attach(
             required_grad={n for n, p in module.named_parameters() if p.requires_grad},
             fingerprint=fingerprint(module),
         )
-        module.__dict__[_REGISTRY_KEY] = state
+        module.__dict__[REGISTRY_KEY] = state
     adapter = state.adapters[name] = Adapter(
         name, spec or {}, base=base, head=sorted(head), scales=dict(scales or {}), update_norm_stats=update_norm_stats
     )
@@ -206,8 +99,9 @@ def attach(
             _add(module, site, name, addition, dtype)
             adapter.sites[site.path] = [n for n, p in addition.named_parameters() if p.requires_grad]
         cast_parameters(module, base, dtype)
+        state.active += (name,)
         freeze(module)
-        set_active(module, [*state.active, name])
+        set_active(module, state.running(), head=state.head)
     except Exception:
         detach(module, name)
         raise
@@ -222,6 +116,8 @@ def check_attachable(module: nn.Module, name: str) -> None:
         raise ValueError(f"This module already has an adapter named {name!r}; give the new one another `name`.")
     if not name.isidentifier():
         raise ValueError(f"Adapter name {name!r} must be a Python identifier: it becomes part of parameter names.")
+    if hasattr(Additions, name) or name in vars(Additions()):
+        raise ValueError(f"Adapter name {name!r} is taken: a module has an attribute of that name. Choose another.")
     for path, child in module.named_modules():
         if path and registry(child) is not None:
             raise ValueError(f"{path} has adapters of its own; attach all adapters at one root, here or there.")
@@ -263,60 +159,6 @@ def _initialise(site: Site, name: str, addition: Addition) -> None:
         addition.init(site, generator)
 
 
-def freeze(module: nn.Module) -> None:
-    """Sets `requires_grad` of every parameter: the union of what the adapters train, and nothing else.
-
-    Layers with running statistics and no parameter that trains are kept in evaluation mode, since their
-    statistics belong to the frozen base, unless an adapter has `update_norm_stats`.
-    """
-    state = registry(module)
-    trainable = state.trainable_names() if state is not None else set()
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    released = state is not None and any(adapter.update_norm_stats for adapter in state.adapters.values())
-    for path, child in with_running_statistics(module):
-        if released or any(p.requires_grad for p in child.parameters(recurse=False)):
-            _release_statistics(module, path)
-        else:
-            swap_class(child, FrozenStatistics)
-            child.eval()
-
-
-def _release_statistics(module: nn.Module, path: str) -> None:
-    """Lets a layer follow the mode of the module around it again."""
-    child = module.get_submodule(path)
-    if isinstance(child, FrozenStatistics):
-        restore_class(child, FrozenStatistics)
-        child.train(module.get_submodule(path.rpartition(".")[0]).training)
-
-
-def set_active(module: nn.Module, names: str | Iterable[str] | None) -> None:
-    """Chooses the adapters that run: one name, several (their changes add up), or None for the bare base.
-
-    Base parameters that train are not switched: they keep their trained values until `detach`.
-
-    Raises:
-        KeyError: For a name that no adapter has.
-        ValueError: When two of them rescale one weight, or the module is merged.
-    """
-    check_unmerged(module)
-    state = registry(module)
-    known = state.adapters if state is not None else {}
-    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
-    for name in wanted:
-        if name not in known:
-            raise KeyError(f"No adapter is named {name!r}; this module has {sorted(known) or 'none'}.")
-    if state is None:
-        return
-    paths = {path for adapter in known.values() for path in adapter.sites}
-    additions: dict[str, Any] = {path: module.get_submodule(path).peft for path in paths}
-    # In two steps: what raises comes before what changes.
-    chains = {path: child.order(wanted, path) for path, child in additions.items()}
-    for path, chain in chains.items():
-        additions[path].active = chain
-    state.active = tuple(wanted)
-
-
 def detach(module: nn.Module, name: str | None = None) -> None:
     """Takes adapters off again, all of them or the one named; the module is then what it was before.
 
@@ -331,30 +173,32 @@ def detach(module: nn.Module, name: str | None = None) -> None:
     state = registry(module)
     if state is None or (name is not None and name not in state.adapters):
         raise KeyError(f"No adapter is named {name!r}; this module has {sorted(state.adapters) if state else 'none'}.")
-    gone = [state.adapters.pop(name)] if name else list(state.adapters.values())
-    if not name:
-        state.adapters.clear()
+    gone = [state.adapters[name]] if name else list(state.adapters.values())
+    weights = {n: weight for n, weight in state.running().items() if name is not None and n != name}
+    switch(module, weights, state.head if state.head in weights else None, leave=True)
     for adapter in gone:
         for path in adapter.sites:
             _remove(module.get_submodule(path), adapter.name)
+        del state.adapters[adapter.name]
+        state.aside.pop(adapter.name, None)
+    state.active = tuple(weights)
+    state.weights = {n: weight for n, weight in weights.items() if weight != 1.0}
+    state.frozen &= weights.keys()
     kept = {n for adapter in state.adapters.values() for n in adapter.base}
-    names = {n for adapter in gone for n in adapter.base} - kept
-    restore_parameters(module, names, state.originals)
-    back = set(state.originals)  # of buffers alone by now, unless adapters stay
-    if state.adapters:
-        back &= moving_buffers(module, gone) - moving_buffers(module, state.adapters.values())
-    put_back(module, back, state.originals)
-    state.moved -= back
+    restore_parameters(module, {n for adapter in gone for n in adapter.base} - kept, state.originals)
     if state.adapters:
         freeze(module)
-        set_active(module, [n for n in state.active if n in state.adapters])
     else:
+        put_back(module, state.originals, state.originals)  # of buffers alone by now
         close(module)
 
 
 def _remove(layer: Any, name: str) -> None:
-    del layer.peft[name]
-    if not layer.peft:
+    here = layer.peft
+    del here[name]
+    here.active = tuple(n for n in here.active if n != name)
+    here.weighted.pop(name, None)
+    if not here:
         take_off(layer)
 
 
@@ -378,9 +222,9 @@ def put_on(module: nn.Module, path: str, additions: Additions) -> None:
 
 def close(module: nn.Module) -> Registry:
     """Leaves a module that has no additions any more as it was before the first: modes, gradients, no registry."""
-    state: Registry = module.__dict__.pop(_REGISTRY_KEY)
+    state: Registry = module.__dict__.pop(REGISTRY_KEY)
     for path, child in module.named_modules():
-        _release_statistics(module, path)
+        release_statistics(module, path)
         restore_fast_path(child)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in state.required_grad)
@@ -389,5 +233,5 @@ def close(module: nn.Module) -> Registry:
 
 def reopen(module: nn.Module, state: Registry) -> None:
     """Undoes `close`, once the additions are back."""
-    module.__dict__[_REGISTRY_KEY] = state
+    module.__dict__[REGISTRY_KEY] = state
     freeze(module)

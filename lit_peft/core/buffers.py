@@ -10,7 +10,7 @@ from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.swap import buffers_beside, with_running_statistics
 
 if TYPE_CHECKING:
-    from lit_peft.core.attach import Adapter
+    from lit_peft.core.registry import Adapter
 
 
 def base_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -23,8 +23,7 @@ def base_buffers(module: nn.Module) -> dict[str, Tensor]:
         if ".peft." in f".{path}.":
             continue
         for key, buffer in child._buffers.items():
-            plain = buffer is not None and buffer.layout is torch.strided and not buffer.is_quantized
-            if plain and key not in child._non_persistent_buffers_set:
+            if buffer is not None and _is_plain(buffer) and key not in child._non_persistent_buffers_set:
                 found[f"{path}.{key}".lstrip(".")] = buffer
     return found
 
@@ -48,11 +47,38 @@ def moved_buffers(module: nn.Module, originals: Mapping[str, Tensor]) -> set[str
     another device leave no trace that could be read instead. Each buffer comes to the host for it; where some are
     sharded, every rank calls.
     """
-    buffers = ((name, buffer) for name, buffer in base_buffers(module).items() if name in originals)
-    return {name for name, buffer in buffers if not _holds(whole(buffer.detach()), originals[name])}
+    moved = set()
+    for name, original in originals.items():  # few, where a module with many adapters has modules by the thousand
+        buffer = _buffer(module, name)
+        if buffer is not None and not holds(buffer, original):
+            moved.add(name)
+    return moved
 
 
-def _holds(buffer: Tensor, original: Tensor) -> bool:
+def _buffer(module: nn.Module, name: str) -> Tensor | None:
+    """The buffer of this name, if it is one that a state dict holds and that can be compared."""
+    owner, _, key = name.rpartition(".")
+    try:
+        layer = module.get_submodule(owner)
+    except AttributeError:
+        return None
+    buffer = layer._buffers.get(key)
+    return buffer if key not in layer._non_persistent_buffers_set and _is_plain(buffer) else None
+
+
+def _is_plain(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.layout is torch.strided and not buffer.is_quantized
+
+
+@torch.no_grad()
+def holds(tensor: Tensor, original: Tensor) -> bool:
+    """Whether a tensor has the bits of another, cast to its dtype, wherever they lie; on the meta device it always has.
+
+    A collective where one of them is sharded.
+    """
+    if tensor is original:
+        return True
+    buffer, original = whole(tensor.detach()), whole(original.detach())
     if buffer.is_meta:
         return True
     if original.shape != buffer.shape:
@@ -72,7 +98,7 @@ def put_back(module: nn.Module, names: Iterable[str], originals: Mapping[str, Te
         layer, first = layers[owner], originals[name]
         buffer = layer._buffers.get(key)
         if buffer is not None and buffer.shape == first.shape:
-            if _holds(whole(buffer.detach()), first):
+            if holds(buffer, first):
                 continue  # an expanded one cannot be written to, either
             buffer.detach().copy_(sharded_like(first.to(buffer.device), buffer))
         else:  # another tensor took its place

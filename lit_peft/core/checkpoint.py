@@ -5,7 +5,6 @@ import json
 import os
 import struct
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.attach import Registry, registry
 from lit_peft.core.buffers import base_buffers, moved_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import compare_fingerprints
+from lit_peft.core.registry import Registry, registry
 from lit_peft.core.sharded import whole
 from lit_peft.core.swap import FrozenStatistics
 
@@ -33,20 +32,26 @@ class CheckpointMismatch(ValueError):
 
 
 def fixed_keys(module: nn.Module) -> set[str]:
-    """State-dict keys that every checkpoint of an adapted module holds, whatever has moved so far.
+    """State-dict keys that every checkpoint of the active adapters holds, whatever has moved so far.
 
-    Additions, base parameters that train, and buffers that are there to move: beside a parameter that trains (a
+    Additions, base parameters that they train, and buffers that are there to move: beside a parameter that trains (a
     BatchNorm's running statistics), in every normalisation layer under `update_norm_stats`, and in modules that have
     no parameter of their own (a moving average, a queue).
     """
     state = _require(module)
-    adapters = state.adapters.values()
+    adapters = [state.adapters[name] for name in state.active]
     kept = {name for adapter in adapters for name in adapter.base} | moving_buffers(module, adapters)
     for path, child in module.named_modules():
         if not child._parameters and not isinstance(child, FrozenStatistics):
             saved = child._buffers.keys() - child._non_persistent_buffers_set
             kept.update(f"{path}.{name}".lstrip(".") for name in saved)
-    return {key for key in module.state_dict() if ".peft." in f".{key}" or key in kept}
+    return {key for key in module.state_dict() if key in kept or adapter_of(key) in state.active}
+
+
+def adapter_of(key: str) -> str | None:
+    """Name of the adapter that a state-dict key belongs to; None for one of the base."""
+    _, mark, rest = f".{key}".partition(".peft.")
+    return rest.partition(".")[0] if mark else None
 
 
 def adapter_keys(module: nn.Module) -> set[str]:
@@ -63,8 +68,9 @@ def adapter_keys(module: nn.Module) -> set[str]:
 def record(module: nn.Module, keys: set[str]) -> dict[str, Any]:
     """The entry that goes with an adapter's tensors.
 
-    Format, methods and arguments; the buffers that moved beyond the fixed keys; and the fingerprint of the frozen
-    base, as it was when the first adapter came, without what goes with the adapter.
+    Format, methods and arguments of the active adapters, and their weights where these are not 1; the buffers that
+    moved beyond the fixed keys; and the fingerprint of the frozen base, as it was when the first adapter came, without
+    what goes with the adapters.
 
     Args:
         module: The adapted module.
@@ -73,7 +79,8 @@ def record(module: nn.Module, keys: set[str]) -> dict[str, Any]:
     state = _require(module)
     return {
         "format_version": FORMAT_VERSION,
-        "methods": {name: adapter.spec for name, adapter in state.adapters.items()},
+        "methods": {name: state.adapters[name].spec for name in state.active},
+        "weights": dict(state.weights),
         "moved": sorted(keys - fixed_keys(module)),
         "fingerprint": {name: digest for name, digest in state.fingerprint.items() if name not in keys},
     }
@@ -89,20 +96,6 @@ def take_moved(module: nn.Module, saved: Mapping[str, Any]) -> None:
     state = _require(module)
     state.moved = set(saved.get("moved", ()))
     put_back(module, base_buffers(module).keys() - fixed_keys(module) - state.moved, state.originals)
-
-
-def add_moved(module: nn.Module, moved: set[str]) -> None:
-    """Notes that an adapter which was loaded into a module moved these buffers of the base, and warns where it shares
-    them with another adapter: there is one of each.
-    """
-    state = _require(module)
-    state.moved |= moved
-    if state.moved and len(state.adapters) > 1:
-        warnings.warn(
-            f"Training moved {min(state.moved)}, a buffer of the base, and several adapters are on it now: whichever "
-            "is active, the buffer is as the one loaded last has it.",
-            stacklevel=3,
-        )
 
 
 def check_record(
@@ -168,9 +161,9 @@ def differing(
 def _compare_methods(
     saved: Mapping[str, Any], state: Registry, may_change: Mapping[str, frozenset[str]], resumes: bool
 ) -> None:
-    if set(saved) != set(state.adapters):
+    if set(saved) != set(state.active):
         raise CheckpointMismatch(
-            f"The checkpoint holds the adapters {sorted(saved)}, the module {sorted(state.adapters)}."
+            f"The checkpoint holds the adapters {sorted(saved)}, the module {sorted(state.active)}."
         )
     for name, old in saved.items():
         new = state.adapters[name].spec

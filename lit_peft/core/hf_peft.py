@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import Adapter
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import find_layer_ops, layer_ops
+from lit_peft.core.registry import Adapter
 from lit_peft.core.targets import Site, make_site
 
 PREFIX = "base_model.model."

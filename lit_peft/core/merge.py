@@ -1,16 +1,18 @@
 """Folding adapters into the weights of their layers, in float32, and taking them out again exactly."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.active import Adapted, Additions, set_active
 from lit_peft.core.addition import Delta, composed_bias, composed_weight
-from lit_peft.core.attach import Adapted, Additions, Registry, close, put_on, registry, reopen, set_active, take_off
+from lit_peft.core.attach import close, put_on, reopen, take_off
 from lit_peft.core.layers import layer_ops
+from lit_peft.core.registry import Registry, registry
 from lit_peft.core.swap import MERGED_KEY, check_unmerged
 
 
@@ -23,7 +25,9 @@ class _Merged:
     state: Registry | None = None
 
 
-def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
+def merge(
+    module: nn.Module, names: str | Iterable[str] | Mapping[str, float] | None = None, *, head: str | None = None
+) -> None:
     """Folds adapters into the weights: the module then has its own keys and classes again, and nothing of ours runs.
 
     `W <- V`, composed as `Delta` says, computed in float32 and rounded once to the weight's dtype. Base parameters
@@ -32,7 +36,9 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
 
     Args:
         module: What the adapters are attached to.
-        names: The adapters to fold; null: those that are active. Others are put aside with them.
+        names: The adapters to fold, as `set_active` takes them; null: those that are active. Others are put aside
+            with them.
+        head: See `set_active`.
 
     Raises:
         KeyError: For a name that no adapter has.
@@ -44,14 +50,15 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
     state = registry(module)
     if state is None:
         raise ValueError(f"{type(module).__name__} has no adapter to merge.")
-    active = state.active
-    set_active(module, active if names is None else names)
+    active, before = state.running(), state.head
+    if names is not None:
+        set_active(module, names, head=head)
     paths = sorted({path for adapter in state.adapters.values() for path in adapter.sites})
     try:
         for path in paths:
             _check(module, path)
     except ValueError:
-        set_active(module, active)
+        set_active(module, active, head=before)
         raise
     kept = module.__dict__[MERGED_KEY] = _Merged()
     try:
@@ -63,7 +70,7 @@ def merge(module: nn.Module, names: str | Iterable[str] | None = None) -> None:
         kept.state = close(module)
     except Exception:
         _restore(module, module.__dict__.pop(MERGED_KEY))
-        set_active(module, active)
+        set_active(module, active, head=before)
         raise
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import ADAPTER_DTYPES, Adapter, attach, check_attachable, detach, registry
+from lit_peft.core.attach import ADAPTER_DTYPES, attach, check_attachable, detach
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.methods.checks import check_choice
 from lit_peft.training import optimizers, seam

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.core.attach import Adapter
+from lit_peft.core.registry import Adapter
 from lit_peft.core.targets import Site, make_site, roles_of
 from lit_peft.methods.base import Method
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lit_peft.core.attach import Adapter
+from lit_peft.core.registry import Adapter
 from lit_peft.methods.base import Method
 from lit_peft.training.averaging import is_a
 from lit_peft.training.rates import base_depths

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lit_peft.core.attach import Adapter
+from lit_peft.core.registry import Adapter
 from lit_peft.methods.base import Method
 
 

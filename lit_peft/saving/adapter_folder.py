@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lit_peft.core.attach import Adapter
+from lit_peft.core.registry import Adapter
 from lit_peft.methods.base import Method
 from lit_peft.saving.folder import load
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.attach import Adapter, detach, registry
-from lit_peft.core.buffers import base_buffers, moving_buffers
-from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, add_moved, fixed_keys, read_archive
+from lit_peft.core.active import set_active, set_aside
+from lit_peft.core.attach import detach
+from lit_peft.core.buffers import base_buffers
+from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, fixed_keys, read_archive
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.registry import method_class
 
 
@@ -55,17 +57,19 @@ def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) 
     if (difference := compare_fingerprints(saved["fingerprint"], found)) is not None:
         raise CheckpointMismatch(f"{path} belongs to another base model: {difference}.")
     attached: list[Adapter] = []
-    try:
-        for old, spec in saved["methods"].items():
-            method = method_class(spec["class_path"])(**spec["init_args"] | {"name": names[old]})
-            attached.append(method.attach(module))
-            attached[-1].prepared = old in saved.get("prepared", [old])
-        tensors = {_renamed(key, names): value for key, value in content["state_dict"].items()}
-        _fill(module, attached, tensors, set(saved.get("moved", ())), path)
-    except Exception:
-        for adapter in attached:
-            detach(module, adapter.name)
-        raise
+    with set_aside(module):
+        try:
+            for old, spec in saved["methods"].items():
+                method = method_class(spec["class_path"])(**spec["init_args"] | {"name": names[old]})
+                attached.append(method.attach(module))
+                attached[-1].prepared = old in saved.get("prepared", [old])
+            set_active(module, {names[old]: saved.get("weights", {}).get(old, 1.0) for old in saved["methods"]})
+            tensors = {_renamed(key, names): value for key, value in content["state_dict"].items()}
+            _fill(module, tensors, set(saved.get("moved", ())), path)
+        except Exception:
+            for adapter in attached:
+                detach(module, adapter.name)
+            raise
     return attached[0]
 
 
@@ -76,24 +80,11 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
     return f"{head}{mark}{names[old]}{dot}{tensor}" if mark and old in names else key
 
 
-def _fill(
-    module: nn.Module,
-    mine: list[Adapter],
-    tensors: Mapping[str, Tensor],
-    moved: set[str],
-    path: str | os.PathLike[str],
-) -> None:
-    """Loads the tensors of these adapters and the buffers that moved with them, all of them and no others."""
-    own = {tensor for adapter in mine for tensor in adapter.base} | moving_buffers(module, mine)
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], moved: set[str], path: str | os.PathLike[str]) -> None:
+    """Loads the tensors of the active adapters and the buffers that moved with them, all of them and no others."""
     state = registry(module)
     assert state is not None
-    others = [adapter for adapter in state.adapters.values() if all(adapter is not a for a in mine)]
-    theirs = ({name for adapter in others for name in adapter.base} | moving_buffers(module, others)) - own
-    expected = {
-        key
-        for key in fixed_keys(module) - theirs
-        if not any(f".peft.{adapter.name}." in f".{key}" for adapter in others)
-    } | (moved & base_buffers(module).keys())
+    expected = fixed_keys(module) | (moved & base_buffers(module).keys())
     where = Path(path).name
     if missing := sorted(expected - tensors.keys()):
         raise CheckpointMismatch(
@@ -107,7 +98,7 @@ def _fill(
             raise CheckpointMismatch(
                 f"{where}: {key} has shape {list(tensor.shape)}, and {list(places[key].shape)} in the module."
             )
-    add_moved(module, moved)
+    state.moved |= moved
     with torch.no_grad():
         for key, tensor in tensors.items():
             places[key].copy_(tensor)

@@ -38,17 +38,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core import hf_peft
+from lit_peft.core.active import running, set_aside
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import Adapter, check_attachable, detach, registry
+from lit_peft.core.attach import check_attachable, detach
 from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import (
     CheckpointMismatch,
-    add_moved,
     pack_mask,
     unpack_mask,
     write_folder,
 )
 from lit_peft.core.hf_peft import find_root, is_inside
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.swap import buffers_beside, check_unmerged
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import Method
@@ -80,6 +81,12 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         ValueError: When there is no such adapter, it is merged, or HF PEFT has no form for what it is or trains.
     """
     adapter = _adapter(module, name)
+    with running(module, name):
+        return _write(module, Path(folder), adapter)
+
+
+def _write(module: nn.Module, folder: Path, adapter: Adapter) -> Path:
+    """Writes an adapter that runs alone, so that the base holds what belongs to it."""
     moving = sorted(moving_buffers(module, [adapter]))
     root = find_root(module, [*adapter.sites, *adapter.base, *moving])
     model, pairs = root.model, root.pairs(adapter)
@@ -129,7 +136,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     }
     if hf_peft.PROMPT in tensors:
         del config["target_modules"]
-    own = entry | {"config": config, "methods": {name: spec}}
+    own = entry | {"config": config, "methods": {adapter.name: spec}}
     if hasattr(form, "exported"):
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
     metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
@@ -216,7 +223,8 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
         module: A model, or a LightningModule that holds one, with the weights that the adapter was trained on; for
             a checkpoint, the module that was trained. One that builds its layers in `configure_model` does so now.
         path: The folder of an adapter, or the file of a checkpoint.
-        name: Name that the adapter gets on the module; several in one checkpoint keep their names.
+        name: Name that the adapter gets on the module; several in one checkpoint keep their names. It runs alone then:
+            `set_active` lets others run again, or several together.
 
     Returns:
         The registry's record: sites, base parameters that train; of several adapters the first.
@@ -232,7 +240,8 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
         seam.build(module)
         check_attachable(module, name)
         try:
-            return _load_folder(module, *read, name)
+            with set_aside(module):
+                return _load_folder(module, *read, name)
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{path}: {error}") from error
     seam.build(module)
@@ -315,7 +324,7 @@ def _load_folder(
         if (moved or adapter.update_norm_stats) and (lost := moving - base.keys()):
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")
         _fill_base(root.model, trains, base, moving)
-        add_moved(module, {root.outside(key) for key in moved})
+        registry(module).moved |= {root.outside(key) for key in moved}  # type: ignore[union-attr]
     except Exception:
         detach(module, name)
         raise

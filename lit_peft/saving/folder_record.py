@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, adapter_keys, read_folder, record
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.hf_peft import Root, is_inside
+from lit_peft.core.registry import Adapter, registry
 
 RECORD = "lit_peft"
 """Key of our own record in the metadata of the tensor file, where HF PEFT does not look."""
@@ -90,7 +90,7 @@ def make_record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, An
     entry, state = record(module, adapter_keys(module)), registry(module)
     assert state is not None
     told = module.folder_record() if hasattr(type(module), "folder_record") else {}  # type: ignore[operator]
-    moved = sorted(state.moved - moving_buffers(module, state.adapters.values()))
+    moved = sorted(state.moved - moving_buffers(module, [adapter]))
     return entry | {
         "model": told,
         "base": [root.inside(name) for name in adapter.base],

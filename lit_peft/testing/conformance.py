@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from lit_peft.core import hf_peft
+from lit_peft.core.active import set_active
 from lit_peft.core.addition import Delta
-from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.attach import detach
 from lit_peft.core.checkpoint import read_folder
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
+from lit_peft.core.registry import registry
 from lit_peft.methods.base import Method, TargetedMethod
 from lit_peft.methods.lora import LoRA
 from lit_peft.saving.folder import load, save

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.attach import registry
 from lit_peft.core.buffers import base_buffers, moved_buffers
 from lit_peft.core.checkpoint import fixed_keys
+from lit_peft.core.registry import registry
 from lit_peft.core.swap import Swapped, swap_class
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_peft.core.attach import registry
+from lit_peft.core.registry import registry
 from lit_peft.faults import TrainingFault
 
 if TYPE_CHECKING:

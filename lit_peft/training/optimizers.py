@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_peft.core.attach import registry
+from lit_peft.core.registry import registry
 from lit_peft.faults import TrainingFault
 from lit_peft.training import rates
 

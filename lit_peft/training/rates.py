@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lit_peft.core.attach import Adapter, registry
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import find_parameters
 from lit_peft.training.averaging import is_a
 
@@ -103,9 +103,9 @@ def base_factors(module: nn.Module) -> dict[str, float]:
     if state is None:
         return factors
     depths = base_depths(module)
-    for adapter in state.adapters.values():
+    for adapter in state.training():
         decay = adapter.spec.get("init_args", {}).get("layer_decay", 1.0)
-        for name in adapter.base if adapter.trainable else ():
+        for name in adapter.base:
             factor = adapter.scales.get(name, 1.0) * decay ** depths[name]
             if factors.get(name, 1.0) == 1.0:
                 factors[name] = factor
@@ -173,7 +173,7 @@ def methods_on(module: nn.Module) -> list["Method"]:
 def _method(module: nn.Module, adapter: Adapter) -> "Method":
     """The method of an adapter: the trainer's own, which may have planned by its sites, or one made from the record."""
     from lit_peft.methods.registry import method_class
-    from lit_peft.training.seam import methods_of
+    from lit_peft.training.bringing import methods_of
 
     for method in methods_of(module) if hasattr(module, "_trainer") else ():
         if method.name == adapter.name:

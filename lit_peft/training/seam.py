@@ -20,27 +20,25 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from lit_peft.core.attach import Adapter, registry
 from lit_peft.core.buffers import base_buffers
 from lit_peft.core.checkpoint import (
-    RATES,
     CheckpointMismatch,
     adapter_keys,
     atomic_path,
     check_archive,
     check_record,
-    differing,
     fixed_keys,
     record,
     take_moved,
 )
+from lit_peft.core.registry import registry
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
-from lit_peft.training import rates
 from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
+from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
 
 if TYPE_CHECKING:
-    from lit_peft.methods.base import Method
+    pass
 
 
 class AdaptedLightningModule(Swapped):
@@ -59,13 +57,7 @@ class AdaptedLightningModule(Swapped):
         super().configure_model()  # type: ignore[misc]
         if module._trainer is None:
             return
-        for method in methods(module.trainer):
-            state = registry(module)
-            if state is None or method.name not in state.adapters:
-                method.attach(module, _dtype(module.trainer))
-            else:
-                _check_same(method, state.adapters[method.name])
-                _take_rates(module, method, state.adapters[method.name])
+        bring(module, module.trainer)
         if registry(module) is not None:
             copy_again(module.trainer, module)
         mesh = getattr(module, "device_mesh", None)
@@ -106,7 +98,12 @@ class AdaptedLightningModule(Swapped):
             state.moved |= averaged_moved(module.trainer)
         keys = adapter_keys(module)
         leave_base_out(checkpoint, keys)
-        prepared = [adapter.name for adapter in state.adapters.values() if adapter.prepared]
+        if not state.active:
+            raise ValueError(
+                f"{type(self).__name__} runs none of its adapters, and a checkpoint holds those that run: "
+                f"lit_peft.set_active(module, {sorted(state.adapters)})."
+            )
+        prepared = [name for name in state.active if state.adapters[name].prepared]
         checkpoint["lit_peft"] = record(module, keys) | {"prepared": prepared, "optimizers": module.__dict__.get(BEGAN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -114,13 +111,14 @@ class AdaptedLightningModule(Swapped):
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         may_change = {method.name: method.may_change for method in methods_of(self)}
         module: Any = self
+        activate_saved(module, checkpoint.get("lit_peft"))
         fitting = module._trainer is not None and module._trainer.state.fn == "fit"
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
         keys = checkpoint.get("state_dict")
         check_record(module, checkpoint.get("lit_peft"), keys, may_change, resumes=fitting)
         take_moved(module, checkpoint["lit_peft"])
-        for adapter in registry(module).adapters.values():  # type: ignore[union-attr]
-            adapter.prepared = adapter.name in checkpoint["lit_peft"].get("prepared", [adapter.name])
+        for name in registry(module).active:  # type: ignore[union-attr]
+            registry(module).adapters[name].prepared = name in checkpoint["lit_peft"].get("prepared", [name])  # type: ignore[union-attr]
         if module._trainer is not None:
             _check_resume(module._trainer)
         if fitting:
@@ -166,39 +164,6 @@ class AtomicCheckpointIO(Swapped):
         if "://" not in str(path) and not Path(path).is_dir():
             check_archive(path, contents=True)
         return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc]
-
-
-def methods(trainer: pl.Trainer) -> list["Method"]:
-    """The methods among a trainer's callbacks."""
-    from lit_peft.methods.base import Method
-
-    return [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
-
-
-def methods_of(module: Any) -> list["Method"]:
-    """The methods of the module's trainer; none while it has no trainer, as a copy of it has not."""
-    return [] if module._trainer is None else methods(module._trainer)
-
-
-def _check_same(method: "Method", adapter: Adapter) -> None:
-    """Raises ValueError when a method comes to a module that another one was attached to under its name."""
-    old, new = adapter.spec, method.spec()
-    if old["class_path"] != new["class_path"] or any(
-        differing(old["init_args"], new["init_args"], method.may_change, rates=False)
-    ):
-        arguments = ", ".join(f"{key}={value!r}" for key, value in old["init_args"].items())
-        raise ValueError(
-            f"This module has an adapter {method.name!r} already, another than {method!r}: "
-            f"{old['class_path'].rpartition('.')[2]}({arguments}). Detach it, or give the new one another `name`."
-        )
-
-
-def _take_rates(module: Any, method: "Method", adapter: Adapter) -> None:
-    """Lets the next fit train at the rates of its own method; a folder's patterns may be meant from another root."""
-    given, arguments = method.arguments(), adapter.spec["init_args"]
-    if arguments["train_also"] != given["train_also"]:
-        adapter.scales = rates.find_scales(module, method.train_also)
-    arguments |= {argument: given[argument] for argument in RATES if argument in given}
 
 
 def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -272,11 +237,6 @@ def _uninstall(module: Any) -> None:
     restore_class(module, AdaptedLightningModule)
     module.strict_loading = module.__dict__.pop("_lit_peft_strict")
     module.__dict__.pop("_lit_peft_early", None)
-
-
-def _dtype(trainer: pl.Trainer) -> torch.dtype | None:
-    """bf16-true casts all parameters after `configure_model`; attaching in bfloat16 keeps one dtype."""
-    return torch.bfloat16 if trainer.strategy.precision_plugin.precision == "bf16-true" else None
 
 
 @contextmanager

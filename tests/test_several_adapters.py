@@ -1,0 +1,411 @@
+"""Several adapters on one base: each alone as it was, summed, weighted, switched off; heads travel with them."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from models import logits, tiny
+from torch import nn
+from toys import Module, Net, fit, loader, net_lora, trainer
+
+import lit_peft
+from lit_peft import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    DoRA,
+    FullFineTuning,
+    HiRA,
+    LoRA,
+    PrefixTuning,
+    SparseLoRA,
+    VeRA,
+)
+from lit_peft.core.active import set_active, values_of
+from lit_peft.core.attach import detach, registry
+from lit_peft.core.merge import merge, unmerge
+from lit_peft.testing.states import assert_same, snapshot
+
+HEAD = ["pre_classifier", "classifier"]
+TARGETS = ["q_lin", "v_lin"]
+METHODS = {
+    "lora": LoRA(r=4, dropout=0.0, target_modules=TARGETS, train_also=HEAD),
+    "wide": LoRA(r=8, dropout=0.0, target_modules=[*TARGETS, "lin1"], train_also=HEAD, bias="lora_only"),
+    "dora": DoRA(r=2, dropout=0.0, target_modules=TARGETS, train_also=HEAD),
+    "hira": HiRA(r=2, dropout=0.0, target_modules=["k_lin"], train_also=HEAD),
+    "ia3": IA3(train_also=HEAD),
+    "vera": VeRA(r=8, dropout=0.0, target_modules=TARGETS, train_also=HEAD),
+    "sparse": SparseLoRA("magnitude", r=4, dropout=0.0, target_modules=TARGETS, train_also=HEAD),
+    "adalora": AdaLoRA(target_r=2, init_r=3, dropout=0.0, target_modules=TARGETS, train_also=HEAD),
+    "bottleneck": BottleneckAdapter(reduction_factor=4, train_also=HEAD),
+    "prefix": PrefixTuning(num_virtual_tokens=3, train_also=HEAD),
+    "bitfit": BitFit(train_also=HEAD),
+}
+ADDING = ["lora", "hira", "vera", "sparse", "adalora"]
+
+
+def shifted(module: nn.Module, seed: int) -> None:
+    """Moves what trains, each adapter to values of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:  # random models hardly hear a change of their attention
+                step = 0.5 if ".peft." in name else 0.1
+                parameter.add_(step * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, tuple[str, torch.Tensor]]:
+    """The folder of each method, trained alone on its own copy of the base, and its logits there."""
+    made = {}
+    for seed, (name, method) in enumerate(METHODS.items()):
+        model = tiny("distilbert")
+        method.attach(model)
+        shifted(model, seed)
+        made[name] = str(lit_peft.save(model.eval(), tmp_path_factory.mktemp(name))), logits(model, "distilbert")
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(folders) -> nn.Module:
+    """All of them on one base."""
+    model = tiny("distilbert")
+    for name, (folder, _) in folders.items():
+        lit_peft.load(model, folder, name)
+        assert registry(model).active == (name,)
+    return model
+
+
+@pytest.fixture
+def model(whole) -> nn.Module:
+    """A copy of that."""
+    return copy.deepcopy(whole)
+
+
+def test_each_alone_is_what_it_was_and_none_is_the_base(model, folders):
+    base, order = logits(tiny("distilbert"), "distilbert"), [*folders, *reversed(folders)]
+    for name in order:
+        set_active(model, name)
+        assert torch.equal(logits(model, "distilbert"), folders[name][1]), name
+        set_active(model, None)
+        assert torch.equal(logits(model, "distilbert"), base)
+    outputs = [output for _, output in folders.values()]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations([base, *outputs], 2))
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin, name in itertools.product(copies, ("wide", "bitfit")):
+        set_active(twin, name)
+        assert torch.equal(logits(twin, "distilbert"), folders[name][1])
+
+
+def test_what_trains_is_what_runs(model):
+    for names in (["lora"], ["bitfit"], ["wide", "ia3"], None):
+        set_active(model, names, head="wide" if names == ["wide", "ia3"] else None)
+        expected = registry(model).trainable_names()
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+        assert bool(expected) == bool(names)
+
+
+def test_an_adapter_that_does_not_run_is_saved_as_it_was(model, folders, tmp_path):
+    set_active(model, ["hira", "lora"], head="hira")
+    logits(model, "distilbert").sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    before, expected = snapshot(model), logits(model, "distilbert")
+    for name in folders:
+        twin = tiny("distilbert")
+        lit_peft.load(twin, lit_peft.save(model, tmp_path / name, name))
+        assert torch.equal(logits(twin, "distilbert"), folders[name][1]), name
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model, "distilbert"), expected)
+    assert registry(model).active == ("hira", "lora") and registry(model).head == "hira"
+    assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters() if name in grads)
+
+
+def test_detaching_in_any_order_leaves_the_others_and_at_last_the_base(model, folders):
+    names = list(folders)
+    for i, name in enumerate(names[::2] + names[1::2]):
+        set_active(
+            model, names[(i * 5) % len(names)] if names[(i * 5) % len(names)] in registry(model).adapters else None
+        )
+        detach(model, name)
+        left = registry(model)
+        if left is None:
+            break
+        survivor = list(left.adapters)[i % len(left.adapters)]
+        set_active(model, survivor)
+        assert torch.equal(logits(model, "distilbert"), folders[survivor][1]), (name, survivor)
+    assert registry(model) is None
+    fresh = tiny("distilbert")
+    assert_same(snapshot(model), snapshot(fresh))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------- sums
+
+
+@pytest.mark.parametrize("names", list(itertools.combinations(ADDING, 2)), ids="+".join)
+def test_a_sum_is_the_same_in_any_order_and_merging_in_turn(names, model):
+    set_active(model, names, head=names[0])
+    summed = logits(model, "distilbert")
+    set_active(model, names[::-1], head=names[0])
+    assert torch.equal(logits(model, "distilbert"), summed)
+    set_active(model, names[0])
+    alone = logits(model, "distilbert")
+    assert (summed - alone).abs().max() > 1e-3
+    # Merging both, one after the other, the second as the change that it makes of the base.
+    W = {path: layer.weight.detach().clone() for path, layer in base_layers(tiny("distilbert")).items()}
+    total = {path: weight.clone() for path, weight in W.items()}
+    for name in names:
+        merge(model, name)
+        for path, layer in base_layers(model).items():
+            total[path] += layer.weight.detach() - W[path]
+        unmerge(model)
+    merge(model, names, head=names[0])
+    for path, layer in base_layers(model).items():
+        torch.testing.assert_close(layer.weight.detach(), total[path], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model, "distilbert"), summed, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(logits(model, "distilbert"), summed)
+
+
+def base_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {path: layer for path, layer in model.named_modules() if path.endswith(("q_lin", "k_lin", "v_lin", "lin1"))}
+
+
+@pytest.mark.parametrize("name", ADDING)
+@pytest.mark.parametrize("weight", [0.3, -1.5, 0])
+def test_a_weight_scales_the_change_of_each_layer(name, weight, model):
+    set_active(model, {name: weight})
+    weighted = logits(model, "distilbert")
+    merge(model)
+    torch.testing.assert_close(logits(model, "distilbert"), weighted, rtol=1e-4, atol=1e-5)
+    W = base_layers(tiny("distilbert"))
+    part = {path: layer.weight - W[path].weight for path, layer in base_layers(model).items()}
+    unmerge(model)
+    merge(model, name)
+    for path, layer in base_layers(model).items():
+        torch.testing.assert_close(part[path], weight * (layer.weight - W[path].weight), rtol=1e-4, atol=1e-6)
+    unmerge(model)
+    assert registry(model).running() == {name: 1.0}
+
+
+def test_weights_train_copy_and_compile(model):
+    set_active(model, {"lora": 0.5, "hira": 2.0}, head="lora")
+    expected = logits(model, "distilbert")
+    assert torch.equal(logits(copy.deepcopy(model), "distilbert"), expected)
+    logits(model, "distilbert").square().sum().backward()
+    half = model.distilbert.transformer.layer[0].attention.q_lin.peft["lora"].lora_B.grad.clone()
+    assert half.abs().max() > 0
+    torch.compiler.reset()
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, "distilbert"), expected, rtol=1e-5, atol=1e-6)
+    set_active(model, {"lora": 0.0, "hira": 0.0}, head="lora")
+    head_only = logits(model, "distilbert")
+    set_active(model, "lora")
+    assert not torch.equal(logits(model, "distilbert"), head_only)
+
+
+# ------------------------------------------------------------------------------------ what does not compose
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "error", "message"),
+    [
+        ("lroa", {}, KeyError, r"No adapter is named 'lroa'; this module has \[.*\]\. Did you mean 'lora'\?"),
+        (["dora", "ia3"], {"head": "dora"}, ValueError, r"v_lin: adapters \['dora', 'ia3'\] both rescale this weight"),
+        (["lora", "hira"], {}, ValueError, "'lora' and 'hira' have both trained or moved .*, head='hira', or let one"),
+        (
+            ["lora", "hira"],
+            {"head": "ia3"},
+            ValueError,
+            "head: 'ia3' is not among the adapters that are to run, lora",
+        ),
+        (
+            {"dora": 0.5},
+            {},
+            ValueError,
+            "adapter 'dora' rescales its layers instead of adding to them, and has",
+        ),
+        ({"bottleneck": 0.5}, {}, ValueError, "adapter 'bottleneck' is no change of a weight, and has no weighted sum"),
+        ({"wide": 0.5}, {}, ValueError, r"'wide' trains distilbert\..*bias of the base itself, which has no weighted"),
+        ({"lora": float("nan")}, {}, ValueError, "weight of adapter 'lora' must be a finite number, not nan"),
+        ({"lora": "1"}, {}, ValueError, "weight of adapter 'lora' must be a finite number, not '1'"),
+    ],
+)
+def test_what_does_not_compose_is_refused_and_nothing_changes(names, arguments, error, message, model):
+    set_active(model, {"sparse": 0.5})
+    before, expected = snapshot(model), logits(model, "distilbert")
+    with pytest.raises(error, match=message):
+        set_active(model, names, **arguments)
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model, "distilbert"), expected)
+    assert registry(model).running() == {"sparse": 0.5}
+
+
+def test_a_base_that_is_gone_cannot_be_switched_to():
+    model = tiny("distilbert")
+    FullFineTuning(name="full").attach(model)
+    with pytest.raises(
+        ValueError, match=r"'full' has trained .* keeps no copy of the base: .*detach\(module, 'full'\)"
+    ):
+        set_active(model, None)
+    shifted(model, 0)
+    expected = logits(model, "distilbert")
+    detach(model, "full")
+    assert torch.equal(logits(model, "distilbert"), expected)
+
+
+def test_names_that_modules_have_are_refused():
+    for name in ("active", "keys", "weighted", "forward"):
+        with pytest.raises(ValueError, match=f"Adapter name '{name}' is taken"):
+            LoRA(target_modules="first", name=name, r=2).attach(Net())
+
+
+# ---------------------------------------------------------------------------------------------- dtypes, buffers
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_comes_back_whatever_the_dtypes(base, dtype):
+    model = tiny("distilbert").to(base)
+    before = logits(model, "distilbert")
+    outputs = {}
+    for seed, name in enumerate(("one", "two")):
+        set_active(model, None)
+        BitFit(train_also=HEAD, adapter_dtype=dtype, name=name).attach(model)
+        shifted(model, seed)
+        outputs[name] = logits(model, "distilbert")
+    for name in ("one", "two", "one"):
+        set_active(model, None)
+        assert torch.equal(logits(model, "distilbert"), before)
+        set_active(model, name)
+        assert torch.equal(logits(model, "distilbert"), outputs[name])
+    assert not torch.equal(outputs["one"], outputs["two"])
+
+
+class Counting(nn.Module):
+    """A net with batch norm, a frozen counter of its own and a moving average, in front of a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        if self.training:
+            self.average.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return self.head(x - self.average)
+
+
+def test_buffers_that_moved_travel_too(tmp_path):
+    x, model = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), Counting()
+    base, outputs = model.eval()(x), {}
+    for seed, name in enumerate(("one", "two")):
+        set_active(model, None)
+        LoRA(r=2, target_modules="first", train_also=["head"], update_norm_stats=True, name=name).attach(model)
+        shifted(model, seed)
+        model.train()(x * (seed + 2))
+        outputs[name] = model.eval()(x)
+    for name in ("one", "two"):
+        set_active(model, name)
+        assert torch.equal(model(x), outputs[name])
+        assert {"average", "norm.running_mean", "head.weight"} <= values_of(model, name).keys()
+        set_active(model, None)
+        assert torch.equal(model(x), base)
+    with pytest.raises(ValueError, match="'one' and 'two' have both trained or moved"):
+        set_active(model, ["one", "two"])
+    set_active(model, ["one", "two"], head="two")
+    averages = model.average.clone()
+    set_active(model, "two")
+    assert torch.equal(model.average, averages)
+    for name, output in outputs.items():
+        twin = Counting()
+        lit_peft.load(twin.eval(), lit_peft.save(model, tmp_path / name, name))
+        assert torch.equal(twin(x), output)
+    detach(model)
+    assert torch.equal(model(x), base)
+
+
+# ------------------------------------------------------------------------------------------------ in trainers
+
+
+def test_fits_in_turn_train_one_adapter_each(tmp_path, capsys):
+    module, x = Module(), loader().dataset[:][0]
+    module.eval()
+    base, outputs = module(x), {}
+    for name in ("one", "two"):
+        run = fit(module, net_lora(name=name, train_also="net.head"))
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+        outputs[name] = module.eval()(x)
+    # The second began at the base: as if the first had never been there.
+    alone = Module()
+    fit(alone, net_lora(name="two", train_also="net.head"))
+    assert torch.equal(alone.eval()(x), outputs["two"])
+    set_active(module, None)
+    assert torch.equal(module(x), base)
+    # Each checkpoint holds its own adapter, and is loaded in a module that has both.
+    for name in ("one", "two"):
+        keys = torch.load(tmp_path / f"{name}.ckpt")["state_dict"]
+        assert {"net.head.weight", f"net.first.peft.{name}.lora_A"} <= keys.keys() and len(keys) == 6
+        trainer(net_lora(name=name, train_also="net.head")).test(
+            module, loader(), tmp_path / f"{name}.ckpt", verbose=False
+        )
+        assert registry(module).active == (name,)
+        assert torch.equal(module.eval()(x), outputs[name])
+    # A fit of the one that does not run lets it run.
+    fit(module, net_lora(name="one", train_also="net.head"), max_steps=1)
+    assert registry(module).active == ("one",)
+    set_active(module, "two")
+    assert torch.equal(module.eval()(x), outputs["two"])
+
+
+def test_an_adapter_below_the_one_that_trains_is_frozen(tmp_path):
+    module, x = Module(), loader().dataset[:][0]
+    fit(module, net_lora(name="below"))
+    frozen = {k: v.clone() for k, v in module.state_dict().items() if ".peft.below." in k}
+    method = net_lora(name="top", train_also="net.head")
+    method.attach(module)
+    assert registry(module).active == ("below", "top")
+    run = fit(module, method)
+    assert all(torch.equal(module.state_dict()[key], value) for key, value in frozen.items())
+    assert registry(module).frozen == {"below"}
+    run.save_checkpoint(tmp_path / "both.ckpt")
+    twin = Module()
+    lit_peft.load(twin, tmp_path / "both.ckpt")
+    assert torch.equal(twin.eval()(x), module.eval()(x))
+    set_active(module, "below")
+    assert {n for n, p in module.named_parameters() if p.requires_grad} == set(frozen)
+
+
+def test_weights_are_in_a_checkpoint(tmp_path):
+    module, x = Module(), loader().dataset[:][0]
+    run = fit(module, net_lora(name="one"), net_lora(name="two"))
+    set_active(module, {"two": 0.25, "one": 1.0})
+    run.save_checkpoint(tmp_path / "sum.ckpt")
+    twin = Module()
+    lit_peft.load(twin, tmp_path / "sum.ckpt")
+    assert registry(twin).running() == {"two": 0.25, "one": 1.0}
+    assert torch.equal(twin.eval()(x), module.eval()(x))
+    set_active(module, None)
+    with pytest.raises(ValueError, match=r"runs none of its adapters.*set_active\(module, \['one', 'two'\]\)"):
+        run.save_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_loading_that_fails_leaves_what_ran(folders, tmp_path):
+    model = tiny("distilbert")
+    lit_peft.load(model, folders["lora"][0], "lora")
+    lit_peft.load(model, folders["hira"][0], "hira")
+    set_active(model, {"lora": 0.5, "hira": 1.0}, head="hira")
+    before, expected = snapshot(model), logits(model, "distilbert")
+    other = tiny("distilbert", seed=1)
+    LoRA(r=2, target_modules="q_lin").attach(other)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        lit_peft.load(model, lit_peft.save(other, tmp_path / "other"), "other")
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model, "distilbert"), expected)
+    assert registry(model).running() == {"lora": 0.5, "hira": 1.0}
