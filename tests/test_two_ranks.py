@@ -16,7 +16,8 @@ from test_full import Blocks, Moves, moved
 from torch import nn
 from toys import loader
 
-from lit_peft import AdaLoRA, FullFineTuning, SparseLoRA
+import lit_peft
+from lit_peft import AdaLoRA, FullFineTuning, LoRA, SparseLoRA
 from lit_peft.core.sharded import whole
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
@@ -73,6 +74,50 @@ def test_two_ranks_under_fsdp2_equal_one(two_ranks, name):
         assert scale > 0.1
         assert output < 1e-6
         assert gradients and max(gradients.values()) < 1e-6
+
+
+def _switched(rank: int, folder: str, sharded: bool) -> dict[str, torch.Tensor]:
+    """Outputs of two adapters with a head of their own, alone, summed, off, and loaded from a folder."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    module = Two()
+    for name in ("one", "two"):
+        lit_peft.set_active(module, None)
+        LoRA(r=2, dropout=0.0, target_modules="a", train_also="b", name=name).attach(module)
+        perturb(module)
+        if name == "two":
+            perturb(module)
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for child in (module.a, module.b, module):
+            fully_shard(child, mesh=mesh)
+    x = torch.randn(4, IN, generator=torch.Generator().manual_seed(3))
+    found = {}
+    for names in ("one", "two", None, ["one", "two"], {"one": 0.5}):
+        lit_peft.set_active(module, names, head="two" if names == ["one", "two"] else None)
+        found[str(names)] = module(x).detach()
+    for name in ("one", "two"):
+        lit_peft.save(module, folder, name)  # a collective; "two" does not run
+        torch.manual_seed(0)
+        twin = Two()
+        lit_peft.load(twin, folder)
+        found[f"{name} from a folder"] = twin(x).detach()
+        if sharded:
+            torch.distributed.barrier()
+    return found
+
+
+def test_switching_under_fsdp2_is_that_of_one_process(two_ranks, tmp_path):
+    alone = _switched(0, str(tmp_path / "1"), False)
+    for found in two_ranks(_switched, str(tmp_path / "2"), True):
+        for name, output in found.items():
+            torch.testing.assert_close(output, alone[name], rtol=1e-5, atol=1e-6)
+    for name in ("one", "two"):
+        assert torch.equal(alone[f"{name} from a folder"], alone[name])
+    outputs = list(alone.values())[:5]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
 def _adalora_steps(rank: int, wrapped: str) -> list[torch.Tensor]:
