@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
     from lit_peft.methods.bottleneck_adapter import BottleneckAdapter
+    from lit_peft.methods.combine import combine
     from lit_peft.methods.dora import DoRA
     from lit_peft.methods.full import FullFineTuning
     from lit_peft.methods.hira import HiRA
@@ -39,6 +40,7 @@ _HOME = {
     "Delta": "core.addition",
     "AdapterFolder": "saving.adapter_folder",
     "attach": "saving.folder",
+    "combine": "methods.combine",
     "detach": "core.attach",
     "set_active": "core.active",
     "load": "saving.folder",
@@ -67,6 +69,7 @@ __all__ = [
     "TargetedMethod",
     "VeRA",
     "attach",
+    "combine",
     "detach",
     "load",
     "param_groups",

@@ -330,9 +330,14 @@ class AdaLoRADelta(Delta):
         twin.lora_A, twin.lora_E, twin.lora_B = (nn.Parameter(t) for t in (A[left], E[left], B[:, left]))
         return twin
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`diag(E) A` and `B`, as two factors of a LoRA."""
+        return self.lora_E * self.lora_A, self.lora_B
+
     def weight(self, W: Tensor) -> Tensor:
-        return W + (self.scaling * self.lora_B @ (self.lora_E * self.lora_A)).to(W.dtype)
+        A, B = self.factors()
+        return W + (self.scaling * B @ A).to(W.dtype)
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         y, d = call(x), dropped(x, self.dropout, self.training)
-        return layer_ops(layer).add_low_rank(layer, y, d, self.lora_E * self.lora_A, self.lora_B, self.scaling)
+        return layer_ops(layer).add_low_rank(layer, y, d, *self.factors(), self.scaling)
