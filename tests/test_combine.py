@@ -1,12 +1,10 @@
-"""`lit_peft.combine` against HF PEFT's add_weighted_adapter, value by value, and what it refuses.
-
-The oracle's adapters are copied by hand, not through our folders; where it draws random masks it is given ours.
-"""
+"""`lit_peft.combine`: its algebra, what it makes of heads and names, what it refuses. See test_combine_hf_peft.py."""
 
 import copy
 import math
 import warnings
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,13 +15,20 @@ from torch import nn
 from toys import Module, fit, net_lora, trainable
 
 import lit_peft
-from lit_peft import AdaLoRA, BitFit, BottleneckAdapter, DoRA, HiRA, IA3, LoRA, SparseLoRA, VeRA, combine, set_active
-from lit_peft.core.addition import Call
+import lit_peft.methods.combine as module_of_combine
+from lit_peft import IA3, AdaLoRA, BitFit, BottleneckAdapter, DoRA, HiRA, LoRA, SparseLoRA, VeRA, combine, set_active
 from lit_peft.core.attach import registry
-from lit_peft.core.combination import Factors, draw_keep, drop, nearest_of_rank, trim, truncate
+from lit_peft.core.combination import (
+    Factors,
+    draw_keep,
+    drop,
+    merge_disjoint,
+    nearest_of_rank,
+    trim,
+    truncate,
+)
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
-from lit_peft.methods import combine as module_of_combine
 from lit_peft.testing.conformance import assert_same, snapshot
 from lit_peft.testing.subjects import LAYERS, MODELS, holder, layer_input
 
@@ -48,132 +53,562 @@ def changes(module: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {path: change(module, path, name) for path in registry(module).adapters[name].sites}
 
 
-# ----------------------------------------------------------------------------------------------- the oracle
-
-# model -> the targets of "a" and of "b" in our language, and in HF PEFT's
-TARGETS = {
-    "gpt2": (["attn.c_attn", "attn.c_proj"], ["attn.c_attn", "c_fc"]),
-    "llama": (["q_proj", "embed_tokens"], ["q_proj", "embed_tokens", "down_proj"]),
-    "conv_net": (["first", "second"], ["second"]),
-}
+# ------------------------------------------------------------------------------------------------- algebra
 
 
-def pair(name: str, ranks=(4, 4)) -> tuple[nn.Module, peft.PeftModel]:
-    """A model with two adapters, one rank-stabilised, and the same in HF PEFT."""
-    model = MODELS[name].build()
-    reference, mixed = copy.deepcopy(model), False
-    for key, targets, r, rslora in zip("ab", TARGETS[name], ranks, (False, True), strict=True):
-        LoRA(r=r, alpha=3, dropout=0.0, target_modules=targets, use_rslora=rslora, name=key).attach(model)
-        config = peft.LoraConfig(
-            r=r, lora_alpha=3, target_modules=targets, use_rslora=rslora, fan_in_fan_out=name == "gpt2"
-        )
-        if mixed:
-            reference.add_adapter(key, config)
-        else:
-            reference, mixed = peft.get_peft_model(reference, config, adapter_name=key), True
-    perturb(model)
-    with torch.no_grad():
-        for key in "ab":
-            for path in registry(model).adapters[key].sites:
-                delta = model.get_submodule(path).peft[key]
-                for its, mine in zip(factors_of(reference, path, key), (delta.lora_A, delta.lora_B), strict=True):
-                    its.copy_(mine.view_as(its))
-    return model, reference
+def on_layer(kind: str, *methods) -> nn.Module:
+    module = holder(kind)
+    for method in methods:
+        method.attach(module)
+    perturb(module)
+    return module
 
 
-def factors_of(reference: peft.PeftModel, path: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    layer = reference.base_model.model.get_submodule(path)
-    if name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
+def layer_lora(name: str, r: int, **arguments) -> LoRA:
+    return LoRA(**{"r": r, "alpha": 3.0, "dropout": 0.0, "target_modules": "layer", "name": name} | arguments)
 
 
-def their_change(reference: peft.PeftModel, path: str, name: str, like: torch.Tensor) -> torch.Tensor:
-    layer = reference.base_model.model.get_submodule(path)
-    found = layer.get_delta_weight(name).detach()
-    return found if found.shape == like.shape and found.dim() == 2 and not transposes(layer) else arranged(found, layer)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_linear_adds_up_on_every_layer_type(kind):
+    module, x = on_layer(kind, layer_lora("a", 3), layer_lora("b", 5, use_rslora=True)), layer_input(kind)
+    expected = 0.5 * change(module, "layer", "a") - 2 * change(module, "layer", "b")
+    before = snapshot(module)
+    set_active(module, ["a", "b"])
+    both = module(x)
+    adapter = combine(module, {"a": 0.5, "b": -2}, "mix")
+    torch.testing.assert_close(change(module, "layer", "mix"), expected, rtol=1e-5, atol=1e-6)
+    assert registry(module).active == ("mix",) and adapter.prepared and adapter.spec["init_args"]["r"] == 8
+    combine(module, ["a", "b"], "sum")
+    torch.testing.assert_close(module(x), both, rtol=1e-4, atol=1e-5)
+    lit_peft.detach(module, "mix")
+    lit_peft.detach(module, "sum")
+    assert_same(snapshot(module), before)
 
 
-def transposes(layer: nn.Module) -> bool:
-    return getattr(layer, "fan_in_fan_out", False) or isinstance(layer.base_layer, nn.Embedding)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    ranks=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    weights=st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_linear_equals_the_sum_and_merging_in_turn(ranks, weights, seed):
+    module = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 12))
+    names = [f"n{i}" for i in range(len(ranks))]
+    for i, r in enumerate(ranks):
+        LoRA(r=min(r, 6), dropout=0.0, target_modules=["0", "2"][i % 2 :], name=names[i]).attach(module)
+    perturb(module, seed)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    set_active(module, names)
+    both = module(x)
+    combine(module, names, "sum")
+    torch.testing.assert_close(module(x), both, rtol=1e-4, atol=1e-4)
+    merge(module)
+    torch.testing.assert_close(module(x), both, rtol=1e-4, atol=1e-4)
+    unmerge(module)
+    given_weights = dict(zip(names, weights, strict=False))
+    combine(module, given_weights, "mix")
+    for path, found in changes(module, "mix").items():
+        here = [n for n in names if path in registry(module).adapters[n].sites]
+        expected = sum(given_weights[n] * change(module, path, n) for n in here)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert len(module.get_submodule(path).peft["mix"].lora_A) <= 6
 
 
-def arranged(tensor: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    return tensor.T if transposes(layer) else tensor.flatten(1)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_one_adapter_alone_is_itself_bit_for_bit(kind, rslora):
+    module, x = on_layer(kind, layer_lora("a", 3, use_rslora=rslora)), layer_input(kind)
+    expected = module(x)
+    combine(module, ["a"], "new")
+    assert torch.equal(module(x), expected)
 
 
-def give_masks(monkeypatch, model: nn.Module, on: str, seed: int) -> None:
-    """Lets HF PEFT drop what we do, in the order in which it asks: layer by layer, of factors first all A."""
-    names = registry(model).adapters
-    asked = []
-    for path, layer in model.named_modules():
-        here = [key for key in "ab" if path in names[key].sites]
-        asked += [
-            (layer, f"{seed}/{key}/{path}{x}") for x in (("/A", "/B") if on == "factors" else ("",)) for key in here
+@pytest.mark.parametrize("kind", ["ties", "dare", "dare_ties"])
+@pytest.mark.parametrize("on", ["change", "factors"])
+def test_one_adapter_of_which_all_stays_is_itself(kind, on):
+    module, x = on_layer("linear", layer_lora("a", 3)), layer_input("linear")
+    expected = module(x)
+    combine(module, ["a"], "new", kind, density=1.0, on=on)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_and_its_opposite_change_nothing_and_so_do_zeros():
+    module, x = on_layer("linear", layer_lora("a", 3), layer_lora("b", 3)), layer_input("linear")
+    set_active(module, None)
+    base = module(x)
+    for i, (weights, arguments) in enumerate(
+        [
+            ({"a": 0, "b": 0}, {}),
+            ({"a": 0.0}, {}),
+            ({"a": 0, "b": -0.0}, {"r": 2}),
+            ({"a": 0, "b": 0}, {"kind": "ties", "density": 0.5}),
+            ({"a": 0, "b": 0}, {"kind": "dare_ties", "density": 0.5, "on": "factors"}),
         ]
-    queue = iter(asked)
-
-    def random_pruning(tensor, density, rescale):
-        layer, stream = next(queue)
-        if on == "factors":
-            keep = draw_keep(tensor.flatten(1).shape, density, stream).view_as(tensor)
-        else:
-            kept = draw_keep(layer_ops(layer).size(layer), density, stream)
-            keep = (kept.T if kept.T.shape == tensor.shape and stored_transposed(layer) else kept).reshape(tensor.shape)
-        return tensor * keep / density
-
-    monkeypatch.setattr("peft.utils.merge_utils.random_pruning", random_pruning)
+    ):
+        combine(module, weights, f"zero{i}", **arguments)
+        assert torch.equal(module(x), base)
+    combine(module, {"a": 1}, "twin")
+    combine(module, {"a": 2, "twin": -2}, "none")
+    torch.testing.assert_close(module(x), base, rtol=1e-4, atol=1e-4)
 
 
-def stored_transposed(layer: nn.Module) -> bool:
-    return layer_ops(layer).fan_in_fan_out or layer_ops(layer).looks_up
+def test_the_nearest_of_a_rank_is_numpys():
+    generator = torch.Generator().manual_seed(0)
+    for out, in_, rank in ((9, 14, 6), (14, 9, 9), (5, 7, 11)):
+        A, B = torch.randn(rank, in_, generator=generator), torch.randn(out, rank, generator=generator)
+        exact = (0.7 * B @ A).double().numpy()
+        U, S, Vh = np.linalg.svd(exact, full_matrices=False)
+        expected = torch.from_numpy((U[:, :3] * S[:3]) @ Vh[:3]).float()
+        for found in (truncate(Factors(A, B, 0.7), 3), nearest_of_rank(0.7 * B @ A, 3)):
+            assert found.A.shape == (3, in_) and found.B.shape == (out, 3)
+            torch.testing.assert_close(found.change(), expected, rtol=1e-4, atol=1e-4)
 
 
-# HF PEFT's type, and our arguments
-ON_CHANGE = {
-    "cat": {},
-    "svd": {"r": 3},
-    "ties_svd": {"kind": "ties", "density": 0.37},
-    "dare_linear_svd": {"kind": "dare", "density": 0.6, "r": 5},
-    "dare_ties_svd": {"kind": "dare_ties", "density": 0.7},
-}
-ON_FACTORS = {
-    "linear": {},
-    "ties": {"kind": "ties", "density": 0.37},
-    "dare_linear": {"kind": "dare", "density": 0.6},
-    "dare_ties": {"kind": "dare_ties", "density": 0.7},
-}
-WEIGHTS = {"positive": (0.7, 1.6), "one negative": (1.3, -0.4)}
+def test_a_rank_is_no_larger_than_a_layer_or_the_sum_of_ranks():
+    module = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 12))
+    for name in "abc":
+        LoRA(r=3, dropout=0.0, target_modules=["0", "1"] if name != "c" else ["1"], name=name).attach(module)
+    perturb(module)
+    ranks = lambda name: [len(layer.peft[name].lora_A) for layer in module]  # noqa: E731
+    combine(module, list("abc"), "exact")
+    assert ranks("exact") == [4, 9]
+    combine(module, list("abc"), "wide", r=8)
+    assert ranks("wide") == [4, 8]
+    combine(module, list("ab"), "all", r=100)
+    assert ranks("all") == [4, 6]
+    combine(module, list("ab"), "ties", "ties", density=0.5, r=100)
+    assert ranks("ties") == [4, 9]
+    combine(module, list("ab"), "largest", "ties", density=0.5)
+    assert ranks("largest") == [3, 3]
+    torch.testing.assert_close(changes(module, "all")["0"], changes(module, "exact")["0"], rtol=1e-4, atol=1e-4)
 
 
-def theirs(reference, kind: str, weights, arguments) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference.base_model.add_weighted_adapter(
-            ["a", "b"],
-            list(weights),
-            "new",
-            combination_type=kind,
-            svd_rank=arguments.get("r"),
-            density=arguments.get("density"),
-            majority_sign_method=arguments.get("majority_sign_method", "total"),
-        )
+# ------------------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("signs", WEIGHTS)
-@pytest.mark.parametrize("kind", ON_CHANGE)
-@pytest.mark.parametrize("name", TARGETS)
-def test_changes_combine_as_in_hf_peft(name, kind, signs, monkeypatch):
-    model, reference = pair(name, (4, 2))
-    weights, arguments = dict(zip("ab", WEIGHTS[signs], strict=True)), ON_CHANGE[kind]
-    give_masks(monkeypatch, model, "change", 11)
-    theirs(reference, kind, weights.values(), arguments)
-    combine(model, weights, "new", seed=11, **arguments)
-    for path, mine in changes(model, "new").items():
-        its = their_change(reference, path, "new", mine)
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
-        assert mine.abs().max() > 0.05
-    reference.set_adapter("new")
-    torch.testing.assert_close(
-        MODELS[name].evaluate(model), MODELS[name].evaluate(reference.eval()), rtol=1e-4, atol=1e-5
+def test_what_dare_drops():
+    keep = draw_keep((400, 500), 0.3, "0/a/layer")
+    assert abs(keep.float().mean() - 0.3) < 0.005
+    assert draw_keep((400, 500), 1.0, "x").all()
+    T = torch.randn(400, 500, generator=torch.Generator().manual_seed(0)).abs()
+    dropped = drop(T, keep, 0.3)
+    assert abs(dropped.mean() / T.mean() - 1) < 0.02
+    torch.testing.assert_close(dropped[keep], T[keep] / 0.3)
+    assert not dropped[~keep].any()
+
+
+def test_masks_come_from_the_seed_alone():
+    def combined(seed: int, *order: str) -> torch.Tensor:
+        module = on_layer("linear", layer_lora("a", 3), layer_lora("b", 3))
+        torch.manual_seed(seed + 100)
+        state = torch.get_rng_state()
+        with torch.device("meta" if order == ("b", "a") else "cpu"):
+            combine(module, order, "new", "dare", density=0.5, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return change(module, "layer", "new")
+
+    first = combined(0, "a", "b")
+    torch.testing.assert_close(combined(0, "b", "a"), first)
+    assert torch.equal(combined(0, "a", "b"), first)
+    assert (combined(1, "a", "b") - first).abs().max() > 0.1
+    assert not torch.equal(draw_keep((5, 9), 0.5, "0/a/layer"), draw_keep((5, 9), 0.5, "0/b/layer"))
+
+
+def test_trimming_keeps_the_largest():
+    T = torch.tensor([[3.0, -1.0, 0.5], [-4.0, 2.0, 0.1]])
+    assert trim(T, 0.5).tolist() == [[3.0, 0.0, 0.0], [-4.0, 2.0, 0.0]]
+    assert not trim(T, 0.1).any()  # of six entries int(.6) stay, as in HF PEFT
+
+
+def test_disjoint_means_by_hand():
+    T = [torch.tensor([1.0, -2.0, 0.0, 1.0, 0.0]), torch.tensor([3.0, 1.0, 2.0, -1.0, 0.0])]
+    assert merge_disjoint(T, [1.0, 1.0], "total").tolist() == [2.0, -2.0, 2.0, 1.0, 0.0]
+    assert merge_disjoint(T, [1.0, 1.0], "frequency").tolist() == [2.0, 1.0, 2.0, 1.0, 0.0]
+    assert merge_disjoint(T, [2.0, -1.0], "total").tolist() == [-0.5, -4.0, -2.0, 2.0, 0.0]
+
+
+# --------------------------------------------------------------------------------- adapters of other kinds
+
+
+@pytest.mark.parametrize("sparsity", ["structured", "magnitude", "l1"])
+def test_pruned_adapters_combine_without_what_is_gone(sparsity):
+    sparse = SparseLoRA(sparsity, r=4, dropout=0.0, target_modules="layer", name="s")
+    module = on_layer(
+        "linear", layer_lora("a", 3), AdaLoRA(init_r=5, target_r=2, target_modules="layer", name="d"), sparse
     )
+    delta, ada = module.layer.peft["s"], module.layer.peft["d"]
+    with torch.no_grad():
+        for mask in delta.masks():
+            mask[:2] = False
+        delta.mask(delta.sparse())
+        ada.kept[1:4] = False
+        ada.mask()
+    expected = 2 * change(module, "layer", "s") + change(module, "layer", "d") - change(module, "layer", "a")
+    combine(module, {"s": 2, "d": 1, "a": -1}, "new")
+    torch.testing.assert_close(change(module, "layer", "new"), expected, rtol=1e-4, atol=1e-5)
+    gone = {"structured": 2, "magnitude": 2, "l1": 2}[sparsity]
+    assert len(module.layer.peft["new"].lora_A) == 3 + (4 - gone) + 2
+    assert type(module.layer.peft["new"]).__name__ == "LoRADelta"
+    combine(module, {"s": 1}, "alone")
+    torch.testing.assert_close(change(module, "layer", "alone"), change(module, "layer", "s"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_has_lost_all_ranks_keeps_one_that_can_train():
+    module = on_layer("linear", AdaLoRA(init_r=3, target_r=1, target_modules="layer", name="d"))
+    delta = module.layer.peft["d"]
+    with torch.no_grad():
+        delta.kept[:] = False
+        delta.mask()
+    combine(module, ["d"], "new")
+    new = module.layer.peft["new"]
+    assert len(new.lora_A) == 1 and not change(module, "layer", "new").any()
+    module(layer_input("linear")).square().sum().backward()
+    assert new.lora_A.grad.any()
+
+
+OTHERS = {
+    "DoRA": (lambda: DoRA(r=2, target_modules="first", name="x"), "it rescales the weight"),
+    "IA3": (lambda: IA3(target_modules="first", feedforward_modules=[], name="x"), "it rescales the weight"),
+    "HiRA": (lambda: HiRA(r=2, target_modules="first", name="x"), "its change is not LoRA's, s B A"),
+    "VeRA": (lambda: VeRA(r=8, target_modules="first", name="x"), "its change is not LoRA's, s B A"),
+    "BottleneckAdapter": (
+        lambda: BottleneckAdapter(target_modules="first", name="x"),
+        "a bottleneck has an activation inside",
+    ),
+    "BitFit": (lambda: BitFit(name="x"), "it adds nothing to a layer"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_lora_is_refused(kind):
+    make, why = OTHERS[kind]
+    module = MODELS["mlp"].build()
+    LoRA(r=2, target_modules="first", name="a").attach(module)
+    make().attach(module)
+    refused(module, rf"Adapter 'x' is a {kind} and no LoRA to combine: {why}", ["a", "x"], "new")
+
+
+class Halved(LoRA):
+    """A LoRA of somebody else's, with another equation."""
+
+    def delta(self, site, r, alpha, scaling):
+        delta = super().delta(site, r, alpha, scaling)
+        delta.__class__ = HalvedDelta
+        return delta
+
+
+class HalvedDelta(lit_peft.methods.lora.LoRADelta):
+    def change(self):
+        return super().change() / 2
+
+
+def test_a_lora_with_another_equation_is_refused():
+    module = on_layer("linear", Halved(r=2, target_modules="layer", name="x"))
+    refused(module, "'x' is a Halved and no LoRA to combine: its change is not LoRA's", ["x"], "new")
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(module: nn.Module, message: str, *args, error=ValueError, **arguments) -> None:
+    """Combining raises this, in one line, and leaves the module as it was."""
+    before, state = snapshot(module), {**vars(registry(module)), "originals": None}
+    state = copy.deepcopy(state)
+    with pytest.raises(error, match=message) as caught:
+        combine(module, *args, **arguments)
+    assert len(str(caught.value).splitlines()) == (error is not MemoryError)
+    after = snapshot(module)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key].nan_to_num(7), before[key].nan_to_num(7)) for key in before)
+    assert {**vars(registry(module)), "originals": None} == state
+
+
+def three() -> nn.Module:
+    module = MODELS["mlp"].build()
+    LoRA(r=2, target_modules="first", name="ant").attach(module)
+    LoRA(r=3, target_modules=["first", "second"], name="bee").attach(module)
+    LoRA(r=3, target_modules=["second"], name="cat").attach(module)
+    perturb(module)
+    set_active(module, ["bee", "ant"])
+    return module
+
+
+# message: (arguments, error)
+REFUSED = {
+    r"weights is empty: name at least one adapter of ant, bee, cat": ([],),
+    r"No adapter is named 'bees'; this module has ant, bee, cat \(did you mean 'bee'\?\)": (["ant", "bees"], KeyError),
+    r"weights names 'ant' twice; give it a weight, \{'ant': 2\}": (["ant", "ant"],),
+    r"weights\['ant'\] must be a finite number, not nan": ({"ant": math.nan},),
+    r"weights\['bee'\] must be a finite number, not -inf": ({"ant": 1, "bee": -math.inf},),
+    r"weights\['ant'\] must be a number, not 'much'": ({"ant": "much"},),
+    r"weights must be names or \{name: weight\}, not 3": (3,),
+    r"kind = 'tie' is none of linear, ties, dare, dare_ties \(did you mean 'ties'\?\)": (["ant"], {"kind": "tie"}),
+    "kind = 'cat' is HF PEFT's name; here it is kind='linear'": (["ant"], {"kind": "cat"}),
+    "kind = 'dare_linear' is HF PEFT's name; here it is kind='dare', on='factors'": (
+        ["ant"],
+        {"kind": "dare_linear"},
+    ),
+    r"on must be change or factors, not 'weights'": (["ant"], {"on": "weights"}),
+    r"majority_sign_method must be total or frequency, not 'sum'": (["ant"], {"majority_sign_method": "sum"}),
+    r"r must be at least 1, not 0": (["ant"], {"r": 0}),
+    r"r must be a whole number, not 2.5": (["ant"], {"r": 2.5}),
+    r"r = 2 has no effect on='factors'": (["ant"], {"r": 2, "on": "factors"}),
+    r"density = 0.5 has no effect with kind = 'linear'": (["ant"], {"density": 0.5}),
+    r"kind = 'ties' needs density": (["ant"], {"kind": "ties"}),
+    r"density must be above 0: nothing would be left": (["ant"], {"kind": "ties", "density": 0}),
+    r"density must be at least 0 and at most 1, not 1.01": (["ant"], {"kind": "dare", "density": 1.01}),
+    r"density must be at least 0 and at most 1, not nan": (["ant"], {"kind": "dare", "density": math.nan}),
+    r"head = 'cats' is none of the combined adapters, ant, cat \(did you mean 'cat'\?\)": (
+        ["ant", "cat"],
+        {"head": "cats"},
+    ),
+    r"first: on='factors' needs equal ranks, and here they are ant 2, bee 3": (["ant", "bee"], {"on": "factors"}),
+    r"already has an adapter named 'cat'": (["ant"], {"name": "cat"}),
+    r"'my.mix' must be a Python identifier": (["ant"], {"name": "my.mix"}),
+    r"first: the factors of adapter 'new' are too large for torch.float32": ({"ant": 1e39, "bee": 1},),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_mistake_is_told_and_changes_nothing(message):
+    weights, *rest = REFUSED[message]
+    arguments = next((x for x in rest if isinstance(x, dict)), {})
+    error = next((x for x in rest if isinstance(x, type)), ValueError)
+    refused(three(), message, weights, error=error, **{"name": "new"} | arguments)
+
+
+def test_modules_without_values_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="Linear has no adapter to combine"):
+        combine(nn.Linear(2, 2), ["a"], "new")
+    module = three()
+    merge(module)
+    with pytest.raises(ValueError, match="is merged: "):
+        combine(module, ["ant"], "new")
+    unmerge(module)
+    with torch.no_grad():
+        module.first.peft["ant"].lora_B[0, 0] = math.nan
+    refused(module, "Adapter 'ant' holds nan or inf at first: its training diverged", ["ant", "bee"], "new")
+    with torch.device("meta"):
+        empty = MODELS["mlp"].make()
+    LoRA(r=2, target_modules="first", name="a").attach(empty)
+    with pytest.raises(ValueError, match=r"'a' is on the meta device and has no values to combine yet \(first\)"):
+        combine(empty, ["a"], "new")
+    assert list(registry(empty).adapters) == ["a"]
+
+
+def test_a_sharded_module_is_refused(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    module = three()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(module.first, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="first is sharded already"):
+            combine(module, ["ant", "bee"], "new")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_breaks_off_half_way_leaves_everything_as_it_was(monkeypatch):
+    def full(module, names):
+        if names == "new":
+            raise MemoryError
+        set_active(module, names)
+
+    monkeypatch.setattr("lit_peft.methods.factors.set_active", full)
+    refused(three(), "", ["ant", "cat"], "new", error=MemoryError)
+
+
+# ----------------------------------------------------------------------------- what trains beside adapters
+
+
+def with_heads(**heads) -> nn.Module:
+    """A model whose adapters train what is given beside them."""
+    model = tiny("distilbert")
+    for name, arguments in heads.items():
+        LoRA(r=2, dropout=0.0, target_modules=["q_lin", "lin1"], name=name, **arguments).attach(model)
+    perturb(model)
+    return model
+
+
+def test_what_one_adapter_trains_beside_comes_along():
+    model = with_heads(a={}, b={"train_also": {"classifier": 0.5}, "bias": "lora_only"})
+    adapter = combine(model, ["a", "b"], "new")
+    b = registry(model).adapters["b"]
+    assert (adapter.base, adapter.head, adapter.scales) == (b.base, b.head, b.scales)
+    assert adapter.spec["init_args"]["bias"] == "lora_only"
+    lit_peft.detach(model, "a")
+    lit_peft.detach(model, "b")
+    assert trainable(model) == registry(model).trainable_names()
+    assert {"classifier.weight", "distilbert.transformer.layer.0.attention.q_lin.bias"} <= trainable(model)
+
+
+HEADS = {
+    "all biases": ({"a": {"bias": "all"}, "b": {}}, "all", []),
+    "biases of some": (
+        {"a": {"bias": "lora_only"}, "b": {"target_modules": "lin2"}},
+        "none",
+        ["distilbert.transformer.layer.0.attention.q_lin.bias", "distilbert.transformer.layer.1.attention.q_lin.bias"],
+    ),
+    # by its name alone, pre_classifier would not be meant: names end at dots
+    "a head and another": (
+        {"a": {"train_also": ["classifier"]}, "b": {"train_also": ["pre_classifier"]}},
+        "none",
+        ["classifier.bias", "classifier.weight", "pre_classifier.bias", "pre_classifier.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_its_arguments_make_the_same_adapter_again(case):
+    heads, bias, also = HEADS[case]
+    model = tiny("distilbert")
+    for name, arguments in heads.items():
+        LoRA(**{"r": 2, "dropout": 0.0, "target_modules": "q_lin", "name": name} | arguments).attach(model)
+    perturb(model)
+    check_made_again(model, tiny("distilbert"), combine(model, list(heads), "new"))
+    arguments = registry(model).adapters["new"].spec["init_args"]
+    assert (arguments["bias"], arguments["train_also"]) == (bias, also)
+
+
+def check_made_again(model: nn.Module, fresh: nn.Module, adapter) -> None:
+    again = LoRA(**adapter.spec["init_args"]).attach(fresh)
+    assert {**vars(again), "prepared": True} == vars(adapter)
+    for path in adapter.sites:
+        old, new = (m.get_submodule(path).peft[adapter.name] for m in (model, fresh))
+        assert (old.lora_A.shape, old.lora_B.shape) == (new.lora_A.shape, new.lora_B.shape)
+        assert (old.scaling, old.alpha) == (new.scaling, new.alpha)
+
+
+class Confusing(nn.Module):
+    """Names that are roles, and that end with one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.lin1 = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.inner = nn.ModuleDict({"query": nn.Linear(5, 6), "q_lin": nn.Linear(5, 6), "deep": nn.ModuleDict()})
+        self.inner["deep"]["query"] = nn.Linear(5, 6)
+
+
+@pytest.mark.parametrize("a", ["re:query", "re:inner.query", "re:.*query", "q_lin"])
+@pytest.mark.parametrize("b", ["re:query", "re:inner.query", "lin1"])
+def test_names_mean_no_other_layer(a, b):
+    model = Confusing()
+    LoRA(r=2, alpha=3, target_modules=a, name="a").attach(model)
+    LoRA(r=3, alpha=2, target_modules=b, name="b").attach(model)
+    perturb(model)
+    check_made_again(model, Confusing(), combine(model, ["a", "b"], "new"))
+
+
+def test_a_module_that_is_one_layer():
+    layer = nn.Linear(6, 5)
+    LoRA(r=2, target_modules="re:", name="a").attach(layer)
+    check_made_again(layer, nn.Linear(6, 5), combine(layer, ["a"], "new", r=1))
+
+
+def test_values_that_differ_are_not_chosen_in_silence(monkeypatch):
+    model = with_heads(ant={"train_also": ["classifier"]}, bee={"train_also": ["classifier"]}, cat={})
+    own = {"ant": 1.0, "bee": 2.0, "cat": 3.0}
+    live = module_of_combine.trained_values
+    monkeypatch.setattr(
+        module_of_combine,
+        "trained_values",
+        lambda module, name: {key: torch.full_like(v, own[name]) for key, v in live(module, name).items()},
+    )
+    message = r"classifier.weight is trained by 'ant' and 'bee', to different values, .*head = 'ant', for instance"
+    refused(model, message.replace("weight", r"\w+"), ["ant", "bee", "cat"], "new")
+    refused(model, message.replace("weight", r"\w+"), ["ant", "bee", "cat"], "new", head="cat")
+    combine(model, ["ant", "cat"], "of_one")
+    assert (model.classifier.weight == 1).all()
+    combine(model, ["ant", "bee", "cat"], "of_two", head="bee")
+    assert (model.classifier.weight == 2).all() and (model.classifier.bias == 2).all()
+
+
+def test_statistics_that_move_come_along():
+    model = MODELS["conv_net"].build()
+    LoRA(r=2, target_modules="first", update_norm_stats=True, name="a").attach(model)
+    LoRA(r=2, target_modules="second", name="b").attach(model)
+    assert combine(model, ["a", "b"], "new").update_norm_stats
+
+
+# ---------------------------------------------------------------------------------------- a real adapter
+
+
+def test_bfloat16_is_computed_in_float32_and_rounded_once():
+    module = nn.Sequential(nn.Linear(40, 30)).to(torch.bfloat16)
+    for name in "ab":
+        LoRA(r=4, dropout=0.0, target_modules="0", adapter_dtype="bfloat16", name=name).attach(module)
+    perturb(module)
+    a, b = (module[0].peft[name] for name in "ab")
+    adapter = combine(module, {"a": 0.3, "b": 0.7}, "new")
+    new = module[0].peft["new"]
+    assert adapter.spec["init_args"]["adapter_dtype"] == "bfloat16" and new.lora_A.dtype == torch.bfloat16
+    exact = torch.cat([0.3 * a.scaling * a.lora_A.float(), 0.7 * b.scaling * b.lora_A.float()])
+    assert torch.equal(new.lora_A, exact.to(torch.bfloat16))
+    combine(module, ["a", "b"], "small", "ties", density=0.5)
+    assert module(torch.randn(2, 40, dtype=torch.bfloat16)).isfinite().all()
+    LoRA(r=4, dropout=0.0, target_modules="0", name="c").attach(module)
+    combine(module, ["a", "c"], "mixed")
+    assert module[0].peft["mixed"].lora_A.dtype == torch.float32
+
+
+def test_agreement_of_what_matters_in_training():
+    module = three()
+    arguments = combine(module, ["ant", "bee"], "new").spec["init_args"]
+    assert arguments["dropout"] == 0.05
+    LoRA(r=2, dropout=0.3, loraplus_ratio=4, target_modules="first", name="dog").attach(module)
+    arguments = combine(module, ["dog", "bee"], "both").spec["init_args"]
+    assert (arguments["dropout"], arguments["loraplus_ratio"]) == (0.05, 1.0)
+    arguments = combine(module, ["dog"], "one").spec["init_args"]
+    assert (arguments["dropout"], arguments["loraplus_ratio"]) == (0.3, 4)
+
+
+@pytest.mark.parametrize("name", ["distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("arguments", [{}, {"kind": "ties", "density": 0.4, "r": 3}], ids=["linear", "ties"])
+def test_saved_it_opens_here_and_in_hf_peft(name, arguments, tmp_path):
+    model, base = tiny(name), tiny(name)
+    also = {"distilbert": ["classifier", "pre_classifier"]}.get(name, [])
+    LoRA(r=4, alpha=3, dropout=0.0, target_modules="attention", name="a", use_rslora=True).attach(model)
+    targets = {"llama": ["embed_tokens", "query", "ffn_up"]}.get(name, ["query", "ffn_up"])
+    LoRA(r=5, dropout=0.0, target_modules=targets, train_also=also, name="b").attach(model)
+    perturb(model)
+    combine(model, {"a": 1.5, "b": -0.5}, "new", **arguments)
+    expected = logits(model, name)
+    assert (expected - logits(base, name)).abs().max() > 1e-2
+    lit_peft.save(model, tmp_path, "new")
+    twin = tiny(name)
+    lit_peft.load(twin, tmp_path)
+    assert torch.equal(logits(twin, name), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        opened = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(logits(opened, name), expected, rtol=1e-5, atol=1e-5)
+    merge(model)
+    torch.testing.assert_close(logits(model, name), expected, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(logits(model, name), expected)
+
+
+def test_it_trains_on_and_the_others_stay():
+    module = Module()
+    net_lora(name="a").attach(module)
+    net_lora(name="b", target_modules="net.second", r=3).attach(module)
+    perturb(module)
+    adapter = combine(module, ["a", "b"], "new")
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    fit(module, LoRA(**adapter.spec["init_args"]))
+    moved = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {f"net.{layer}.peft.new.lora_{x}" for layer in ("first", "second") for x in "AB"}
+
+
+def test_three_adapters_of_different_layers():
+    module = three()
+    expected = {
+        "first": change(module, "first", "ant") + change(module, "first", "bee"),
+        "second": change(module, "second", "bee") + change(module, "second", "cat"),
+    }
+    adapter = combine(module, ["ant", "bee", "cat"], "new")
+    assert adapter.spec["init_args"]["target_modules"] == ["first", "second"]
+    for path, found in changes(module, "new").items():
+        torch.testing.assert_close(found, expected[path], rtol=1e-5, atol=1e-6)

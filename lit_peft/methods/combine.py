@@ -29,12 +29,12 @@ from lit_peft.methods.factors import attach_factors, read_factors
 Kind = Literal["linear", "ties", "dare", "dare_ties"]
 KINDS = ("linear", "ties", "dare", "dare_ties")
 _THEIRS = {
-    "cat": 'kind="linear"',
-    "svd": 'kind="linear" with r',
-    "ties_svd": 'kind="ties"',
-    "dare_linear": 'kind="dare", on="factors"',
-    "dare_linear_svd": 'kind="dare"',
-    "dare_ties_svd": 'kind="dare_ties"',
+    "cat": "kind='linear'",
+    "svd": "kind='linear' with r",
+    "ties_svd": "kind='ties'",
+    "dare_linear": "kind='dare', on='factors'",
+    "dare_linear_svd": "kind='dare'",
+    "dare_ties_svd": "kind='dare_ties'",
 }
 """What HF PEFT's combination types are called here; its linear, ties and dare_ties are these kinds on="factors"."""
 
@@ -122,6 +122,8 @@ def _check_weights(module: nn.Module, weights: Any) -> dict[str, float]:
     known = sorted(state.adapters) if state is not None else []
     if not known:
         raise ValueError(f"{type(module).__name__} has no adapter to combine.")
+    if not isinstance(weights, Iterable):
+        raise ValueError(f"weights must be names or {{name: weight}}, not {weights!r}.")
     if not isinstance(weights, Mapping):
         names = [weights] if isinstance(weights, str) else list(weights)
         if twice := [key for key, count in Counter(names).items() if count > 1]:
@@ -156,9 +158,10 @@ class _Recipe:
     seed: int
 
     def check(self) -> None:
+        if self.kind in _THEIRS:
+            raise ValueError(f"kind = {self.kind!r} is HF PEFT's name; here it is {_THEIRS[self.kind]}.")
         if self.kind not in KINDS:
-            theirs = f"HF PEFT's {self.kind} is {_THEIRS[self.kind]} here" if self.kind in _THEIRS else ""
-            raise ValueError(f"kind = {self.kind!r} is none of {theirs or _listed(KINDS, self.kind)}.")
+            raise ValueError(f"kind = {self.kind!r} is none of {_listed(KINDS, self.kind)}.")
         check_choice("on", self.on, ("change", "factors"))
         check_choice("majority_sign_method", self.majority_sign_method, ("total", "frequency"))
         if self.r is not None:

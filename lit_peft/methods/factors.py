@@ -15,7 +15,6 @@ from lit_peft.core.combination import Factors
 from lit_peft.core.layers import find_layer_ops
 from lit_peft.core.targets import Site, find_parameters, make_site
 from lit_peft.methods.adalora import AdaLoRADelta
-from lit_peft.methods.checks import longest_first
 from lit_peft.methods.lora import LoRA, LoRADelta
 
 
@@ -134,15 +133,18 @@ def _arguments(
     bias, also = _bias_and_head(module, like, set(factors), base)
     own = find_parameters(module, getattr(module, "train_also", ())).names  # which every method trains there
     also -= own - scales.keys()
-    words = _exactly(sorted(also), [key for key, _ in module.named_parameters()])
+    words = _exactly(sorted(also), [make_site(key, module) for key, _ in module.named_parameters()])
+    named = ((path, layer) for path, layer in module.named_modules() if ".peft." not in f".{path}.")
+    layers = [make_site(path, layer) for path, layer in named if find_layer_ops(layer) is not None]
+    exact = _exactly(factors, layers)
     return {
         **_agreed(like),
         "r": r,
         "alpha": alpha,
         "bias": bias,
-        "rank_pattern": longest_first({path or "*": value for path, value in ranks.items() if value != r}),
-        "alpha_pattern": longest_first({path or "*": value for path, value in alphas.items() if value != alpha}),
-        "target_modules": _targets(module, list(factors)),
+        "rank_pattern": {exact[path]: value for path, value in ranks.items() if value != r},
+        "alpha_pattern": {exact[path]: value for path, value in alphas.items() if value != alpha},
+        "target_modules": _targets(layers, list(factors)),
         "train_also": {words[key]: scales.get(key, 1.0) for key in words} if scales else list(words.values()),
         "update_norm_stats": any(adapter.update_norm_stats for adapter in like),
     }
@@ -170,7 +172,8 @@ def _agreed(like: Sequence[Adapter]) -> dict[str, Any]:
 def _bias_and_head(module: nn.Module, like: Sequence[Adapter], paths: set[str], base: set[str]) -> tuple[str, set[str]]:
     """LoRA's `bias`, and the parameters that `train_also` must name for these to train and no others."""
     head = {key for adapter in like for key in adapter.head}
-    biases = {key for key, _ in module.named_parameters() if key.rpartition(".")[2] == "bias"}
+    parameters = [key for key, _ in module.named_parameters() if ".peft." not in f".{key}"]
+    biases = {key for key in parameters if key.rpartition(".")[2] == "bias"}
     kinds = {"none": set[str](), "lora_only": biases & {f"{path}.bias".lstrip(".") for path in paths}, "all": biases}
     for bias, names in kinds.items():
         if head | names == base:
@@ -178,22 +181,17 @@ def _bias_and_head(module: nn.Module, like: Sequence[Adapter], paths: set[str], 
     return "none", set(base)  # biases of some layers, which no word means
 
 
-def _targets(module: nn.Module, paths: list[str]) -> list[str]:
-    """Names that mean exactly these layers: the last parts of their paths, or else whole paths."""
-    layers = [s for s in _all_sites(module) if find_layer_ops(s.layer) is not None]
+def _targets(layers: list[Site], paths: list[str]) -> list[str]:
+    """Words that mean exactly these layers: the last parts of their paths, or else whole paths."""
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     if {s.path for s in layers if any(s.answers_to(leaf) for leaf in leaves)} == set(paths):
         return leaves
-    return list(_exactly(paths, [s.path for s in layers]).values())
+    return list(_exactly(paths, layers).values())
 
 
-def _all_sites(module: nn.Module) -> Iterable[Site]:
-    return (make_site(path, layer) for path, layer in module.named_modules() if ".peft." not in f".{path}.")
-
-
-def _exactly(names: Iterable[str], among: Sequence[str]) -> dict[str, str]:
-    """Each of the names -> a pattern that means it alone: itself, unless another of these ends with it."""
+def _exactly(names: Iterable[str], among: list[Site]) -> dict[str, str]:
+    """Each of the names -> a word that means it alone of these: itself, or where it is a role or an ending an `re:`."""
     return {
-        name: f"re:{re.escape(name)}" if not name or any(other.endswith(f".{name}") for other in among) else name
+        name: name if [s.path for s in among if s.answers_to(name)] == [name] else f"re:{re.escape(name)}"
         for name in names
     }
