@@ -171,7 +171,7 @@ def test_votes_by_frequency_and_densities_are_hf_pefts(kind, density, monkeypatc
 FAULTS = {
     "a vote of weighted changes": (
         "merge_disjoint",
-        lambda T, w, m: merge_disjoint([a * b for a, b in zip(T, w, strict=True)], [1.0, 1.0], m),
+        lambda T, w, m: merge_disjoint([a * b for a, b in zip(T, w, strict=True)], [1.0] * len(w), m),
     ),
     "no signs": ("merge_disjoint", lambda T, w, m: weighted_sum(T, w)),
     "one entry more": ("trim", lambda T, d: trim(T, d + 1 / T.numel())),

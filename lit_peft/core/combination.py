@@ -108,5 +108,4 @@ def merge_disjoint(changes: Sequence[Tensor], weights: Sequence[float], method: 
     signs = stacked.sign()
     votes = (stacked if method == "total" else signs).sum(0)
     agrees = signs == torch.where(votes < 0, -1.0, 1.0)
-    scaled = stacked * torch.tensor(weights).to(stacked).view(-1, *[1] * changes[0].dim())
-    return (scaled * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    return weighted_sum(list(stacked * agrees), weights) / agrees.sum(0).clamp(min=1)
