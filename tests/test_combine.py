@@ -15,7 +15,6 @@ from torch import nn
 
 import lit_peft
 from lit_peft import IA3, AdaLoRA, BitFit, BottleneckAdapter, DoRA, HiRA, LoRA, SparseLoRA, VeRA, combine, set_active
-from lit_peft.core.attach import registry
 from lit_peft.core.combination import (
     Factors,
     draw_keep,
@@ -27,6 +26,7 @@ from lit_peft.core.combination import (
 )
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
+from lit_peft.core.registry import registry
 from lit_peft.testing.conformance import assert_same, snapshot
 from lit_peft.testing.subjects import LAYERS, MODELS, holder, layer_input
 
@@ -104,7 +104,10 @@ def test_linear_equals_the_sum_and_merging_in_turn(ranks, weights, seed):
     torch.testing.assert_close(module(x), both, rtol=1e-4, atol=1e-4)
     unmerge(module)
     given_weights = dict(zip(names, weights, strict=False))
+    set_active(module, given_weights)
+    both = module(x)
     combine(module, given_weights, "mix")
+    torch.testing.assert_close(module(x), both, rtol=1e-4, atol=1e-4)
     for path, found in changes(module, "mix").items():
         here = [n for n in names if path in registry(module).adapters[n].sites]
         expected = sum(given_weights[n] * change(module, path, n) for n in here)
@@ -308,17 +311,21 @@ def test_a_lora_with_another_equation_is_refused():
 # ------------------------------------------------------------------------------------------------ refusals
 
 
+def known(module: nn.Module) -> dict:
+    """What the registry knows, but for tensors."""
+    return {key: value for key, value in vars(registry(module)).items() if key not in ("originals", "aside")}
+
+
 def refused(module: nn.Module, message: str, *args, error=ValueError, **arguments) -> None:
     """Combining raises this, in one line, and leaves the module as it was."""
-    before, state = snapshot(module), {**vars(registry(module)), "originals": None}
-    state = copy.deepcopy(state)
+    before, state = snapshot(module), copy.deepcopy(known(module))
     with pytest.raises(error, match=message) as caught:
         combine(module, *args, **arguments)
     assert len(str(caught.value).splitlines()) == (error is not MemoryError)
     after = snapshot(module)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key].nan_to_num(7), before[key].nan_to_num(7)) for key in before)
-    assert {**vars(registry(module)), "originals": None} == state
+    assert known(module) == state
 
 
 def three() -> nn.Module:
@@ -409,10 +416,10 @@ def test_a_sharded_module_is_refused(tmp_path):
 
 
 def test_what_breaks_off_half_way_leaves_everything_as_it_was(monkeypatch):
-    def full(module, names):
-        if names == "new":
-            raise MemoryError
-        set_active(module, names)
+    def full(*args):
+        raise MemoryError
 
-    monkeypatch.setattr("lit_peft.methods.factors.set_active", full)
-    refused(three(), "", ["ant", "cat"], "new", error=MemoryError)
+    module = three()
+    set_active(module, {"bee": 0.5, "ant": 1.0})
+    monkeypatch.setattr("lit_peft.methods.factors.put_back", full)
+    refused(module, "", ["ant", "cat"], "new", error=MemoryError)

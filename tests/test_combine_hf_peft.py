@@ -13,9 +13,9 @@ from test_combine import changes, perturb
 from torch import nn
 
 from lit_peft import LoRA, combine
-from lit_peft.core.attach import registry
 from lit_peft.core.combination import draw_keep, merge_disjoint, nearest_of_rank, trim, weighted_sum
 from lit_peft.core.layers import layer_ops
+from lit_peft.core.registry import registry
 from lit_peft.testing.subjects import MODELS
 
 # model -> the targets of "a" and of "b" in our language, and in HF PEFT's

@@ -11,10 +11,9 @@ from torch import nn
 from toys import Module, fit, net_lora, trainable
 
 import lit_peft
-import lit_peft.methods.combine as module_of_combine
-from lit_peft import LoRA, combine
-from lit_peft.core.attach import registry
+from lit_peft import LoRA, combine, set_active
 from lit_peft.core.merge import merge, unmerge
+from lit_peft.core.registry import registry
 from lit_peft.testing.subjects import MODELS
 
 # ----------------------------------------------------------------------------- what trains beside adapters
@@ -104,29 +103,50 @@ def test_a_module_that_is_one_layer():
     check_made_again(layer, nn.Linear(6, 5), combine(layer, ["a"], "new", r=1))
 
 
-def test_values_that_differ_are_not_chosen_in_silence(monkeypatch):
+def test_values_that_differ_are_not_chosen_in_silence():
     model = with_heads(ant={"train_also": ["classifier"]}, bee={"train_also": ["classifier"]}, cat={})
-    own = {"ant": 1.0, "bee": 2.0, "cat": 3.0}
-    live = module_of_combine.trained_values
-    monkeypatch.setattr(
-        module_of_combine,
-        "trained_values",
-        lambda module, name: {key: torch.full_like(v, own[name]) for key, v in live(module, name).items()},
+    base = {key: value.clone() for key, value in tiny("distilbert").state_dict().items()}
+    for name, value in (("ant", 1.0), ("bee", 2.0)):
+        set_active(model, name)
+        with torch.no_grad():
+            for p in model.classifier.parameters():
+                p.fill_(value)
+    message = (
+        r"'ant' and 'bee' have trained or moved classifier\.\w+, to different values, .*head = 'ant', for instance"
     )
-    message = r"classifier.weight is trained by 'ant' and 'bee', to different values, .*head = 'ant', for instance"
-    refused(model, message.replace("weight", r"\w+"), ["ant", "bee", "cat"], "new")
-    refused(model, message.replace("weight", r"\w+"), ["ant", "bee", "cat"], "new", head="cat")
+    refused(model, message, ["ant", "bee", "cat"], "new")
+    refused(model, message, ["ant", "bee", "cat"], "new", head="cat")
+    set_active(model, "bee")
     combine(model, ["ant", "cat"], "of_one")
     assert (model.classifier.weight == 1).all()
     combine(model, ["ant", "bee", "cat"], "of_two", head="bee")
     assert (model.classifier.weight == 2).all() and (model.classifier.bias == 2).all()
+    combine(model, ["ant", "of_one"], "the_same")  # which is no contradiction
+    for name, value in (("ant", 1), ("bee", 2), ("of_one", 1), ("of_two", 2), ("the_same", 1)):
+        set_active(model, name)
+        assert (model.classifier.weight == value).all()
+    lit_peft.detach(model)
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
 
 
-def test_statistics_that_move_come_along():
+def test_statistics_that_moved_come_along(tmp_path):
     model = MODELS["conv_net"].build()
-    LoRA(r=2, target_modules="first", update_norm_stats=True, name="a").attach(model)
-    LoRA(r=2, target_modules="second", name="b").attach(model)
-    assert combine(model, ["a", "b"], "new").update_norm_stats
+    LoRA(r=2, dropout=0.0, target_modules="first", update_norm_stats=True, name="a").attach(model)
+    perturb(model)
+    with torch.no_grad():
+        model.norm.running_mean.add_(3.0)
+    alone = MODELS["conv_net"].evaluate(model)
+    set_active(model, None)
+    LoRA(r=2, dropout=0.0, target_modules="second", name="b").attach(model)
+    adapter = combine(model, ["a", "b"], "new")  # b changes nothing yet
+    assert adapter.update_norm_stats
+    torch.testing.assert_close(MODELS["conv_net"].evaluate(model), alone, rtol=1e-5, atol=1e-6)
+    lit_peft.save(model, tmp_path, "new")
+    twin = MODELS["conv_net"].build()
+    lit_peft.load(twin, tmp_path)
+    torch.testing.assert_close(MODELS["conv_net"].evaluate(twin), alone, rtol=1e-5, atol=1e-6)
+    set_active(model, "b")
+    assert not torch.allclose(MODELS["conv_net"].evaluate(model), alone)
 
 
 # ---------------------------------------------------------------------------------------- a real adapter

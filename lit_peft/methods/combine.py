@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.attach import Adapter, check_attachable, registry
+from lit_peft.core.active import values_of
+from lit_peft.core.attach import check_attachable
+from lit_peft.core.buffers import holds
 from lit_peft.core.combination import (
     Factors,
     MajoritySign,
@@ -23,6 +25,7 @@ from lit_peft.core.combination import (
     truncate,
     weighted_sum,
 )
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.checks import check_choice, check_number, check_range
 from lit_peft.methods.factors import attach_factors, read_factors
 
@@ -89,8 +92,9 @@ def combine(
         on: What is combined: change, `T_i`, or factors, `A_i` and `B_i`, whose ranks must then be equal.
         majority_sign_method: What elects a sign: total, the sum of the entries; or frequency, of their signs.
         seed: Seed of the entries that dare keeps; each adapter and layer has a stream of its own, drawn on the host.
-        head: Of base parameters (a head, biases) that several of the adapters train to different values, the adapter
-            whose values count. Those that one trains alone come along in any case. They are taken whole, not weighted.
+        head: Of base parameters (a head, biases) and buffers that several of the adapters have brought to different
+            values, the adapter whose values count. What one alone has comes along in any case. They are taken whole,
+            not weighted.
 
     Returns:
         The registry's record of the new adapter. Its `spec` gives a LoRA that trains on.
@@ -227,27 +231,17 @@ class _Recipe:
 # ----------------------------------------------------------------------------------------- base parameters
 
 
-def trained_values(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """Base parameter -> the value that this adapter has trained it to. Today all adapters share the live one."""
-    state = registry(module)
-    assert state is not None
-    return {key: module.get_parameter(key).detach() for key in state.adapters[name].base}
-
-
 def _base_values(module: nn.Module, names: list[str], head: str | None) -> dict[str, Tensor]:
-    """Base parameter -> value that goes with the new adapter."""
-    values = {name: trained_values(module, name) for name in names}
+    """Base parameter or buffer -> value that goes with the new adapter, which is the one of an adapter."""
+    values = {name: values_of(module, name) for name in names}
     taken: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for own in values.values() for key in own):
         who = [name for name in names if key in values[name]]
-        first = values[who[0]][key]
-        if head in who:
-            taken[key] = values[head][key]
-        elif all(torch.equal(values[other][key].float(), first.float()) for other in who[1:]):
-            taken[key] = first
-        else:
+        whose = head if head in who else who[0]
+        taken[key] = values[whose][key]
+        if whose != head and not all(holds(values[other][key], taken[key]) for other in who[1:]):
             raise ValueError(
-                f"{key} is trained by {' and '.join(map(repr, who))}, to different values, and is not combined: "
-                f"head = {who[0]!r}, for instance, says whose counts."
+                f"{' and '.join(map(repr, who))} have trained or moved {key}, to different values, which are not "
+                f"combined: head = {who[0]!r}, for instance, says whose count."
             )
     return taken

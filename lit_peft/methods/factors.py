@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.active import set_aside
 from lit_peft.core.addition import Addition, Delta
-from lit_peft.core.attach import Adapter, detach, registry, set_active
+from lit_peft.core.attach import detach
+from lit_peft.core.buffers import moving_buffers, put_back
 from lit_peft.core.combination import Factors
 from lit_peft.core.layers import find_layer_ops
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import Site, find_parameters, make_site
 from lit_peft.methods.adalora import AdaLoRADelta
 from lit_peft.methods.lora import LoRA, LoRADelta
@@ -84,7 +87,7 @@ def attach_factors(
         module: What adapters are attached to already.
         name: Name of the new one.
         factors: Path of a layer -> what it gets there; `A`: [r, in], `B`: [out, r].
-        base: Base parameter that goes with it -> value.
+        base: Base parameter that trains, or buffer that moved, with the adapters that it is made of -> value.
         like: The adapters that it is made of. Where they agree it has their dtype, dropout and rates.
 
     Raises:
@@ -97,27 +100,29 @@ def attach_factors(
     for path, f in rounded.items():
         if not (f.A.isfinite().all() and f.B.isfinite().all() and math.isfinite(f.scaling)):
             raise ValueError(f"{path}: the factors of adapter {name!r} are too large for {dtype}; lower the weights.")
-    values = {key: value.clone() for key, value in base.items()}
+    trained = {key for adapter in like for key in adapter.base}
+    values = {key: value.detach().clone() for key, value in base.items()}
     sites = [make_site(path, module.get_submodule(path)) for path in factors]
-    method: Any = LoRA(name=name, **_arguments(module, like, factors, set(base)))
+    method: Any = LoRA(name=name, **_arguments(module, like, factors, trained))
     # The places are those given: names may mean more from another root.
     method.sites = lambda module, avoid: sites
-    method.trains = base.__contains__
-    active = registry(module).active  # type: ignore[union-attr]
-    adapter: Adapter = method.attach(module, dtype)
-    try:
-        with torch.no_grad():
-            for site in sites:
-                delta: Any = site.layer.peft[name]  # type: ignore[index]
-                delta.lora_A.copy_(rounded[site.path].A)
-                delta.lora_B.copy_(rounded[site.path].B)
-            set_active(module, name)
-            for key, value in values.items():
-                module.get_parameter(key).copy_(value)
-    except Exception:
-        detach(module, name)
-        set_active(module, active)
-        raise
+    method.trains = trained.__contains__
+    with set_aside(module):
+        adapter: Adapter = method.attach(module, dtype)
+        try:
+            with torch.no_grad():
+                for site in sites:
+                    delta: Any = site.layer.peft[name]  # type: ignore[index]
+                    delta.lora_A.copy_(rounded[site.path].A)
+                    delta.lora_B.copy_(rounded[site.path].B)
+                for key in trained:
+                    module.get_parameter(key).copy_(values[key])
+            put_back(module, values.keys() - trained, values)
+            moved = values.keys() - trained - moving_buffers(module, [adapter])
+            registry(module).moved |= moved  # type: ignore[union-attr]
+        except Exception:
+            detach(module, name)
+            raise
     adapter.prepared = True
     return adapter
 
