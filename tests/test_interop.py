@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_contract import Prefix
 from torch import nn
 
+from lit_peft.core.active import set_active
 from lit_peft.core.addition import Call
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, read_folder
@@ -431,6 +432,8 @@ def test_a_head_that_another_adapter_trains_is_left_alone(tmp_path):
     perturb(twin)
     expected = twin.classifier.weight.clone()
     load(twin, tmp_path)
+    assert torch.equal(twin.classifier.weight, model.classifier.weight)
+    set_active(twin, ["default", "head"])
     assert torch.equal(twin.classifier.weight, expected)
 
 

@@ -106,8 +106,9 @@ def set_active(
             rescales, computes or trains biases instead of adding; base parameters that differ, without `head`; a base
             that an adapter has trained without keeping a copy. Or when the module is merged. Nothing has changed then.
     """
-    check_unmerged(module)
     state = registry(module)
+    if state is None:
+        check_unmerged(module)
     wanted = _with_weights(names)
     for name in [*wanted, *([] if head is None else [head])]:
         if state is None or name not in state.adapters:
@@ -130,7 +131,7 @@ def set_active(
         here.active = chain
         here.weighted = {name: Weighted(here[name], weighted[name]) for name in chain if name in weighted}
     state.active, state.weights, state.frozen = tuple(wanted), weighted, set()
-    _refreeze(module, state, [state.adapters[name] for name in changed])
+    _refreeze(module, state, [state.adapters[name] for name in changed], additions)
 
 
 def _with_weights(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
@@ -212,8 +213,9 @@ def values_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     assert state is not None
     live: set[str] = set()
     if name in state.active:
-        adapter = state.adapters[name]
-        live = {*adapter.base, *moving_buffers(module, [adapter]), *state.moved}
+        by_design = moving_buffers(module, [state.adapters[other] for other in state.active])
+        own = {*state.adapters[name].base, *moving_buffers(module, [state.adapters[name]])}
+        live = own | (state.moved - by_design)  # the rest belongs to all of them
     return {key: attrgetter(key)(module) for key in live} | state.aside.get(name, {})
 
 
@@ -306,13 +308,15 @@ def freeze(module: nn.Module) -> None:
     _hold_statistics(module, state, (path for path, _ in with_running_statistics(module)))
 
 
-def _refreeze(module: nn.Module, state: Registry, changed: Iterable[Adapter]) -> None:
-    """The same where these adapters alone have begun or ceased to train: models have many more parameters."""
+def _refreeze(
+    module: nn.Module, state: Registry, changed: Iterable[Adapter], additions: Mapping[str, Additions]
+) -> None:
+    """The same where these adapters alone have begun or ceased to train: a module may have a thousand others."""
     training = {adapter.name: adapter for adapter in state.training()}
     bases = {name for adapter in training.values() for name in adapter.base}
     for adapter in changed:
         for path, tensors in adapter.sites.items():
-            addition: Any = module.get_submodule(path).peft[adapter.name]  # type: ignore[index]
+            addition = additions[path][adapter.name]
             for tensor in tensors:
                 addition.get_parameter(tensor).requires_grad_(adapter.name in training)
         for name in adapter.base:

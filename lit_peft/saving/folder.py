@@ -381,8 +381,6 @@ def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor], 
     for name, tensor in base.items():
         if id(own[name]) in trained or name in moving:
             own[name].detach().copy_(tensor)
-        elif own[name].requires_grad:
-            continue  # another adapter of this module trains it
         elif not torch.equal(own[name].detach().cpu().to(torch.bfloat16), tensor.to(torch.bfloat16)):
             raise CheckpointMismatch(
                 f"This adapter belongs to another base model: {name}, which it does not train, holds other values."
