@@ -20,7 +20,7 @@ class Tasks(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_pretrained(ENCODER)
+        self.encoder = AutoModel.from_pretrained(ENCODER).train()
         width = self.encoder.config.hidden_size
         torch.manual_seed(0)  # new heads belong to the base until they are trained: alike in every process
         self.heads = nn.ModuleDict({"reviews": nn.Linear(width, 2), "questions": nn.Linear(width, 6)})
@@ -41,7 +41,12 @@ class Tasks(pl.LightningModule):
 
 def trainer(*callbacks: pl.Callback) -> pl.Trainer:
     """A quiet trainer of three epochs."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=list(callbacks), **quiet)
 
 

@@ -30,6 +30,15 @@ def test_any_module(tmp_path):
     assert checkpoint < 0.25 * model
 
 
+def test_many_tasks(tmp_path):
+    out = run("many_tasks.py", tmp_path)
+    rows = re.findall(r"(\w+): accuracy (\d\.\d+), as trained (\d\.\d+)", out)
+    assert [task for task, _, _ in rows] == ["reviews", "questions"] * 2
+    assert all(found == trained and float(found) > 0.8 for _, found, trained in rows)
+    base, adapters, two = (int(size.replace(",", "")) for size in re.findall(r"([\d,]+) (?:the|two)", out))
+    assert two == 2 * base and base + adapters < 0.6 * two
+
+
 def test_lora_in_ten_lines(tmp_path):
     source = (ROOT / "examples" / "lora_in_ten_lines.py").read_text().partition('"""\n')[2]
     assert len([line for line in source.splitlines() if line]) == 10
