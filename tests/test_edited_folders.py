@@ -15,12 +15,12 @@ from toys import Module, Net, net_lora, saved
 import lit_peft
 from lit_peft.cli import main
 from lit_peft.core.attach import registry
-from lit_peft.core.checkpoint import CheckpointMismatch, read_folder
+from lit_peft.core.checkpoint import CheckpointMismatch, write_folder
+from lit_peft.core.folder_files import read_files
+from lit_peft.core.records import CONFIG, RECORD, TENSORS, sealed
 from lit_peft.methods import IA3, BitFit, BottleneckAdapter, LoRA, SparseLoRA
-from lit_peft.saving.folder_record import RECORD
 from lit_peft.testing.states import assert_same, perturb, snapshot
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 A = "base_model.model.first.lora_A.weight"
 TARGETS = ["first", "second"]
 METHODS = {
@@ -55,25 +55,34 @@ def text(folder: Path, record: str) -> None:
 
 
 def record_of(folder: Path) -> dict:
-    return json.loads(read_folder(folder)[2][RECORD])
+    return json.loads(read_files(folder)[2][RECORD])
 
 
-def record(folder: Path, **entries) -> None:
-    """The same for our record."""
-    changed = record_of(folder) | entries
-    text(folder, json.dumps({key: value for key, value in changed.items() if value is not None}))
+def record(folder: Path, seal: bool = True, **entries) -> None:
+    """The same for our record; with its digest, as one who writes such folders would, or with the old one."""
+    changed = {key: value for key, value in (record_of(folder) | entries).items() if value is not None}
+    text(folder, sealed(changed) if seal else json.dumps(changed))
 
 
-def argument(folder: Path, **arguments) -> None:
+def argument(folder: Path, seal: bool = True, **arguments) -> None:
     """Changes arguments of the method in our record."""
     ((name, spec),) = record_of(folder)["methods"].items()
-    record(folder, methods={name: spec | {"init_args": spec["init_args"] | arguments}})
+    record(folder, seal, methods={name: spec | {"init_args": spec["init_args"] | arguments}})
 
 
-def tensor(folder: Path, key: str, value: torch.Tensor | None) -> None:
+def tensor(folder: Path, key: str, value: torch.Tensor | None, seal: bool = True) -> None:
     (kept := dict(load_file(folder / TENSORS)))[key] = value
-    metadata = read_folder(folder)[2]
-    save_file({k: v for k, v in kept.items() if v is not None}, folder / TENSORS, metadata)
+    kept = {k: v for k, v in kept.items() if v is not None}
+    if seal:
+        write_folder(folder, json.loads((folder / CONFIG).read_text()), kept, record_of(folder))
+    else:
+        save_file(kept, folder / TENSORS, read_files(folder)[2])
+
+
+def flip(folder: Path, offset: int) -> None:
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[offset] ^= 1
+    (folder / TENSORS).write_bytes(content)
 
 
 def cut(folder: Path, size: int) -> None:
@@ -125,6 +134,22 @@ EDITS = {
     "a tensor of the head": (tensor, {"key": "base_model.model.head.bias", "value": None}, r"holds no head\.bias"),
     "a shape": (tensor, {"key": A, "value": torch.ones(2, 5)}, r"lora_A\.weight has shape \[2, 5\] .* \[2, 4\] in the"),
     "a dtype": (tensor, {"key": A, "value": torch.ones(2, 4, dtype=torch.int32)}, r"torch\.int32 in the folder and"),
+    "no digests": (record, {"digests": None}, "lacks 'digests'. Copy it anew from where it is whole, or save the"),
+    "alpha there alone": (argument, {"alpha": 800, "seal": False}, "the record in its header is not as it was written"),
+    "label names": (
+        record,
+        {"model": {"backbone": "other"}, "seal": False},
+        "the record in its header is not as it was written",
+    ),
+    "a bit": (flip, {"offset": -1}, rf"{TENSORS}: base_model\.\S+ is not as it was saved, its digest does not match: "),
+    "a value": (tensor, {"key": A, "value": torch.ones(2, 4), "seal": False}, f"{A} is not as it was saved"),
+    "a tensor gone": (tensor, {"key": A, "value": None, "seal": False}, f"lacks {A}, which it was saved with"),
+    "one more": (tensor, {"key": "x", "value": torch.ones(1), "seal": False}, 'holds "x", which it was saved without'),
+    "a dtype alone": (
+        tensor,
+        {"key": A, "value": torch.ones(2, 4, dtype=torch.bfloat16), "seal": False},
+        f"{A} is not as it was saved",
+    ),
     "cut off": (cut, {"size": 900}, f"{TENSORS} is damaged"),
     "empty": (cut, {"size": 0}, f"{TENSORS} is damaged"),
 }

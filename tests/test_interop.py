@@ -22,7 +22,8 @@ from torch import nn
 from lit_peft.core.active import set_active
 from lit_peft.core.addition import Call
 from lit_peft.core.attach import registry
-from lit_peft.core.checkpoint import CheckpointMismatch, read_folder
+from lit_peft.core.checkpoint import CheckpointMismatch, write_folder
+from lit_peft.core.folder_files import open_files
 from lit_peft.methods import BitFit, FullFineTuning, HiRA, LinearProbe, LoRA
 from lit_peft.saving.folder import load, save
 
@@ -543,10 +544,11 @@ def without(part):
 
 
 def in_record(**entries):
+    """Changes our record as one who writes such folders would, with its digests."""
+
     def change(folder):
-        file = folder / "adapter_model.safetensors"
-        record = json.loads(read_folder(folder)[2]["lit_peft"])
-        save_file(load_file(file), file, {"lit_peft": json.dumps(record | entries)})
+        config, _, record = open_files(folder)
+        write_folder(folder, config, load_file(folder / "adapter_model.safetensors"), record | entries)
 
     return change
 

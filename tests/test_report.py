@@ -8,8 +8,8 @@ from toys import Module, loader, net_lora, trainer
 import lit_peft
 import lit_peft.data
 from lit_peft.callbacks.report import RunReport
-from lit_peft.core.checkpoint import read_folder
-from lit_peft.saving.folder_record import RECORD
+from lit_peft.core.folder_files import read_files
+from lit_peft.core.records import RECORD
 from lit_peft.tasks import TextClassification
 
 
@@ -34,7 +34,7 @@ class Named(Module):
 def test_a_modules_own_attributes_do_not_go_into_a_folder(tmp_path, capsys):
     metrics, text = finished(Named(), tmp_path, capsys, net_lora())
     assert metrics["adapter/bytes"] > 0 and "not written: no TensorBoard" in text
-    assert json.loads(read_folder(tmp_path / "adapter")[2][RECORD])["model"] == {}
+    assert json.loads(read_files(tmp_path / "adapter")[2][RECORD])["model"] == {}
     lit_peft.load(Named(), tmp_path / "adapter")
 
 
@@ -47,7 +47,7 @@ def test_a_task_of_ours_says_what_it_starts_from(task, tmp_path):
     module = task(label_names=["bad", "good"])
     module.configure_model()
     lit_peft.attach(module, lit_peft.LoRA(r=2))
-    record = json.loads(read_folder(lit_peft.save(module, tmp_path))[2][RECORD])
+    record = json.loads(read_files(lit_peft.save(module, tmp_path))[2][RECORD])
     assert record["model"] == {"backbone": "demo", "label_names": ["bad", "good"]}
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint of an adapted module holds, and whether one fits: adapters and trained parameters only."""
 
 import base64
+import functools
 import json
 import os
 import struct
@@ -17,18 +18,14 @@ from torch import Tensor, nn
 
 from lit_peft.core.buffers import base_buffers, moved_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import compare_fingerprints
+from lit_peft.core.records import CONFIG, FORMAT_VERSION, RECORD, TENSORS, CheckpointMismatch, sealed, tensor_digest
 from lit_peft.core.registry import Registry, registry
 from lit_peft.core.sharded import whole
 from lit_peft.core.swap import FrozenStatistics
 
-FORMAT_VERSION = 1
 RATES = ("train_also", "layer_decay", "loraplus_ratio", "unfreeze_every")
 """Arguments of a method that say how fast and from when on parameters train, which does not change what the weights
 mean; `train_also` by its scales, while its patterns say what trains."""
-
-
-class CheckpointMismatch(ValueError):
-    """A checkpoint or adapter folder does not belong to the module it is loaded into."""
 
 
 def fixed_keys(module: nn.Module) -> set[str]:
@@ -259,7 +256,7 @@ def write_folder(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
+    record: Mapping[str, Any],
 ) -> Path:
     """Writes an adapter folder in HF PEFT's layout: adapter_model.safetensors first, adapter_config.json last.
 
@@ -267,7 +264,7 @@ def write_folder(
         folder: The folder; made where it is missing. Each file is replaced atomically.
         config: What goes into adapter_config.json.
         tensors: Name -> tensor; gathered where it is sharded (a collective: every rank calls), moved to the host.
-        metadata: Text that goes into the header of the tensor file, where HF PEFT does not look.
+        record: What goes into the header of the tensor file, where HF PEFT does not look, with digests of all this.
 
     Returns:
         The folder.
@@ -276,11 +273,25 @@ def write_folder(
 
     folder = Path(folder)
     host = {key: whole(value).detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    with atomic_path(folder / "adapter_model.safetensors") as part:
-        save_file(host, part, {"format": "pt", **(metadata or {})})
-    with atomic_path(folder / "adapter_config.json") as part:
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    digests = {key: _digest(tensor) for key, tensor in host.items()}
+    metadata = {"format": "pt", RECORD: sealed({**record, "config": config, "digests": digests})}
+    with atomic_path(folder / TENSORS) as part:
+        save_file(host, part, metadata)
+    with atomic_path(folder / CONFIG) as part:
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def _digest(tensor: Tensor) -> str:
+    return tensor_digest(_stored_as(tensor.dtype), tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@functools.cache
+def _stored_as(dtype: torch.dtype) -> str:
+    """Safetensors' name of a dtype, by the header of an empty tensor."""
+    from safetensors.torch import save
+
+    return str(json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"])
 
 
 def pack_mask(mask: Tensor) -> str:
@@ -301,33 +312,3 @@ def unpack_mask(text: str, shape: torch.Size) -> Tensor:
     if len(bits) != -(-shape.numel() // 8):
         raise CheckpointMismatch(f"A mask of {len(bits)} bytes is none of {list(shape)}.")
     return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).view(shape)
-
-
-def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Reads an adapter folder: (config, tensors on the host, metadata of the tensor file).
-
-    Only safetensors are read, never a pickle.
-
-    Raises:
-        FileNotFoundError: When a file is missing.
-        CheckpointMismatch: When a file is truncated or is not what its name says.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            pickled = " adapter_model.bin is a pickle, which could run anything: save it as safetensors."
-            hint = pickled if (folder / "adapter_model.bin").is_file() else ""
-            raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}.{hint}")
-    where = folder / "adapter_config.json"
-    try:
-        config = json.loads(where.read_text())
-        where = folder / "adapter_model.safetensors"
-        with safe_open(where, "pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointMismatch(f"{where} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointMismatch(f"{folder}/adapter_config.json holds {type(config).__name__}, not an object.")
-    return config, tensors, metadata

@@ -26,7 +26,6 @@ A method that lacks the four is written in the same files for `load` alone: `pef
 does not know, and tensors are named by their place here, "encoder.q.peft.gate".
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -49,6 +48,7 @@ from lit_peft.core.checkpoint import (
     write_folder,
 )
 from lit_peft.core.hf_peft import find_root, is_inside
+from lit_peft.core.records import compare_halves
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.swap import buffers_beside, check_unmerged
 from lit_peft.core.targets import Site, make_site
@@ -56,7 +56,7 @@ from lit_peft.methods.base import Method
 from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
 from lit_peft.saving.checkpoint_file import load_checkpoint
-from lit_peft.saving.folder_record import RECORD, check_base, compare_halves, make_record, open_folder
+from lit_peft.saving.folder_record import check_base, make_record, open_folder
 from lit_peft.training import seam
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -136,11 +136,10 @@ def _write(module: nn.Module, folder: Path, adapter: Adapter) -> Path:
     }
     if hf_peft.PROMPT in tensors:
         del config["target_modules"]
-    own = entry | {"config": config, "methods": {adapter.name: spec}}
+    own = entry | {"methods": {adapter.name: spec}}
     if hasattr(form, "exported"):
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
-    metadata = {RECORD: json.dumps(own)}  # not sorted: of rank_pattern the first that matches counts
-    return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, metadata)
+    return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, own)
 
 
 def _masks(pairs: list[tuple[Site, Addition]]) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ from lit_peft.core import hf_peft
 from lit_peft.core.active import set_active
 from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach
-from lit_peft.core.checkpoint import read_folder
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge, unmerge
 from lit_peft.core.registry import registry
 from lit_peft.methods.base import Method, TargetedMethod
 from lit_peft.methods.lora import LoRA
 from lit_peft.saving.folder import load, save
+from lit_peft.saving.folder_record import open_folder
 from lit_peft.testing.compiling import assert_compiles
 from lit_peft.testing.fits import assert_resumes_exactly, assert_two_ranks_equal_one
 from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot
@@ -213,7 +213,7 @@ class MethodConformance:
                 if words in str(error):
                     pytest.skip(f"saving is refused: {why}")
             raise
-        config, tensors, _ = read_folder(folder)
+        config, tensors, _ = open_folder(folder)
         base, _ = hf_peft.split(module, config, tensors)
         heads = hf_peft.modules_to_save(module, {name for names in hf_peft.HEADS.values() for name in names})
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
