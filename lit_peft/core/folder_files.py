@@ -90,6 +90,8 @@ def open_files(
     config, stored, metadata = read_files(folder)
     check_config(config, f"{folder}/{CONFIG}")
     if RECORD not in metadata:
+        if astray := [key for key, value in metadata.items() if value.startswith('{"format_version"')]:
+            raise CheckpointMismatch(f"{folder}/{TENSORS} is damaged: its header names our record {shown(astray[0])}.")
         return config, stored, None
     mine = read_record(metadata[RECORD], f"{folder}/{TENSORS}")
     try:

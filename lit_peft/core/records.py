@@ -5,6 +5,7 @@ Needs no torch, so that a file can be looked at in no time.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,14 @@ _CIRCUMSTANCES = frozenset({"auto_mapping", "base_model_name_or_path", "inferenc
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint or adapter folder does not belong to the module it is loaded into."""
+    """A checkpoint or adapter folder is damaged, or does not belong to the module it is loaded into.
+
+    One line, whatever names and values a file put into it.
+    """
+
+    def __init__(self, message: str) -> None:
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in re.sub(r"\s+", " ", message))
+        super().__init__(re.sub(r"\S{400,}", lambda word: word[0][:399] + "…", text))
 
 
 def _texts(value: Any) -> bool:
