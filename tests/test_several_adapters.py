@@ -202,6 +202,10 @@ def test_weights_train_copy_and_compile(model):
     compiled = copy.deepcopy(model)
     compiled.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, "distilbert"), expected, rtol=1e-5, atol=1e-6)
+    for name in ("wide", None, "bitfit"):
+        set_active(compiled, name)
+        set_active(model, name)
+        torch.testing.assert_close(logits(compiled, "distilbert"), logits(model, "distilbert"), rtol=1e-5, atol=1e-6)
     set_active(model, {"lora": 0.0, "hira": 0.0}, head="lora")
     head_only = logits(model, "distilbert")
     set_active(model, "lora")
