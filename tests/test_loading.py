@@ -251,3 +251,15 @@ def test_full_fine_tuning_and_its_checkpoint(tmp_path):
     module = Module(seed=1)  # nothing of the base is left
     lit_peft.load(module, path)
     assert torch.equal(module(loader().dataset[:][0]), trained(loader().dataset[:][0]))
+
+
+def test_classes_of_other_names_are_told(tmp_path):
+    trained = TextClassification(label_names=["negative", "positive"])
+    trained.configure_model()
+    net_lora(target_modules=["query"]).attach(trained)
+    lit_peft.save(trained, tmp_path)
+    other = TextClassification(label_names=["ham", "spam"])
+    with pytest.warns(
+        UserWarning, match="trained on the classes negative, positive; TextClassification names them ham"
+    ):
+        lit_peft.load(other, tmp_path)

@@ -19,6 +19,7 @@ from lit_peft import (
     DoRA,
     FullFineTuning,
     HiRA,
+    LinearProbe,
     LoRA,
     PrefixTuning,
     SparseLoRA,
@@ -43,6 +44,7 @@ METHODS = {
     "bottleneck": BottleneckAdapter(reduction_factor=4, train_also=HEAD),
     "prefix": PrefixTuning(num_virtual_tokens=3, train_also=HEAD),
     "bitfit": BitFit(train_also=HEAD),
+    "probe": LinearProbe(train_also=HEAD),
 }
 ADDING = ["lora", "hira", "vera", "sparse", "adalora"]
 
@@ -235,6 +237,8 @@ def test_weights_train_copy_and_compile(model):
         ),
         ({"bottleneck": 0.5}, {}, ValueError, "adapter 'bottleneck' is no change of a weight, and has no weighted sum"),
         ({"wide": 0.5}, {}, ValueError, r"'wide' trains distilbert\..*bias of the base itself, which has no weighted"),
+        ({"probe": 0.5}, {}, ValueError, r"'probe' trains classifier\.bias of the base itself"),
+        (["lora", "lora"], {}, ValueError, r"Adapter 'lora' is named twice; to count it twice, \{'lora': 2\}"),
         ({"lora": float("nan")}, {}, ValueError, "weight of adapter 'lora' must be a finite number, not nan"),
         ({"lora": "1"}, {}, ValueError, "weight of adapter 'lora' must be a finite number, not '1'"),
     ],

@@ -136,7 +136,10 @@ def set_active(
 
 def _with_weights(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
     if not isinstance(names, Mapping):
-        return dict.fromkeys([] if names is None else [names] if isinstance(names, str) else names, 1.0)
+        listed = [] if names is None else [names] if isinstance(names, str) else list(names)
+        if twice := [name for name in listed if listed.count(name) > 1]:
+            raise ValueError(f"Adapter {twice[0]!r} is named twice; to count it twice, {{{twice[0]!r}: 2}}.")
+        return dict.fromkeys(listed, 1.0)
     for name, weight in names.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {name!r} must be a finite number, not {weight!r}.")
@@ -156,9 +159,10 @@ def _check_weight(adapter: Adapter, additions: Mapping[str, Any]) -> None:
         if (rank := _rank(additions[path][adapter.name])) > 0:
             why = "rescales its layers instead of adding to them" if rank == 1 else "is no change of a weight"
             raise ValueError(f"{path}: adapter {adapter.name!r} {why}, and has no weighted sum; give it no weight.")
-    if biases := sorted(set(adapter.base) - set(adapter.head)):
+    itself = sorted(set(adapter.base) - set(adapter.head)) or ([] if adapter.sites else adapter.base)
+    if itself:
         raise ValueError(
-            f"Adapter {adapter.name!r} trains {biases[0]} of the base itself, which has no weighted sum; give it no "
+            f"Adapter {adapter.name!r} trains {itself[0]} of the base itself, which has no weighted sum; give it no "
             "weight."
         )
 

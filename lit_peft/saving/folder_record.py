@@ -6,6 +6,7 @@ written, or written anew, has no record and is read as HF PEFT's.
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,20 @@ def make_record(module: nn.Module, root: Root, adapter: Adapter) -> dict[str, An
     """
     entry, state = record(module, adapter_keys(module)), registry(module)
     assert state is not None
-    told = module.folder_record() if hasattr(type(module), "folder_record") else {}  # type: ignore[operator]
     moved = sorted(state.moved - moving_buffers(module, [adapter]))
     return entry | {
-        "model": told,
+        "model": _told(module),
         "base": [root.inside(name) for name in adapter.base],
         "head": [root.inside(name) for name in adapter.head],
         "scales": {root.inside(name): scale for name, scale in adapter.scales.items()},
         "moved": list(_of_model(dict.fromkeys(moved, ""), root)),
         "fingerprint": _of_model(entry["fingerprint"], root),
     }
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    """What a task of ours says of itself."""
+    return module.folder_record() if hasattr(type(module), "folder_record") else {}  # type: ignore[operator]
 
 
 def _of_model(named: Mapping[str, str], root: Root) -> dict[str, str]:
@@ -68,8 +73,15 @@ def open_folder(
 
 
 def check_base(mine: Mapping[str, Any], module: nn.Module, root: Root) -> None:
-    """Raises CheckpointMismatch where the base is another than that of the record."""
+    """Raises CheckpointMismatch where the base is another than that of the record; warns of classes of other names."""
     state = registry(module)
     found = _of_model(state.fingerprint, root) if state is not None else fingerprint(root.model)
     if (difference := compare_fingerprints(mine["fingerprint"], found)) is not None:
         raise CheckpointMismatch(f"This adapter belongs to another base model: {difference}.")
+    theirs, ours = (told.get("label_names") for told in (mine.get("model", {}), _told(module)))
+    if theirs and ours and theirs != ours:
+        warnings.warn(
+            f"This adapter was trained on the classes {', '.join(theirs)}; {type(module).__name__} names them "
+            f"{', '.join(ours)}, and goes on doing so.",
+            stacklevel=4,
+        )
