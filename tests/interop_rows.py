@@ -5,7 +5,6 @@ Both sides name the same layers; nothing of ours is used to make HF PEFT's.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import peft
@@ -44,6 +43,7 @@ class Arch:
         targets: Names of adapted layers: attention's, and a feed-forward network's down projection.
         embedding: Name of its embedding.
         loud: What its matrices are multiplied by, so that its logits hear every layer.
+        sizes: Whether HF PEFT must be told its sizes.
         extra: Further inputs.
     """
 
@@ -53,6 +53,7 @@ class Arch:
     targets: tuple[str, ...]
     embedding: str
     loud: float = 5.0
+    sizes: bool = False
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
@@ -63,7 +64,7 @@ class Arch:
                 parameter.add_(0.02 * torch.randn_like(parameter)).mul_(self.loud if parameter.ndim == 2 else 1.0)
         return model
 
-    def inputs(self, padded: bool) -> dict[str, Tensor]:
+    def inputs(self, padded: bool = True) -> dict[str, Tensor]:
         if self.task is None:
             return {"x": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
         ids = torch.tensor([[3, 7, 11, 23, 5, 9], [8, 2, 31, 4, 12, 6]])
@@ -74,18 +75,24 @@ class Arch:
 
 
 def _model(name: str, **config: Any) -> Callable[[], nn.Module]:
-    kind, task = name.split("For")
+    kind = name.partition("For")[0]
     return lambda: getattr(tf, name)(getattr(tf, f"{kind}Config")(vocab_size=50, pad_token_id=1, **config))
 
 
-_BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDTH = 16
+_BERT = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _BERT_TARGETS = ("query", "value", "attention.output.dense")
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
 _LLAMA = {"num_key_value_heads": 1, "max_position_embeddings": 16, **_BERT}
 
 ARCHS: dict[str, Arch] = {
     "DistilBERT": Arch(
-        MODELS["distilbert"].make, "SEQ_CLS", ("pre_classifier", "classifier"), ("q_lin", "v_lin", "lin2"), "word_embeddings"
+        MODELS["distilbert"].make,
+        "SEQ_CLS",
+        ("pre_classifier", "classifier"),
+        ("q_lin", "v_lin", "lin2"),
+        "word_embeddings",
+        sizes=True,
     ),
     "BERT": Arch(MODELS["bert"].make, "SEQ_CLS", ("pooler", "classifier"), _BERT_TARGETS, "word_embeddings"),
     "RoBERTa": Arch(MODELS["roberta"].make, "SEQ_CLS", ("classifier",), _BERT_TARGETS, "word_embeddings"),
@@ -125,12 +132,14 @@ ARCHS: dict[str, Arch] = {
         (),
         ("q", "v", "wo"),
         "shared",
+        loud=1.0,
         extra={"decoder_input_ids": torch.tensor([[0, 4, 9], [0, 6, 2]])},
     ),
 }
 TEXT = tuple(ARCHS)
 ARCHS["ConvNet"] = Arch(MODELS["conv_net"].make, None, ("head",), ("first", "second"), "", 1.0)
-N = 3  # virtual tokens
+N = 3
+"""Virtual tokens."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,7 @@ class Row:
         theirs: HF PEFT's configuration of the same; none where it has no such method.
         archs: Architectures it is for.
         prepare: Changes an adapter of ours or a model of HF PEFT's after it was made, by pruning for instance.
-        skip: Virtual tokens in front of HF PEFT's logits, of causal models.
-        padded: Whether one of the texts is.
+        skip: Virtual tokens in front of HF PEFT's outputs a token.
     """
 
     ours: Callable[[Arch], Method] | None
@@ -151,7 +159,6 @@ class Row:
     archs: tuple[str, ...] = TEXT
     prepare: Callable[[nn.Module], None] = lambda model: None
     skip: int = 0
-    padded: bool = True
 
 
 def _ours(cls: Any, *args: Any, **more: Any) -> Callable[[Arch], Method]:
@@ -160,6 +167,12 @@ def _ours(cls: Any, *args: Any, **more: Any) -> Callable[[Arch], Method]:
         return cls(*args, **{"train_also": list(arch.head)} | given)
 
     return make
+
+
+def _prompts(cls: Any, **more: Any) -> Callable[[Arch], peft.PeftConfig]:
+    """Sizes are given, since HF PEFT does not know all of DistilBERT's."""
+    sizes = {"token_dim": WIDTH, "num_attention_heads": 2, "num_layers": 2}
+    return lambda arch: _theirs(cls, num_virtual_tokens=N, **more, **(sizes if arch.sizes else {}))(arch)
 
 
 def _theirs(cls: Any, **more: Any) -> Callable[[Arch], peft.PeftConfig]:
@@ -237,6 +250,16 @@ def _sparse(sparsity: str) -> Row:
     return Row(ours, archs=(*TEXT, "ConvNet"), prepare=_prune_sparse)
 
 
+def _virtual(
+    name: str, ours: Any, theirs: Any, some: Mapping[str, Any] = {}, other: Mapping[str, Any] = {}, skip: int = 0
+) -> dict[str, Row]:
+    """A prompt method as it is by itself, and with texts placed as HF PEFT places them."""
+    return {
+        name: Row(_ours(ours, N, **some), skip=skip),
+        f"{name}, as_hf_peft": Row(_ours(ours, N, as_hf_peft=True, **some), _prompts(theirs, **other), skip=skip),
+    }
+
+
 ROWS: dict[str, Row] = {
     "LoRA": _lora(),
     "LoRA, rank-stabilised": _lora({"use_rslora": True}, {"use_rslora": True}),
@@ -259,6 +282,10 @@ ROWS: dict[str, Row] = {
         _ours(VeRA, r=8, seed=5, target_modules=_targets),
         _theirs(peft.VeraConfig, r=8, projection_prng_key=5, target_modules=_targets),
     ),
+    "VeRA, by its seed": Row(
+        _ours(VeRA, r=8, seed=5, save_projection=False, target_modules=_targets),
+        _theirs(peft.VeraConfig, r=8, projection_prng_key=5, save_projection=False, target_modules=_targets),
+    ),
     "IA3": Row(
         _ours(IA3, feedforward_modules=_down, target_modules=_targets),
         _theirs(peft.IA3Config, feedforward_modules=_down, target_modules=_targets),
@@ -266,31 +293,23 @@ ROWS: dict[str, Row] = {
     "SparseLoRA, structured": _sparse("structured"),
     "SparseLoRA, magnitude": _sparse("magnitude"),
     "SparseLoRA, l1": _sparse("l1"),
-    "PrefixTuning": Row(_ours(PrefixTuning, N), _theirs(peft.PrefixTuningConfig, num_virtual_tokens=N)),
-    "PrefixTuning, reparametrised": Row(
-        _ours(PrefixTuning, N, reparametrise=True, hidden_size=5),
-        _theirs(peft.PrefixTuningConfig, num_virtual_tokens=N, prefix_projection=True, encoder_hidden_size=5),
+    **_virtual("PrefixTuning", PrefixTuning, peft.PrefixTuningConfig),
+    **_virtual(
+        "PrefixTuning, reparametrised",
+        PrefixTuning,
+        peft.PrefixTuningConfig,
+        {"reparametrise": True, "hidden_size": 5},
+        {"prefix_projection": True, "encoder_hidden_size": 5},
     ),
-    "PromptTuning": Row(_ours(PromptTuning, N), _theirs(peft.PromptTuningConfig, num_virtual_tokens=N), skip=N),
-    "PTuning": Row(
-        _ours(PTuning, N, hidden_size=5),
-        _theirs(peft.PromptEncoderConfig, num_virtual_tokens=N, encoder_hidden_size=5),
-        skip=N,
-    ),
+    **_virtual("PromptTuning", PromptTuning, peft.PromptTuningConfig, skip=N),
+    **_virtual("PTuning", PTuning, peft.PromptEncoderConfig, {"hidden_size": 5}, {"encoder_hidden_size": 5}, skip=N),
     "PTuning, LSTM": Row(
         None,
-        _theirs(
-            peft.PromptEncoderConfig,
-            num_virtual_tokens=N,
-            encoder_hidden_size=5,
-            encoder_reparameterization_type="LSTM",
-        ),
+        _prompts(peft.PromptEncoderConfig, encoder_hidden_size=5, encoder_reparameterization_type="LSTM"),
         skip=N,
     ),
     "BitFit": Row(_ours(BitFit), archs=_BIASES),
-    "LinearProbe": Row(
-        _ours(LinearProbe), archs=tuple(name for name, arch in ARCHS.items() if arch.head)
-    ),
+    "LinearProbe": Row(_ours(LinearProbe), archs=tuple(name for name, arch in ARCHS.items() if arch.head)),
     "BottleneckAdapter": Row(_ours(BottleneckAdapter, reduction_factor=4)),
     "FullFineTuning": Row(_ours(FullFineTuning)),
 }

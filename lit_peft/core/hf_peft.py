@@ -241,6 +241,8 @@ def split(
         plain = name.replace(".base_layer.", ".")
         if name.startswith(empty):
             continue  # a layer that HF PEFT's AdaLoRA has left no rank
+        if key == PROMPT and config.get("num_transformer_submodules") == 2:
+            tensor = tensor[: config.get("num_virtual_tokens")]  # as many for the decoder, which HF PEFT never reads
         if plain in known:
             base[plain] = tensor
         else:

@@ -128,7 +128,8 @@ class AdaLoRA(TargetedMethod):
     def build(self, site: Site) -> "AdaLoRADelta":
         r = by_pattern(self.rank_pattern, site, self.init_r)
         check_rank("init_r", r, site)
-        return AdaLoRADelta(*site.size, r, self._alpha / self.init_r, self.dropout)
+        scaling = self._alpha / (self.init_r + 1e-5)  # as the authors' code and HF PEFT have it
+        return AdaLoRADelta(*site.size, r, scaling, self.dropout)
 
     @property
     def _alpha(self) -> float:
@@ -287,7 +288,7 @@ class AdaLoRADelta(Delta):
             nn.init.normal_(factor, std=0.02, generator=generator)  # as in the authors' code
 
     def describe(self) -> dict[str, Any]:
-        return {"r": len(self.lora_A), "scaling": self.scaling}
+        return {"r": len(self.lora_A), "scaling": round(self.scaling, 4)}
 
     def weigh(self, gradients: Mapping[nn.Parameter, Tensor], beta1: float, beta2: float) -> None:
         """Updates importances and uncertainties, equations 9 and 10."""

@@ -42,7 +42,12 @@ class HiRA(TargetedMethod):
     learning_rate = 2e-3  # on SST-2 1e-2 won a short sweep and lost the longer runs, docs/results/sst2.md
     may_change = frozenset({"dropout"})
     hf_peft: ClassVar[dict[str, Any]] = {"peft_type": "HIRA"}
-    hf_options: ClassVar[dict[str, Any]] = {"r": 32, "hira_dropout": 0.0, "init_weights": True, "fan_in_fan_out": False}
+    hf_options: ClassVar[dict[str, Any]] = {
+        "r": 32,
+        "hira_dropout": 0.0,
+        # Change nothing; peft 0.21.2 gives every layer r ranks, whatever rank_pattern says.
+        **dict.fromkeys(("init_weights", "fan_in_fan_out", "rank_pattern")),
+    }
 
     def __init__(self, r: int = 32, dropout: float = 0.0, **common: Any) -> None:
         super().__init__(**common)

@@ -26,6 +26,7 @@ class PTuning(PromptMethod):
         hidden_size: h; null for d, the width of the embeddings, as in HF PEFT.
         reparametrise: Whether there is an f. Without one, the vectors are trained themselves: that is what a folder
             of HF PEFT's keeps of P-tuning.
+        as_hf_peft: As in `PromptTuning`.
         **common: See `Method`.
     """
 
@@ -39,9 +40,10 @@ class PTuning(PromptMethod):
         num_virtual_tokens: int = 20,
         hidden_size: int | None = None,
         reparametrise: bool = True,
+        as_hf_peft: bool = False,
         **common: Any,
     ) -> None:
-        super().__init__(num_virtual_tokens, **common)
+        super().__init__(num_virtual_tokens, as_hf_peft, **common)
         if hidden_size is not None:
             check_range("hidden_size", hidden_size, 1)
         self.hidden_size, self.reparametrise = hidden_size, reparametrise

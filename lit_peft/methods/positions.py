@@ -3,7 +3,8 @@
 import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.swap import Swapped
@@ -22,6 +23,20 @@ def position_room(stack: nn.Module) -> int | None:
         return None
     padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
     return layer_ops(table).size(table)[1] - (0 if padding is None else padding + 1)
+
+
+def text_positions(x: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
+    """The positions that a model itself would give a text, [1 or batch, length].
+
+    Args:
+        x: Anything of the text's length, [batch, length, ...].
+        ids: Its tokens, where they are known.
+        padding: RoBERTa's position of padding; it counts from behind it.
+    """
+    if padding is None or ids is None:
+        return (torch.arange(x.shape[1], device=x.device) + (0 if padding is None else padding + 1))[None]
+    real = ids.ne(padding).long()
+    return real.cumsum(1) * real + padding
 
 
 def check_room(stack: nn.Module, room: int | None, n: int, length: int, *, shared: bool = False) -> None:

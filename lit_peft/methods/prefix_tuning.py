@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
+from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.hf_peft import PROMPT, find_root
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import TargetedMethod
@@ -17,8 +18,8 @@ from lit_peft.methods.prefixes import (
     ReparametrisedPrefix,
     ShiftedPositions,
     Trunk,
-    decoder_around,
     key_value_widths,
+    stack_around,
 )
 from lit_peft.methods.prompt_method import PromptMethod
 from lit_peft.methods.prompt_text import token_ids
@@ -41,6 +42,7 @@ class PrefixTuning(TargetedMethod):
         init_text: A text whose keys and values, as the base computes them, the prefix starts from, cut off or
             repeated to n tokens; null for random ones. Real words start better on small sets (section 7.4).
         tokenizer: Hub id or folder of its tokenizer; null for the model's own.
+        as_hf_peft: Whether an encoder's positions start at n too, as in HF PEFT, which then opens the folder.
         **common: See `TargetedMethod` and `Method`. `target_modules` names the key projections of the attentions that
             get a prefix; by default all of them, a decoder's cross-attention too.
 
@@ -64,6 +66,7 @@ class PrefixTuning(TargetedMethod):
         hidden_size: int | None = None,
         init_text: str | None = None,
         tokenizer: str | None = None,
+        as_hf_peft: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -73,7 +76,7 @@ class PrefixTuning(TargetedMethod):
         if reparametrise and init_text:
             raise ValueError("init_text sets keys and values, which a network makes under reparametrise: drop one.")
         self.num_virtual_tokens, self.reparametrise, self.hidden_size = num_virtual_tokens, reparametrise, hidden_size
-        self.init_text, self.tokenizer = init_text, tokenizer
+        self.init_text, self.tokenizer, self.as_hf_peft = init_text, tokenizer, as_hf_peft
 
     def sites(self, module: nn.Module, avoid: Iterable[str]) -> list[Site]:
         try:
@@ -87,15 +90,16 @@ class PrefixTuning(TargetedMethod):
             ) from error
         register()
         self._widths: dict[str, tuple[int, int]] = {}
-        decoders: dict[str, None] = {}
+        stacks: dict[str, None] = {}
         for key in keys:
             path = key.path.rpartition(".")[0]
             attention: Any = module.get_submodule(path)
             check_implementation(attention)
             self._widths[path] = key_value_widths(attention, key)
-            if getattr(attention, "is_causal", False) and (decoder := decoder_around(module, path)) is not None:
-                decoders[decoder] = None
-        return [make_site(path, module.get_submodule(path)) for path in (*self._widths, *decoders)]
+            moves = self.as_hf_peft or getattr(attention, "is_causal", False)
+            if moves and (stack := stack_around(module, path)) is not None:
+                stacks[stack] = None
+        return [make_site(path, module.get_submodule(path)) for path in (*self._widths, *stacks)]
 
     def plan(self, sites: list[Site]) -> None:
         self._trunk: Trunk | None = None
@@ -147,6 +151,9 @@ class PrefixTuning(TargetedMethod):
             "num_layers": len(own),
             "num_transformer_submodules": 1,
         }
+        if not self.as_hf_peft and not all(site.layer.is_causal for site, _ in own):
+            # HF PEFT would open it and compute something else.
+            entries |= {"peft_type": f"LIT_PEFT_{self.hf_peft['peft_type']}", "task_type": None}
         tensors: dict[str, Tensor | list[Tensor]] = {PROMPT: views}
         if self.reparametrise:
             tensors |= {f"{site.path}.prompt_encoder.{k}": p for site, a in own for k, p in a.named_parameters()}
@@ -155,4 +162,10 @@ class PrefixTuning(TargetedMethod):
     @classmethod
     def from_hf_peft(cls, options: dict[str, Any], paths: list[str]) -> dict[str, Any]:
         """Arguments of the same prefix, whose network HF PEFT has dropped; see `lit_peft.saving.folder`."""
-        return {"num_virtual_tokens": options["num_virtual_tokens"]}
+        if options["num_transformer_submodules"] == 2:
+            raise CheckpointMismatch(
+                "HF PEFT's prefix of an encoder-decoder gives several layers of the decoder the same keys and values, "
+                "and the encoder none: there is no such method here. Train it anew."
+            )
+        as_hf_peft = options["task_type"] not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        return {"num_virtual_tokens": options["num_virtual_tokens"], "as_hf_peft": as_hf_peft}

@@ -10,7 +10,7 @@ from torch.nn.utils import skip_init
 from lit_peft.core.addition import Addition, Call
 from lit_peft.core.targets import Site
 from lit_peft.methods.p_tuning import init_linear
-from lit_peft.methods.positions import argument_names, check_room, position_room
+from lit_peft.methods.positions import argument_names, check_room, position_room, position_table, text_positions
 from lit_peft.methods.prefix_attention import Prefix
 
 
@@ -81,13 +81,14 @@ def _gathered(p: Any) -> Tensor:
 
 
 class ShiftedPositions(Addition):
-    """Lets the positions of a decoder's text start at n: those before belong to the prefix."""
+    """Lets the positions of a text start at n: those before belong to the prefix."""
 
     reads = False
 
     def __init__(self, n: int, stack: nn.Module) -> None:
         super().__init__()
         self.n, self.names, self.room = n, argument_names(stack), position_room(stack)
+        self.padding = getattr(position_table(stack), "padding_idx", None)
 
     def forward(self, layer: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
@@ -99,7 +100,7 @@ class ShiftedPositions(Addition):
         positions, past = given.get("position_ids"), given.get("past_key_values")
         if positions is None:
             start = 0 if past is None else past.get_seq_length()
-            positions = torch.arange(text.shape[1], device=text.device)[None] + start
+            positions = text_positions(text, given.get("input_ids"), self.padding) + start
         given["position_ids"] = positions + self.n
         return call(**given)
 
@@ -112,7 +113,7 @@ def key_value_widths(attention: Any, key: Site) -> tuple[int, int]:
     return heads * attention.head_dim, heads * attention.head_dim
 
 
-def decoder_around(module: nn.Module, path: str) -> str | None:
+def stack_around(module: nn.Module, path: str) -> str | None:
     """Path of the stack around an attention that takes positions together with a text, None where none does."""
     while path:
         path = path.rpartition(".")[0]

@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
-from lit_peft.core.checkpoint import CheckpointMismatch
-from lit_peft.core.hf_peft import PROMPT, find_root
+from lit_peft.core.hf_peft import PROMPT, find_root, task_type
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import Method
@@ -26,7 +25,8 @@ class PromptMethod(Method):
 
     In an encoder with a table of positions the text keeps the positions that it was pretrained on, [CLS] at the first,
     and the virtual tokens share them: moved on by n, the same prompt trains far worse there. A decoder's text
-    begins at n.
+    begins at n. With `as_hf_peft`, which folders of HF PEFT's ask for, an encoder's text begins at n as well, and the
+    head of a sequence classifier reads the first *virtual* token.
     """
 
     hf_peft: ClassVar[dict[str, Any]]
@@ -36,10 +36,10 @@ class PromptMethod(Method):
         **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")),
     }
 
-    def __init__(self, num_virtual_tokens: int = 20, **common: Any) -> None:
+    def __init__(self, num_virtual_tokens: int = 20, as_hf_peft: bool = False, **common: Any) -> None:
         super().__init__(**common)
         check_range("num_virtual_tokens", num_virtual_tokens, 1)
-        self.num_virtual_tokens = num_virtual_tokens
+        self.num_virtual_tokens, self.as_hf_peft = num_virtual_tokens, as_hf_peft
 
     def vectors(self, width: int) -> "Prompt":
         """Allocates the virtual tokens, [n, width]."""
@@ -57,6 +57,7 @@ class PromptMethod(Method):
                 f"{type(self).__name__} puts virtual tokens before the embeddings of a text, and "
                 f"{type(model).__name__} takes none (a transformers model takes them as inputs_embeds): use LoRA."
             )
+        self._reads_one = task_type(model, ()) == "SEQ_CLS"
         paths = {id(child): path for path, child in module.named_modules()}
         return [make_site(paths[id(stack)], stack) for stack in stacks]
 
@@ -72,9 +73,14 @@ class PromptMethod(Method):
         prompt.names, prompt.stays = argument_names(stack), self._decoder is not None
         prompt.room = position_room(stack)
         causal = any(getattr(child, "is_causal", False) for child in stack.modules())
-        if prompt.room is not None and not causal and "position_ids" in prompt.names:
-            prompt.keeps = True
-            prompt.padding = getattr(position_table(stack), "padding_idx", None)
+        if causal or prompt.stays:
+            return prompt
+        prompt.padding = getattr(position_table(stack), "padding_idx", None)
+        if self.as_hf_peft:
+            prompt.stays = self._reads_one
+        else:
+            prompt.keeps = prompt.room is not None and "position_ids" in prompt.names
+            prompt.own_form = prompt.keeps or self._reads_one
         return prompt
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,7 +94,7 @@ class PromptMethod(Method):
             "num_layers": getattr(config, "num_hidden_layers", None),
             "num_transformer_submodules": 1,  # of an encoder-decoder, the encoder
         }
-        if prompt.keeps:  # HF PEFT would open it and compute something else
+        if prompt.own_form:
             entries |= {"peft_type": f"LIT_PEFT_{self.hf_peft['peft_type']}", "task_type": None}
         own = {f"{site.path}.prompt_encoder.{name}".lstrip("."): p for name, p in prompt.named_parameters()}
         return entries, {PROMPT: vectors} | ({} if any(p is vectors for p in own.values()) else own)
@@ -96,9 +102,5 @@ class PromptMethod(Method):
     @classmethod
     def from_hf_peft(cls, options: dict[str, Any], paths: list[str]) -> dict[str, Any]:
         """Arguments of the same prompt; see `lit_peft.saving.folder`."""
-        if (task := options["task_type"]) not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
-            raise CheckpointMismatch(
-                f"HF PEFT's {task} moves the text's positions and lets the head read a virtual token, which "
-                f"{cls.__name__} does not: outputs would differ. Train it anew."
-            )
-        return {"num_virtual_tokens": options["num_virtual_tokens"]}
+        as_hf_peft = options["task_type"] not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        return {"num_virtual_tokens": options["num_virtual_tokens"], "as_hf_peft": as_hf_peft}

@@ -26,6 +26,8 @@ class PromptTuning(PromptMethod):
             uniform within .5. Vectors that the model knows start far better than random ones (section 3.2).
         init_text: The text for init text, cut off or repeated to n tokens. Say the task: "Is this review good?"
         tokenizer: Hub id or folder of its tokenizer; null for the model's own.
+        as_hf_peft: Whether an encoder's text moves on by n positions and the head of its sequence classifier reads the
+            first virtual token, as in HF PEFT, which then opens the folder. Off, because it trains far worse.
         **common: See `Method`.
 
     The rate is high because nothing moves but n vectors, which are far from where they shall go. On the bundled demo
@@ -46,9 +48,10 @@ class PromptTuning(PromptMethod):
         init: Literal["vocabulary", "text", "random"] = "vocabulary",
         init_text: str | None = None,
         tokenizer: str | None = None,
+        as_hf_peft: bool = False,
         **common: Any,
     ) -> None:
-        super().__init__(num_virtual_tokens, **common)
+        super().__init__(num_virtual_tokens, as_hf_peft, **common)
         check_choice("init", init, ("vocabulary", "text", "random"))
         if (init == "text") != bool(init_text):
             raise ValueError(f"init text and init_text go together, not init {init} with init_text {init_text!r}.")

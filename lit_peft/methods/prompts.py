@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition, Call
-from lit_peft.methods.positions import check_room
+from lit_peft.methods.positions import check_room, text_positions
 
 
 class Prompt(Addition):
@@ -16,13 +16,15 @@ class Prompt(Addition):
     names: tuple[str, ...] = ()
     """Arguments of the transformer's forward, in their order."""
     stays = False
-    """Whether the output keeps the virtual positions, for a decoder that attends to them."""
+    """Whether the output keeps the virtual positions, for a decoder that attends to them or a head that reads one."""
     room: int | None = None
     """Rows of the table of positions, None where there is none."""
     keeps = False
     """Whether the text keeps its positions."""
     padding: int | None = None
     """RoBERTa's position of padding; it counts from behind it."""
+    own_form = False
+    """Whether HF PEFT would open it and compute something else."""
 
     def prompt(self) -> Tensor:
         """The virtual tokens, [n, d]."""
@@ -32,13 +34,6 @@ class Prompt(Addition):
     def first(self) -> int:
         """The position of a text's first token."""
         return 0 if self.padding is None else self.padding + 1
-
-    def positions(self, x: Tensor, ids: Tensor | None) -> Tensor:
-        """The positions that the model itself would give the text, [1 or batch, length]."""
-        if self.padding is None or ids is None:
-            return (torch.arange(x.shape[1], device=x.device) + self.first)[None]
-        real = ids.ne(self.padding).long()
-        return real.cumsum(1) * real + self.padding
 
     def forward(self, layer: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
@@ -61,7 +56,7 @@ class Prompt(Addition):
         check_room(layer, self.room, n, x.shape[1], shared=self.keeps)
         given["inputs_embeds"] = torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         if self.keeps and positions is None:
-            positions = self.positions(x, ids)
+            positions = text_positions(x, ids, self.padding)
         if positions is not None:
             first = torch.arange(n, device=x.device) + self.first
             moved = positions if self.keeps else positions + n

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call, Delta, dropped
-from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.targets import Site
@@ -29,6 +28,7 @@ class VeRA(TargetedMethod):
         d_initial: What `d` starts at; .1 is the paper's choice (section 4.6).
         dropout: Dropout on the adapter's input.
         seed: Seed of `A` and `B`.
+        save_projection: Whether an adapter folder holds `A` and `B`; else it rests on torch's generator and `seed`.
         **common: See `TargetedMethod` and `Method`.
     """
 
@@ -46,7 +46,13 @@ class VeRA(TargetedMethod):
     hf_linear_only = True
 
     def __init__(
-        self, r: int = 256, d_initial: float = 0.1, dropout: float = 0.0, seed: int = 0, **common: Any
+        self,
+        r: int = 256,
+        d_initial: float = 0.1,
+        dropout: float = 0.0,
+        seed: int = 0,
+        save_projection: bool = True,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         check_range("r", r, 1)
@@ -54,6 +60,7 @@ class VeRA(TargetedMethod):
         if d_initial == 0:
             raise ValueError("d_initial must not be 0: with b at zero too, nothing would get a gradient.")
         self.r, self.d_initial, self.dropout, self.seed = r, d_initial, dropout, seed
+        self.save_projection = save_projection
 
     def plan(self, sites: list[Site]) -> None:
         sizes = [site.size for site in sites]
@@ -67,9 +74,9 @@ class VeRA(TargetedMethod):
         return VeRADelta(self._shared, site.path == self._holder, *site.size, self.d_initial, self.dropout)
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's VERA with its projections; see `lit_peft.saving.folder`."""
+        """HF PEFT's VERA; see `lit_peft.saving.folder`."""
         shared = sites[0][1].shared
-        tensors = {"vera_A": shared.vera_A, "vera_B": shared.vera_B}
+        tensors = {"vera_A": shared.vera_A, "vera_B": shared.vera_B} if self.save_projection else {}
         for site, delta in sites:
             tensors |= {f"{site.path}.{key}": value for key, value in delta.named_parameters()}
         return {
@@ -77,22 +84,20 @@ class VeRA(TargetedMethod):
             "d_initial": self.d_initial,
             "vera_dropout": self.dropout,
             "projection_prng_key": self.seed,
-            "save_projection": True,
+            "save_projection": self.save_projection,
+            "bias": "none",
             "fan_in_fan_out": stores_transposed(sites),
         }, tensors
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
         """Arguments of the same VeRA; see `lit_peft.saving.folder`."""
-        if not options["save_projection"]:
-            raise CheckpointMismatch(
-                "The folder lacks vera_A and vera_B: save the adapter in HF PEFT with save_projection=True."
-            )
         return {
             "r": options["r"],
             "d_initial": options["d_initial"],
             "dropout": options["vera_dropout"],
             "seed": options["projection_prng_key"],
+            "save_projection": options["save_projection"],
         }
 
 
