@@ -151,6 +151,7 @@ class Row:
         theirs: HF PEFT's configuration of the same; none where it has no such method.
         archs: Architectures it is for.
         prepare: Changes an adapter of ours or a model of HF PEFT's after it was made, by pruning for instance.
+        step: Size of the noise that moves additions.
         skip: Virtual tokens in front of HF PEFT's outputs a token.
     """
 
@@ -158,6 +159,7 @@ class Row:
     theirs: Callable[[Arch], peft.PeftConfig] | None = None
     archs: tuple[str, ...] = TEXT
     prepare: Callable[[nn.Module], None] = lambda model: None
+    step: float = 0.3
     skip: int = 0
 
 
@@ -271,20 +273,29 @@ ROWS: dict[str, Row] = {
     "LoRA, embedding": _lora({"target_modules": _with_embedding}, {"target_modules": _with_embedding}),
     "LoRA, convolutions": _lora(archs=("ConvNet",)),
     "DoRA": _lora(theirs={"use_dora": True}, cls=DoRA),
+    "DoRA, embedding": _lora(
+        {"target_modules": _with_embedding}, {"target_modules": _with_embedding, "use_dora": True}, DoRA
+    ),
     "DoRA, convolutions": _lora(theirs={"use_dora": True}, cls=DoRA, archs=("ConvNet",)),
-    "HiRA": Row(_ours(HiRA, r=4, target_modules=_targets), _theirs(peft.HiraConfig, r=4, target_modules=_targets)),
+    "HiRA": Row(
+        _ours(HiRA, r=4, target_modules=_targets), _theirs(peft.HiraConfig, r=4, target_modules=_targets), step=1.0
+    ),
     "HiRA, embedding": Row(
-        _ours(HiRA, r=4, target_modules=_with_embedding), _theirs(peft.HiraConfig, r=4, target_modules=_with_embedding)
+        _ours(HiRA, r=4, target_modules=_with_embedding),
+        _theirs(peft.HiraConfig, r=4, target_modules=_with_embedding),
+        step=1.0,
     ),
     "AdaLoRA": _ADALORA,
     "AdaLoRA, pruned": Row(_ADALORA.ours, _ADALORA.theirs, **_PRUNED),
     "VeRA": Row(
         _ours(VeRA, r=8, seed=5, target_modules=_targets),
         _theirs(peft.VeraConfig, r=8, projection_prng_key=5, target_modules=_targets),
+        step=1.0,
     ),
     "VeRA, by its seed": Row(
         _ours(VeRA, r=8, seed=5, save_projection=False, target_modules=_targets),
         _theirs(peft.VeraConfig, r=8, projection_prng_key=5, save_projection=False, target_modules=_targets),
+        step=1.0,
     ),
     "IA3": Row(
         _ours(IA3, feedforward_modules=_down, target_modules=_targets),
@@ -309,7 +320,77 @@ ROWS: dict[str, Row] = {
         skip=N,
     ),
     "BitFit": Row(_ours(BitFit), archs=_BIASES),
-    "LinearProbe": Row(_ours(LinearProbe), archs=tuple(name for name, arch in ARCHS.items() if arch.head)),
+    "LinearProbe": Row(_ours(LinearProbe), archs=tuple(name for name in TEXT if ARCHS[name].head)),
     "BottleneckAdapter": Row(_ours(BottleneckAdapter, reduction_factor=4)),
     "FullFineTuning": Row(_ours(FullFineTuning)),
 }
+
+
+@dataclass(frozen=True)
+class Hole:
+    """What does not go.
+
+    Attributes:
+        rows: Methods.
+        archs: Architectures.
+        stage: What fails: our `save`, HF PEFT when it opens our folder, or makes or runs its own, our `load` of that.
+        error: Part of the error that occurs.
+        why: The reason.
+    """
+
+    rows: tuple[str, ...]
+    archs: tuple[str, ...]
+    stage: str
+    error: str
+    why: str
+
+
+_ENCODERS = ("DistilBERT", "BERT", "RoBERTa", "BERT, questions", "BERT, tokens")
+_KEPT = (
+    "an encoder's text keeps its positions and its head reads the text, where HF PEFT moves both on by the virtual "
+    "tokens; the folder's peft_type says so, and HF PEFT does not open it. With as_hf_peft it does."
+)
+_PREFIXES = ("PrefixTuning", "PrefixTuning, reparametrised")
+_AS_HF_PEFT = tuple(f"{name}, as_hf_peft" for name in _PREFIXES)
+_SHARED = (
+    "of an encoder-decoder HF PEFT gives several layers of the decoder the same keys and values, leaves others unread, "
+    "and gives the encoder none; ours go into every attention."
+)
+_LENGTHS = "HF PEFT's DoRA of an embedding keeps a length for each token, ours for each feature: two equations."
+_NONE = "HF PEFT has no such method; `lit_peft.load` reads the folder."
+
+HOLES = (
+    Hole(_PREFIXES, _ENCODERS, "open", "KeyError: 'LIT_PEFT_PREFIX_TUNING'", _KEPT),
+    Hole(("PromptTuning",), _ENCODERS, "open", "KeyError: 'LIT_PEFT_PROMPT_TUNING'", _KEPT),
+    Hole(("PTuning",), _ENCODERS, "open", "KeyError: 'LIT_PEFT_P_TUNING'", _KEPT),
+    *(
+        Hole(
+            _AS_HF_PEFT,
+            ("DistilBERT",),
+            stage,
+            "ValueError: Model does not support past key values which are required for prefix tuning.",
+            "HF PEFT's prefix needs a cache, which DistilBERT has not.",
+        )
+        for stage in ("open", "make")
+    ),
+    Hole(
+        (*_PREFIXES, *_AS_HF_PEFT),
+        ("T5",),
+        "save",
+        "ValueError: HF PEFT's prefix goes into every layer of one",
+        _SHARED,
+    ),
+    Hole(_AS_HF_PEFT, ("T5",), "load", "HF PEFT's prefix of an encoder-decoder gives several layers", _SHARED),
+    *(
+        Hole(("DoRA, embedding",), TEXT, stage, "HF PEFT's DoRA of an embedding has another equation.", _LENGTHS)
+        for stage in ("save", "load")
+    ),
+    Hole(("BottleneckAdapter",), TEXT, "open", "KeyError: 'LIT_PEFT'", _NONE),
+    Hole(
+        ("FullFineTuning",),
+        TEXT,
+        "save",
+        "ValueError: FullFineTuning trains every parameter",
+        "there is no adapter; the trainer's checkpoint holds the model.",
+    ),
+)
