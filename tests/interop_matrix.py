@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from interop_rows import ARCHS, HOLES, ROWS, Arch, Hole, Row
+from interop_rows import ARCHS, ROWS, TEXT, Arch, Row
 from torch import Tensor, nn
 
 import lit_peft
@@ -35,12 +35,91 @@ DIRECTIONS = {
 STAGES = {
     "save": ("ours, ours", "ours, HF PEFT", "ours, HF PEFT, ours"),
     "open": ("ours, HF PEFT", "ours, HF PEFT, ours"),
+    "again": ("ours, HF PEFT, ours",),
     "make": ("HF PEFT, ours", "HF PEFT, ours, HF PEFT"),
     "load": ("HF PEFT, ours", "HF PEFT, ours, HF PEFT"),
 }
 """What can fail -> the directions that are then missing."""
+
+
+@dataclass(frozen=True)
+class Hole:
+    """What does not go.
+
+    Attributes:
+        rows: Methods.
+        archs: Architectures.
+        stage: What fails: our `save`; HF PEFT's opening of our folder, or its writing it again; its making or running
+            of its own; our `load` of that.
+        error: Part of the error that occurs.
+        why: The reason.
+    """
+
+    rows: tuple[str, ...]
+    archs: tuple[str, ...]
+    stage: str
+    error: str
+    why: str
+
+
+_ENCODERS = ("DistilBERT", "BERT", "RoBERTa", "BERT (questions)", "BERT (tokens)")
+_KEPT = (
+    "an encoder's text keeps its positions and its head reads the text, where HF PEFT moves both on by the virtual "
+    "tokens; the folder's peft_type says so, and HF PEFT does not open it. With as_hf_peft it does."
+)
+_PREFIXES = ("PrefixTuning", "PrefixTuning (reparametrised)")
+_AS_HF_PEFT = tuple(f"{name} as_hf_peft" for name in _PREFIXES)
+_SHARED = (
+    "of an encoder-decoder HF PEFT gives several layers of the decoder the same keys and values, leaves others unread, "
+    "and gives the encoder none; ours go into every attention."
+)
+_TIED = (
+    "with ensure_weight_tying HF PEFT puts a Linear in the place of the tied embeddings, and fails; without it, it "
+    "trains them apart. It opens our folder, but what it writes of that lacks all but one of them, which is refused."
+)
+_LENGTHS = "HF PEFT's DoRA of an embedding keeps a length for each token, ours for each feature: two equations."
+_NONE = "HF PEFT has no such method; `lit_peft.load` reads the folder."
+
+HOLES = (
+    Hole(_PREFIXES, _ENCODERS, "open", "KeyError: 'LIT_PEFT_PREFIX_TUNING'", _KEPT),
+    Hole(("PromptTuning",), _ENCODERS, "open", "KeyError: 'LIT_PEFT_PROMPT_TUNING'", _KEPT),
+    Hole(("PTuning",), _ENCODERS, "open", "KeyError: 'LIT_PEFT_P_TUNING'", _KEPT),
+    *(
+        Hole(
+            _AS_HF_PEFT,
+            ("DistilBERT",),
+            stage,
+            "ValueError: Model does not support past key values which are required for prefix tuning.",
+            "HF PEFT's prefix needs a cache, which DistilBERT has not.",
+        )
+        for stage in ("open", "make")
+    ),
+    Hole(
+        (*_PREFIXES, *_AS_HF_PEFT),
+        ("T5",),
+        "save",
+        "ValueError: HF PEFT's prefix goes into every layer of one",
+        _SHARED,
+    ),
+    Hole(_AS_HF_PEFT, ("T5",), "load", "HF PEFT's prefix of an encoder-decoder gives several layers", _SHARED),
+    Hole(("LoRA (tied head)",), ("T5",), "make", "RuntimeError: mat1 and mat2 shapes cannot be multiplied", _TIED),
+    Hole(("LoRA (tied head)",), ("T5",), "again", "shared.weight was trained apart from encoder.embed_tokens", _TIED),
+    *(
+        Hole(("DoRA (embedding)",), TEXT, stage, "HF PEFT's DoRA of an embedding has another equation.", _LENGTHS)
+        for stage in ("save", "load")
+    ),
+    Hole(("BottleneckAdapter",), TEXT, "open", "KeyError: 'LIT_PEFT'", _NONE),
+    Hole(
+        ("FullFineTuning",),
+        TEXT,
+        "save",
+        "ValueError: FullFineTuning trains every parameter",
+        "there is no adapter; the trainer's checkpoint holds the model.",
+    ),
+)
+
 PAIRS = [(row, arch) for row, entry in ROWS.items() for arch in entry.archs]
-FAST = ("BERT", "GPT-2", "Llama, classes", "ConvNet")
+FAST = ("BERT", "GPT-2", "Llama (classes)", "ConvNet")
 
 
 def holes(row: str, arch: str) -> dict[str, Hole]:
@@ -79,7 +158,7 @@ class Subject:
         self.row: Row = ROWS[row]
         self.arch: Arch = ARCHS[arch]
         # Behind a prompt HF PEFT reads the last position of a text that is padded, ours its last token.
-        self.padded = not (self.row.skip and arch.endswith("classes"))
+        self.padded = not (self.row.skip and arch.endswith("(classes)"))
         self.before = self.row.skip if self.arch.task in ("CAUSAL_LM", "QUESTION_ANS", "TOKEN_CLS") else 0
 
     @torch.no_grad()
@@ -149,6 +228,7 @@ def measure(row: str, arch: str, folder: Path) -> Outcome:
             stage = "open"
             opened = subject.opened(folder / "ours")
             found["ours, HF PEFT"] = largest(subject.logits(opened), expected)
+            stage = "again"
             opened.save_pretrained(folder / "ours_again")
             again = subject.loaded(folder / "ours_again")
             found["ours, HF PEFT, ours"] = largest(subject.logits(again), expected)
@@ -196,10 +276,13 @@ it, prints this page and writes it; the tests fail where a difference exceeds th
 
 - Tolerance: {TOLERANCE:g}, the largest difference of two logits in float32, on a CPU. What is compared changes the
   logits by {HEARD:g} at least, additions and trained base parameters each by themselves: *heard* has the least change.
-- A figure is the largest over the architectures, tiny random models of transformers: {", ".join(a for a in ARCHS)}
-  ("classes": sequence classification; "questions": question answering; "tokens": token classification; GPT-2 and Llama
-  alone: causal language models).
-- Logits of a text behind virtual tokens: HF PEFT's of the virtual tokens themselves are left out.
+- A figure is the largest over the architectures, tiny random models of transformers:
+  {", ".join(ARCHS)}. DistilBERT, BERT, RoBERTa
+  and "classes" are sequence classifiers, T5 generates, GPT-2 and Llama alone are causal language models.
+- Heads train and are saved: ours in `train_also`, HF PEFT's in `modules_to_save`.
+- One of the two texts is padded; not behind a prompt on a decoder with classes, where HF PEFT reads the last position
+  even if it is padded, and ours the last token of the text.
+- Behind a prompt HF PEFT also returns outputs for the virtual tokens, which are left out where each token has one.
 - A dash: not in this direction, or on no architecture; why stands below.
 """
 VERSIONS = (

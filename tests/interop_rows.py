@@ -96,14 +96,14 @@ ARCHS: dict[str, Arch] = {
     ),
     "BERT": Arch(MODELS["bert"].make, "SEQ_CLS", ("pooler", "classifier"), _BERT_TARGETS, "word_embeddings"),
     "RoBERTa": Arch(MODELS["roberta"].make, "SEQ_CLS", ("classifier",), _BERT_TARGETS, "word_embeddings"),
-    "BERT, questions": Arch(
+    "BERT (questions)": Arch(
         _model("BertForQuestionAnswering", max_position_embeddings=16, **_BERT),
         "QUESTION_ANS",
         ("qa_outputs",),
         _BERT_TARGETS,
         "word_embeddings",
     ),
-    "BERT, tokens": Arch(
+    "BERT (tokens)": Arch(
         _model("BertForTokenClassification", max_position_embeddings=16, **_BERT),
         "TOKEN_CLS",
         ("classifier",),
@@ -111,7 +111,7 @@ ARCHS: dict[str, Arch] = {
         "word_embeddings",
     ),
     "GPT-2": Arch(MODELS["gpt2"].make, "CAUSAL_LM", (), ("c_attn", "mlp.c_proj"), "wte"),
-    "GPT-2, classes": Arch(
+    "GPT-2 (classes)": Arch(
         lambda: tf.GPT2ForSequenceClassification(tf.GPT2Config(vocab_size=50, pad_token_id=1, **_GPT2)),
         "SEQ_CLS",
         ("score",),
@@ -119,7 +119,7 @@ ARCHS: dict[str, Arch] = {
         "wte",
     ),
     "Llama": Arch(MODELS["llama"].make, "CAUSAL_LM", (), ("q_proj", "v_proj", "down_proj"), "embed_tokens"),
-    "Llama, classes": Arch(
+    "Llama (classes)": Arch(
         _model("LlamaForSequenceClassification", **_LLAMA),
         "SEQ_CLS",
         ("score",),
@@ -131,7 +131,7 @@ ARCHS: dict[str, Arch] = {
         "SEQ_2_SEQ_LM",
         (),
         ("q", "v", "wo"),
-        "shared",
+        "embed_tokens",
         loud=1.0,
         extra={"decoder_input_ids": torch.tensor([[0, 4, 9], [0, 6, 2]])},
     ),
@@ -244,7 +244,7 @@ _ADALORA = Row(
     _theirs(peft.AdaLoraConfig, init_r=4, target_r=2, lora_alpha=6, total_step=10, target_modules=_targets),
 )
 _PRUNED = {"prepare": _prune_adalora}
-_BIASES = tuple(name for name in TEXT if name not in ("T5", "Llama", "Llama, classes"))
+_BIASES = tuple(name for name in TEXT if name not in ("T5", "Llama", "Llama (classes)"))
 
 
 def _sparse(sparsity: str) -> Row:
@@ -258,41 +258,53 @@ def _virtual(
     """A prompt method as it is by itself, and with texts placed as HF PEFT places them."""
     return {
         name: Row(_ours(ours, N, **some), skip=skip),
-        f"{name}, as_hf_peft": Row(_ours(ours, N, as_hf_peft=True, **some), _prompts(theirs, **other), skip=skip),
+        f"{name} as_hf_peft": Row(_ours(ours, N, as_hf_peft=True, **some), _prompts(theirs, **other), skip=skip),
     }
 
 
 ROWS: dict[str, Row] = {
     "LoRA": _lora(),
-    "LoRA, rank-stabilised": _lora({"use_rslora": True}, {"use_rslora": True}),
-    "LoRA, rank and alpha patterns": _lora(
+    "LoRA (rank-stabilised)": _lora({"use_rslora": True}, {"use_rslora": True}),
+    "LoRA (rank and alpha patterns)": _lora(
         {"rank_pattern": _ranks, "alpha_pattern": _alphas}, {"rank_pattern": _ranks, "alpha_pattern": _alphas}
     ),
-    "LoRA, biases of its layers": _lora({"bias": "lora_only"}, {"bias": "lora_only"}, archs=_BIASES),
-    "LoRA, all biases": _lora({"bias": "all"}, {"bias": "all"}, archs=_BIASES),
-    "LoRA, embedding": _lora({"target_modules": _with_embedding}, {"target_modules": _with_embedding}),
-    "LoRA, convolutions": _lora(archs=("ConvNet",)),
+    "LoRA (biases of its layers)": _lora({"bias": "lora_only"}, {"bias": "lora_only"}, archs=_BIASES),
+    "LoRA (all biases)": _lora({"bias": "all"}, {"bias": "all"}, archs=_BIASES),
+    "LoRA (embedding)": _lora({"target_modules": _with_embedding}, {"target_modules": _with_embedding}),
+    "LoRA (tied head)": Row(
+        _ours(LoRA, r=4, alpha=6, dropout=0.0, target_modules=_targets, train_also=("lm_head",)),
+        lambda arch: peft.LoraConfig(
+            task_type=arch.task,
+            r=4,
+            lora_alpha=6,
+            target_modules=_targets(arch),
+            modules_to_save=["lm_head"],
+            ensure_weight_tying=True,
+        ),
+        archs=("GPT-2", "T5"),
+    ),
+    "LoRA (convolutions)": _lora(archs=("ConvNet",)),
     "DoRA": _lora(theirs={"use_dora": True}, cls=DoRA),
-    "DoRA, embedding": _lora(
+    "DoRA (embedding)": _lora(
         {"target_modules": _with_embedding}, {"target_modules": _with_embedding, "use_dora": True}, DoRA
     ),
-    "DoRA, convolutions": _lora(theirs={"use_dora": True}, cls=DoRA, archs=("ConvNet",)),
+    "DoRA (convolutions)": _lora(theirs={"use_dora": True}, cls=DoRA, archs=("ConvNet",)),
     "HiRA": Row(
         _ours(HiRA, r=4, target_modules=_targets), _theirs(peft.HiraConfig, r=4, target_modules=_targets), step=1.0
     ),
-    "HiRA, embedding": Row(
+    "HiRA (embedding)": Row(
         _ours(HiRA, r=4, target_modules=_with_embedding),
         _theirs(peft.HiraConfig, r=4, target_modules=_with_embedding),
         step=1.0,
     ),
     "AdaLoRA": _ADALORA,
-    "AdaLoRA, pruned": Row(_ADALORA.ours, _ADALORA.theirs, **_PRUNED),
+    "AdaLoRA (pruned)": Row(_ADALORA.ours, _ADALORA.theirs, **_PRUNED),
     "VeRA": Row(
         _ours(VeRA, r=8, seed=5, target_modules=_targets),
         _theirs(peft.VeraConfig, r=8, projection_prng_key=5, target_modules=_targets),
         step=1.0,
     ),
-    "VeRA, by its seed": Row(
+    "VeRA (by its seed)": Row(
         _ours(VeRA, r=8, seed=5, save_projection=False, target_modules=_targets),
         _theirs(peft.VeraConfig, r=8, projection_prng_key=5, save_projection=False, target_modules=_targets),
         step=1.0,
@@ -301,12 +313,12 @@ ROWS: dict[str, Row] = {
         _ours(IA3, feedforward_modules=_down, target_modules=_targets),
         _theirs(peft.IA3Config, feedforward_modules=_down, target_modules=_targets),
     ),
-    "SparseLoRA, structured": _sparse("structured"),
-    "SparseLoRA, magnitude": _sparse("magnitude"),
-    "SparseLoRA, l1": _sparse("l1"),
+    "SparseLoRA (structured)": _sparse("structured"),
+    "SparseLoRA (magnitude)": _sparse("magnitude"),
+    "SparseLoRA (l1)": _sparse("l1"),
     **_virtual("PrefixTuning", PrefixTuning, peft.PrefixTuningConfig),
     **_virtual(
-        "PrefixTuning, reparametrised",
+        "PrefixTuning (reparametrised)",
         PrefixTuning,
         peft.PrefixTuningConfig,
         {"reparametrise": True, "hidden_size": 5},
@@ -314,7 +326,7 @@ ROWS: dict[str, Row] = {
     ),
     **_virtual("PromptTuning", PromptTuning, peft.PromptTuningConfig, skip=N),
     **_virtual("PTuning", PTuning, peft.PromptEncoderConfig, {"hidden_size": 5}, {"encoder_hidden_size": 5}, skip=N),
-    "PTuning, LSTM": Row(
+    "PTuning (LSTM)": Row(
         None,
         _prompts(peft.PromptEncoderConfig, encoder_hidden_size=5, encoder_reparameterization_type="LSTM"),
         skip=N,
@@ -324,73 +336,3 @@ ROWS: dict[str, Row] = {
     "BottleneckAdapter": Row(_ours(BottleneckAdapter, reduction_factor=4)),
     "FullFineTuning": Row(_ours(FullFineTuning)),
 }
-
-
-@dataclass(frozen=True)
-class Hole:
-    """What does not go.
-
-    Attributes:
-        rows: Methods.
-        archs: Architectures.
-        stage: What fails: our `save`, HF PEFT when it opens our folder, or makes or runs its own, our `load` of that.
-        error: Part of the error that occurs.
-        why: The reason.
-    """
-
-    rows: tuple[str, ...]
-    archs: tuple[str, ...]
-    stage: str
-    error: str
-    why: str
-
-
-_ENCODERS = ("DistilBERT", "BERT", "RoBERTa", "BERT, questions", "BERT, tokens")
-_KEPT = (
-    "an encoder's text keeps its positions and its head reads the text, where HF PEFT moves both on by the virtual "
-    "tokens; the folder's peft_type says so, and HF PEFT does not open it. With as_hf_peft it does."
-)
-_PREFIXES = ("PrefixTuning", "PrefixTuning, reparametrised")
-_AS_HF_PEFT = tuple(f"{name}, as_hf_peft" for name in _PREFIXES)
-_SHARED = (
-    "of an encoder-decoder HF PEFT gives several layers of the decoder the same keys and values, leaves others unread, "
-    "and gives the encoder none; ours go into every attention."
-)
-_LENGTHS = "HF PEFT's DoRA of an embedding keeps a length for each token, ours for each feature: two equations."
-_NONE = "HF PEFT has no such method; `lit_peft.load` reads the folder."
-
-HOLES = (
-    Hole(_PREFIXES, _ENCODERS, "open", "KeyError: 'LIT_PEFT_PREFIX_TUNING'", _KEPT),
-    Hole(("PromptTuning",), _ENCODERS, "open", "KeyError: 'LIT_PEFT_PROMPT_TUNING'", _KEPT),
-    Hole(("PTuning",), _ENCODERS, "open", "KeyError: 'LIT_PEFT_P_TUNING'", _KEPT),
-    *(
-        Hole(
-            _AS_HF_PEFT,
-            ("DistilBERT",),
-            stage,
-            "ValueError: Model does not support past key values which are required for prefix tuning.",
-            "HF PEFT's prefix needs a cache, which DistilBERT has not.",
-        )
-        for stage in ("open", "make")
-    ),
-    Hole(
-        (*_PREFIXES, *_AS_HF_PEFT),
-        ("T5",),
-        "save",
-        "ValueError: HF PEFT's prefix goes into every layer of one",
-        _SHARED,
-    ),
-    Hole(_AS_HF_PEFT, ("T5",), "load", "HF PEFT's prefix of an encoder-decoder gives several layers", _SHARED),
-    *(
-        Hole(("DoRA, embedding",), TEXT, stage, "HF PEFT's DoRA of an embedding has another equation.", _LENGTHS)
-        for stage in ("save", "load")
-    ),
-    Hole(("BottleneckAdapter",), TEXT, "open", "KeyError: 'LIT_PEFT'", _NONE),
-    Hole(
-        ("FullFineTuning",),
-        TEXT,
-        "save",
-        "ValueError: FullFineTuning trains every parameter",
-        "there is no adapter; the trainer's checkpoint holds the model.",
-    ),
-)

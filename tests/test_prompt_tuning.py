@@ -16,7 +16,6 @@ from toys import adapters, trainer
 
 import lit_peft
 from lit_peft.core.attach import detach, registry, set_active
-from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.methods import LoRA, PromptTuning, PTuning
 from lit_peft.methods.base import Method
 from lit_peft.testing.conformance import assert_same, perturb, snapshot
@@ -492,10 +491,27 @@ def test_a_folder_of_hf_peft(kind, tmp_path):
 
 
 @both
-def test_a_folder_of_hf_peft_for_an_encoder_is_refused(kind, tmp_path):
-    hf_peft(kind, frozen("bert"), "SEQ_CLS").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointMismatch, match="HF PEFT's SEQ_CLS moves the text's positions"):
-        lit_peft.load(frozen("bert"), tmp_path)
+@pytest.mark.parametrize("name", ["distilbert", "bert", "roberta"])
+def test_a_folder_of_hf_peft_for_an_encoder_is_read_as_hf_peft_reads_it(kind, name, tmp_path):
+    """Its head reads the first virtual token, and the text begins at position n; see docs/interop.md for more."""
+    theirs = hf_peft(kind, frozen(name), "SEQ_CLS")
+    theirs.save_pretrained(tmp_path)
+    model, ours = frozen(name), frozen(name)
+    adapter = lit_peft.load(model, tmp_path)
+    torch.testing.assert_close(logits(model, name), logits(theirs, name), rtol=1e-5, atol=1e-5)
+    assert adapter.spec["init_args"]["as_hf_peft"] is True
+    type(METHODS[kind]())(**adapter.spec["init_args"] | {"as_hf_peft": False}).attach(ours)
+    addition(ours).prompt_embeddings.data = addition(model).prompt_embeddings.detach()
+    assert (logits(ours, name) - logits(theirs, name)).abs().max() > 1e-3
+
+
+@both
+def test_positions_that_a_caller_gives_move_on_too(kind):
+    model = prompted(kind, "roberta", as_hf_peft=True)
+    batch = inputs("roberta") | {"attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    batch["input_ids"][1, 4:] = 5  # without padding, behind which RoBERTa counts otherwise
+    given = model(**batch, position_ids=torch.arange(2, 8).expand(2, -1)).logits
+    torch.testing.assert_close(given, model(**batch).logits)
 
 
 @both

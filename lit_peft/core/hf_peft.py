@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition
@@ -130,6 +131,22 @@ def target_modules(model: nn.Module, sites: Collection[str], saved: Iterable[str
     return leaves if chosen == set(sites) else sorted(sites)
 
 
+def named_to_save(model: nn.Module, paths: list[str]) -> list[str]:
+    """Of modules that are saved whole, those that `modules_to_save` names.
+
+    Of tied ones HF PEFT puts a Linear in the place of all but the first, which T5's embeddings do not survive. Left
+    out here, they are in the folder all the same, and HF PEFT loads them into its base.
+    """
+    tied, seen = [], set[int]()
+    for path in paths:
+        own = {id(parameter) for parameter in model.get_submodule(path).parameters()}
+        if own and own <= seen:
+            tied.append(path)
+        seen |= own
+    embeds = any(layer_ops(layer).looks_up for path in tied if find_layer_ops(layer := model.get_submodule(path)))
+    return [path for path in paths if path not in tied] if embeds else paths
+
+
 def trained_whole(model: nn.Module, trained: set[int]) -> list[str]:
     """Paths of the outermost modules all of whose parameters train, [""] where that is the model itself.
 
@@ -233,6 +250,10 @@ def split(
     patterns = (config.get("rank_pattern") or {}).items()
     empty = tuple(key.removesuffix("lora_E") for key, kept in patterns if isinstance(kept, list) and not any(kept))
     known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    if asked := config.get("layer_replication"):
+        raise CheckpointMismatch(
+            f"adapter_config.json asks for layer_replication={asked!r}, which changes the base too."
+        )
     base, changes = {}, {}
     for key, tensor in tensors.items():
         if ".modules_to_save." in key or ".original_module." in key:
@@ -269,11 +290,23 @@ def site_paths(model: nn.Module, keys: Collection[str]) -> list[str]:
     return [path for path in modules if path in paths]
 
 
-def trained_names(model: nn.Module, config: Mapping[str, Any], base: Collection[str]) -> tuple[list[str], list[str]]:
-    """Of a folder of HF PEFT's, the base parameters that train, and those among them in `modules_to_save`."""
+def trained_names(
+    model: nn.Module, config: Mapping[str, Any], base: Mapping[str, Tensor]
+) -> tuple[list[str], list[str]]:
+    """Of a folder of HF PEFT's, the base parameters that train, and those among them in `modules_to_save`.
+
+    Raises:
+        CheckpointMismatch: When HF PEFT has trained parameters apart that are tied in the model.
+    """
     names = [*(config.get("modules_to_save") or ()), *HEADS.get(config.get("task_type"), ())]
     saved = modules_to_save(model, names)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     head = [name for name in base if name in parameters and is_inside(name, saved)]
+    for name, twin in ((a, b) for a in head for b in parameters if a != b and parameters[a] is parameters[b]):
+        if twin not in base or not torch.equal(base[twin], base[name]):
+            raise CheckpointMismatch(
+                f"{name} was trained apart from {twin}, and the two are one parameter here: train it in HF PEFT with "
+                "ensure_weight_tying, or untie them in both (tie_word_embeddings=False)."
+            )
     biases = [] if config.get("bias", "none") == "none" else [name for name in base if name.endswith(".bias")]
     return list(dict.fromkeys([*head, *biases])), head

@@ -127,7 +127,7 @@ def _write(module: nn.Module, folder: Path, adapter: Adapter) -> Path:
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
-        "modules_to_save": whole or None,
+        "modules_to_save": hf_peft.named_to_save(model, whole) or None,
         "target_modules": hf_peft.target_modules(model, paths, saved),
         "task_type": task,
         **form.hf_peft,
@@ -261,13 +261,14 @@ def _load_folder(
     root = find_root(module)
     if mine is not None:
         check_base(mine, module, root)
+    reader = None if mine is not None else _reader(config)
     base, changes = hf_peft.split(root.model, config, tensors)
     paths = hf_peft.site_paths(root.model, changes)
     if mine is not None:
         (spec,) = mine["methods"].values()
         trains, head, arguments = mine["base"], mine["head"], spec["init_args"]
     else:
-        spec = {"class_path": _reader(config)}
+        spec = {"class_path": reader}
         trains, head = hf_peft.trained_names(root.model, config, base)
         arguments = {"train_also": head} if hf_peft.PROMPT in changes else {"target_modules": paths, "train_also": head}
     parameters = dict(root.model.named_parameters(remove_duplicate=False))
