@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 # the slow ones here, and would be left to one worker at the end.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help quickstart test check check-all conformance format clean
+.PHONY: help quickstart test check check-all conformance interop format clean
 
 help:             ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | sort
@@ -40,6 +40,9 @@ check-all: $(READY)  ## check, and the slow tests too
 
 conformance: $(READY)  ## methods by checks, slow ones too (9 minutes on one core): printed and written to docs/conformance.md
 	LIT_PEFT_WRITE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_conformance.py
+
+interop: $(READY)  ## round trips with HF PEFT (two minutes on one core): printed and written to docs/interop.md
+	LIT_PEFT_WRITE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_interop_matrix.py && cat docs/interop.md
 
 format: $(READY)  ## write what `check` asks for
 	$(BIN)/ruff format .
