@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lit_peft.arguments import settings
-from lit_peft.core.checkpoint import check_archive
+from lit_peft.core.checkpoint import check_archive, read_archive
+from lit_peft.core.records import RECORD, check_checkpoint
 from lit_peft.data.held_out import trained_data
 from lit_peft.hub import existing
 from lit_peft.runs import newest_checkpoint
@@ -41,6 +40,9 @@ def starting_checkpoint(verb: str, config: Any) -> str | None:
     if given is not None:
         if given != "hpc" and "://" not in str(given) and not existing(Path(str(given))).is_dir():
             check_archive(given, contents=True)  # a folder is a sharding strategy's to read
+            content = read_archive(given, mapped=True)
+            if RECORD in content:
+                check_checkpoint(content[RECORD], str(given))
         return str(given)
     if verb == "fit" or _takes_adapter(config):
         return None
@@ -64,7 +66,7 @@ def knowledge(config: Any) -> Mapping[str, Any]:
         runs = [*Path(str(config.method.init_args.path)).resolve().parents[:2], *_runs(config)]
         checkpoints = [run / "checkpoints" / name for run in runs for name in ("best.ckpt", "last.ckpt")]
     found = next((path for path in checkpoints if path.is_file()), None)
-    return {} if found is None else torch.load(found, weights_only=True, map_location="cpu", mmap=True)
+    return {} if found is None else read_archive(found, mapped=True)
 
 
 def find_files(config: Any, known: Mapping[str, Any]) -> None:

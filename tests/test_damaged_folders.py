@@ -1,11 +1,12 @@
 """A thousand damaged adapter folders: none is accepted with changed behaviour, none ends in a traceback."""
 
+import json
 import random
 import resource
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
@@ -243,3 +244,10 @@ def test_a_damaged_folder_of_hf_peft_leaves_no_traceback(family, theirs, tmp_pat
         results[result] += 1
     print(f"{family}: {dict(results)}")
     assert results["refused"] > 10 and results["same"] > 0
+
+
+@pytest.mark.parametrize(("family", "entry"), [("VeRA", "r"), ("PromptTuning", "num_virtual_tokens")])
+def test_a_size_that_no_tensor_has_takes_no_memory(family, entry, theirs, tmp_path, little_memory):
+    files = theirs[family].files
+    config = json.dumps(json.loads(files.config) | {entry: 10**9}).encode()
+    assert outcome(theirs[family], replace(files, config=config), tmp_path / "folder") == "refused"

@@ -4,17 +4,20 @@ import base64
 import functools
 import json
 import os
+import re
 import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lit_peft.core.buffers import base_buffers, moved_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import compare_fingerprints
@@ -97,7 +100,7 @@ def take_moved(module: nn.Module, saved: Mapping[str, Any]) -> None:
 
 def check_record(
     module: nn.Module,
-    saved: Mapping[str, Any] | None,
+    saved: Mapping[str, Any],
     keys: Iterable[str] | None,
     may_change: Mapping[str, frozenset[str]],
     *,
@@ -107,7 +110,7 @@ def check_record(
 
     Args:
         module: The adapted module.
-        saved: The checkpoint's own record, None where it has none.
+        saved: The checkpoint's own record, well formed.
         keys: Keys of the tensors in it; None where they are loaded already, and no longer known.
         may_change: Adapter name -> arguments that may differ.
         resumes: Whether a fit goes on from the checkpoint. Rates must then be the same too: they are part of the
@@ -117,15 +120,6 @@ def check_record(
         CheckpointMismatch: Naming the first thing that does not fit.
     """
     state = _require(module)
-    if saved is None:
-        raise CheckpointMismatch(
-            "This checkpoint was not written by a lit-peft method (it has no 'lit_peft' entry). To start from the "
-            "weights of a full checkpoint, load them into the module before attaching."
-        )
-    if saved["format_version"] > FORMAT_VERSION:
-        raise CheckpointMismatch(
-            f"This checkpoint has format version {saved['format_version']}; this release reads up to {FORMAT_VERSION}."
-        )
     _compare_methods(saved["methods"], state, may_change, resumes)
     difference = compare_fingerprints(saved["fingerprint"], state.fingerprint)
     if difference is not None:
@@ -150,9 +144,13 @@ def differing(
     for argument in sorted({*old, *new} - may_change):
         was, now = old.get(argument), new.get(argument)
         if not rates and argument in RATES:
-            was, now = (list(v or ()) if argument == "train_also" else None for v in (was, now))
+            was, now = (_patterns(v) if argument == "train_also" else None for v in (was, now))
         if was != now:
             yield argument
+
+
+def _patterns(train_also: Any) -> Any:
+    return list(train_also or ()) if isinstance(train_also, Iterable | None) else train_also
 
 
 def _compare_methods(
@@ -210,19 +208,94 @@ def check_archive(path: str | os.PathLike[str], *, contents: bool = False) -> No
         raise CheckpointMismatch(f"{path} is damaged inside: its checksums do not match {size}")
 
 
-def read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_archive(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
     """The content of a checkpoint file, its tensors on the host; only tensors and plain values are unpickled.
+
+    Args:
+        path: The file.
+        mapped: Whether tensors are read when they are looked at, and their checksums never.
 
     Raises:
         FileNotFoundError: When there is no such file.
-        CheckpointMismatch: When it is cut off, is something else, or is damaged inside.
-        UnpicklingError: When it holds objects of other classes, which loading would run.
+        CheckpointMismatch: When it is cut off, is something else, is damaged inside, or holds objects of other classes.
     """
-    check_archive(path, contents=True)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    check_archive(path, contents=not mapped)
+    with told_as_damage(path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return check_content(content, path)
+
+
+def check_content(content: Any, path: Any) -> dict[str, Any]:
+    """What was unpickled from a checkpoint, if it is one.
+
+    Raises:
+        CheckpointMismatch: When it is no dict, or its `state_dict` holds something other than tensors.
+    """
     if not isinstance(content, dict):
         raise CheckpointMismatch(f"{path} holds a {type(content).__name__}; a checkpoint holds a dict.")
+    if RECORD not in content:
+        return content
+    for entry in ("state_dict", "current_model_state"):
+        state = content.get(entry, {})
+        if not isinstance(state, dict):
+            raise CheckpointMismatch(f"{path}: {entry} is a {type(state).__name__}, expected a dict of tensors.")
+        for key, value in state.items():
+            extra = isinstance(key, str) and key.endswith("_extra_state")  # of torch, and of any type
+            if not extra and not (isinstance(key, str) and isinstance(value, Tensor)):
+                raise CheckpointMismatch(f"{path}: {entry} holds a {type(value).__name__} as {key!r}, not a tensor.")
     return content
+
+
+@contextmanager
+def told_as_damage(path: Any) -> Iterator[None]:
+    """Tells what unpickling raises for an archive that is whole and holds no checkpoint, or what could run anything."""
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f", {named[1]} for instance: loading it could run anything" if named else ", or is no checkpoint"
+        raise CheckpointMismatch(f"{path} holds more than tensors and plain values{what}.") from error
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointMismatch(f"{path} is damaged inside, or is no checkpoint: {reason}") from error
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str, *, buffers: bool = True) -> None:
+    """Makes sure that tensors can be loaded into their places.
+
+    Args:
+        module: The adapted module.
+        tensors: Those of the checkpoint; what has no place is not looked at.
+        where: The file.
+        buffers: Whether buffers of the base must have their shapes, too: a module may give them others as it loads.
+
+    Raises:
+        CheckpointMismatch: Naming one of another shape or kind, or a parameter that holds nan or inf.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    places = module.state_dict(keep_vars=True)
+    for key, tensor in tensors.items():
+        place = places.get(key)
+        if not isinstance(place, Tensor) or is_lazy(place) or not (buffers or key in parameters or adapter_of(key)):
+            continue
+        if place.shape != tensor.shape:
+            raise CheckpointMismatch(
+                f"{where}: {key} has shape {list(tensor.shape)}, and {list(place.shape)} in the module."
+            )
+        if _kind(tensor) != _kind(place):
+            raise CheckpointMismatch(f"{where}: {key} is of {tensor.dtype}, and {place.dtype} in the module.")
+        # A buffer may hold inf, as a mask does.
+        if key in parameters and tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointMismatch(
+                f"{where}: {key} holds nan or inf: its training diverged, or the file is damaged. Use another "
+                "checkpoint of the run."
+            )
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype is torch.bool, tensor.layout
 
 
 @contextmanager

@@ -271,6 +271,17 @@ def split(
     return base, changes
 
 
+def check_sizes(config: Mapping[str, Any], changes: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointMismatch for a size that no tensor has and that would be allocated before that is seen."""
+    for entry, ending in (("num_virtual_tokens", PROMPT), ("r", "vera_lambda_d")):
+        for key, tensor in changes.items():
+            size = config.get(entry)
+            if key.endswith(ending) and tensor.ndim and isinstance(size, int) and size > len(tensor):
+                raise CheckpointMismatch(
+                    f"{key} has shape {list(tensor.shape)} in the folder, and {entry} is {size} in adapter_config.json."
+                )
+
+
 def site_paths(model: nn.Module, keys: Collection[str]) -> list[str]:
     """Paths of the layers that tensors of additions belong to, in the model's order.
 

@@ -1,4 +1,5 @@
-"""The record of ours in an adapter folder: its form, its digest, and whether it agrees with HF PEFT's half.
+"""The records of ours in a checkpoint and in an adapter folder: their forms; of a folder's its digest, and whether it
+agrees with HF PEFT's half.
 
 Needs no torch, so that a file can be looked at in no time.
 """
@@ -43,13 +44,25 @@ def _maps_to(kind: Any) -> Callable[[Any], bool]:
     return fits
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be compared: of a pickle it might be a tensor, which has no one truth."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else not hasattr(value, "__array__")
+
+
 def _is_method(value: Any) -> bool:
     kinds = {"class_path": str, "init_args": dict}
     return (
         isinstance(value, dict)
         and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
-        and all(isinstance(name, str) for name in value["init_args"])
+        and _is_plain(value["init_args"])
     )
+
+
+def _are_methods(value: Any) -> bool:
+    names = all(isinstance(name, str) and name.isidentifier() for name in value) if isinstance(value, dict) else False
+    return names and bool(value) and all(map(_is_method, value.values()))
 
 
 def _is_told(value: Any) -> bool:
@@ -63,23 +76,40 @@ def _is_told(value: Any) -> bool:
 # Entry -> (whether a value will do, what is expected).
 _Forms = Mapping[str, tuple[Callable[[Any], bool], str]]
 _NAMED = (_texts, "a list of names")
+_NUMBERS = (_maps_to(int | float), "a number for each name")
+_DIGESTS = (_maps_to(str), "a digest for each parameter")
 _FOLDER: _Forms = {
     "methods": (
-        lambda v: isinstance(v, dict) and len(v) == 1 and all(map(_is_method, v.values())),
+        lambda v: _are_methods(v) and len(v) == 1,
         "one name with a class_path and init_args",
     ),
-    "fingerprint": (_maps_to(str), "a digest for each parameter"),
+    "fingerprint": _DIGESTS,
     "base": _NAMED,
     "head": _NAMED,
-    "scales": (_maps_to(int | float), "a number for each name"),
+    "scales": _NUMBERS,
     "moved": _NAMED,
     "config": (lambda v: isinstance(v, dict), f"the content of {CONFIG}"),
     "digests": (_maps_to(str), "a digest for each tensor"),
     "digest": (lambda v: isinstance(v, str), "a text"),
 }
 _FOLDER_OPTIONS: _Forms = {
+    "metrics": _NUMBERS,
     "model": (_is_told, "a backbone and label_names"),
     "masks": (_maps_to(str), "a text for each mask"),
+}
+_CHECKPOINT: _Forms = {
+    "methods": (_are_methods, "a class_path and init_args for each name"),
+    "fingerprint": _DIGESTS,
+}
+_CHECKPOINT_OPTIONS: _Forms = {
+    "metrics": _NUMBERS,
+    "moved": _NAMED,
+    "optimizers": (
+        lambda v: v is None or (isinstance(v, list) and all(isinstance(g, dict) and _is_plain(g) for g in v)),
+        "the settings of each group",
+    ),
+    "prepared": _NAMED,
+    "weights": _NUMBERS,
 }
 _TEXT = (lambda v: isinstance(v, str), "a text")
 _NAMES = (lambda v: isinstance(v, str) or _texts(v), "a list of names or an expression")
@@ -110,10 +140,30 @@ def read_record(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointMismatch(f"{where} is damaged: the record in its header is no JSON: {error}") from error
     _check_version(mine, where, "the record in its header")
-    _check_forms(mine, _FOLDER, _FOLDER_OPTIONS, where, "the record in its header")
+    _check_forms(mine, _FOLDER, _FOLDER_OPTIONS, where, "the record in its header", AGAIN)
     if mine["digest"] != _digest_of_record(mine):
         raise CheckpointMismatch(f"{where}: the record in its header is not as it was written. {AGAIN}")
     return dict(mine)
+
+
+def check_checkpoint(saved: Any, where: str) -> None:
+    """Makes sure that the record in a checkpoint is well formed.
+
+    Args:
+        saved: The entry `lit_peft`, None where there is none.
+        where: The file.
+
+    Raises:
+        CheckpointMismatch: Naming the entry that is not.
+    """
+    if saved is None:
+        raise CheckpointMismatch(
+            f"{where} was not written by a lit-peft method: it has no 'lit_peft' entry. To start from the weights of a "
+            "full checkpoint, load them into the module before attaching."
+        )
+    what = f"its entry {RECORD!r}"
+    _check_version(saved, where, what)
+    _check_forms(saved, _CHECKPOINT, _CHECKPOINT_OPTIONS, where, what, "Use another checkpoint of the run.")
 
 
 def _check_version(mine: Any, where: str, what: str) -> None:
@@ -124,11 +174,11 @@ def _check_version(mine: Any, where: str, what: str) -> None:
         raise CheckpointMismatch(f"{where} has format version {version}; this release reads up to {FORMAT_VERSION}.")
 
 
-def _check_forms(mine: Mapping[str, Any], forms: _Forms, options: _Forms, where: str, what: str) -> None:
+def _check_forms(mine: Mapping[str, Any], forms: _Forms, options: _Forms, where: str, what: str, way_out: str) -> None:
     for key, (fits, expected) in {**forms, **options}.items():
         if key not in mine:
             if key in forms:
-                raise CheckpointMismatch(f"{where}: {what} lacks {key!r}. {AGAIN}")
+                raise CheckpointMismatch(f"{where}: {what} lacks {key!r}. {way_out}")
         elif not fits(mine[key]):
             raise CheckpointMismatch(f"{where}: {key!r} in {what} must be {expected}, not {shown(mine[key])}.")
 
@@ -157,8 +207,11 @@ def _unordered(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value of JSON, cut off where it is long."""
-    text = json.dumps(value)
+    """A value as JSON, cut off where it is long; of anything else, from a pickle, its type."""
+    try:
+        text = json.dumps(value, default=lambda other: type(other).__name__)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:59] + "…"
 
 

@@ -1,7 +1,9 @@
 """A run's checkpoint outside of a trainer: attaches the methods that it records and loads what they trained."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.active import set_active, set_aside
-from lit_peft.core.attach import detach
+from lit_peft.core.attach import check_attachable, detach
 from lit_peft.core.buffers import base_buffers
-from lit_peft.core.checkpoint import FORMAT_VERSION, CheckpointMismatch, fixed_keys, read_archive
+from lit_peft.core.checkpoint import CheckpointMismatch, check_tensors, fixed_keys, read_archive
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
+from lit_peft.core.records import RECORD, check_checkpoint
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.registry import method_class
 
@@ -25,10 +28,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointMismatch: When it is damaged, is no checkpoint, or no method wrote it.
     """
     content = read_archive(path)
-    if "lit_peft" not in content:
-        raise CheckpointMismatch(f"{path} was not written by a lit-peft method: it has no 'lit_peft' entry.")
-    if (version := content["lit_peft"]["format_version"]) > FORMAT_VERSION:
-        raise CheckpointMismatch(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}.")
+    check_checkpoint(content.get(RECORD), str(path))
     return content
 
 
@@ -60,17 +60,31 @@ def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) 
     with set_aside(module):
         try:
             for old, spec in saved["methods"].items():
-                method = method_class(spec["class_path"])(**spec["init_args"] | {"name": names[old]})
-                attached.append(method.attach(module))
+                check_attachable(module, names[old])
+                cls = method_class(spec["class_path"])
+                with asked_for(cls, str(path)):
+                    method = cls(**spec["init_args"] | {"name": names[old]})
+                    attached.append(method.attach(module))
                 attached[-1].prepared = old in saved.get("prepared", [old])
             set_active(module, {names[old]: saved.get("weights", {}).get(old, 1.0) for old in saved["methods"]})
-            tensors = {_renamed(key, names): value for key, value in content["state_dict"].items()}
+            tensors = {_renamed(key, names): value for key, value in content.get("state_dict", {}).items()}
             _fill(module, tensors, set(saved.get("moved", ())), path)
         except Exception:
             for adapter in attached:
                 detach(module, adapter.name)
             raise
     return attached[0]
+
+
+@contextmanager
+def asked_for(cls: type, what: str) -> Iterator[None]:
+    """Tells what a method of this class cannot be made of; what it is given has been read from a file."""
+    try:
+        yield
+    except (CheckpointMismatch, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, re.error) as error:
+        raise CheckpointMismatch(f"{what} asks for a {cls.__name__} that cannot be: {error}") from error
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:
@@ -92,12 +106,10 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], moved: set[str], pat
         )
     if unknown := sorted(tensors.keys() - expected):
         raise CheckpointMismatch(f"{where} holds {unknown[0]}, which has no place in this {type(module).__name__}.")
+    check_tensors(module, tensors, where)
     places = module.state_dict(keep_vars=True)
-    for key, tensor in tensors.items():
-        if places[key].shape != tensor.shape:
-            raise CheckpointMismatch(
-                f"{where}: {key} has shape {list(tensor.shape)}, and {list(places[key].shape)} in the module."
-            )
+    if extra := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise CheckpointMismatch(f"{where} holds {extra[0]}, which is no tensor: only a trainer can load it.")
     state.moved |= moved
     with torch.no_grad():
         for key, tensor in tensors.items():

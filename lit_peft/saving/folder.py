@@ -28,8 +28,7 @@ does not know, and tensors are named by their place here, "encoder.q.peft.gate".
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import Method
 from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
-from lit_peft.saving.checkpoint_file import load_checkpoint
+from lit_peft.saving.checkpoint_file import asked_for, load_checkpoint
 from lit_peft.saving.folder_record import check_base, make_record, open_folder
 from lit_peft.training import seam
 
@@ -263,6 +262,7 @@ def _load_folder(
         check_base(mine, module, root)
     reader = None if mine is not None else _reader(config)
     base, changes = hf_peft.split(root.model, config, tensors)
+    hf_peft.check_sizes(config, changes)
     paths = hf_peft.site_paths(root.model, changes)
     if mine is not None:
         (spec,) = mine["methods"].values()
@@ -284,7 +284,7 @@ def _load_folder(
     read = {}
     # A prompt of ours may have more to it than HF PEFT knows.
     reads = hasattr(form, "from_hf_peft") and (mine is None or hf_peft.PROMPT not in changes)
-    with _asked_for(cls):
+    with asked_for(cls, "The folder"):
         recorded = cls(**arguments) if mine is not None else None
         if reads:
             known = {**form.hf_options, **form.hf_peft}
@@ -301,7 +301,7 @@ def _load_folder(
     if paths and hasattr(form, "to_hf_peft"):
         sites = [make_site(root.outside(path), root.model.get_submodule(path)) for path in paths]
         method.sites = lambda module, avoid: sites
-    with _asked_for(cls):
+    with asked_for(cls, "The folder"):
         adapter: Adapter = method.attach(module)
     adapter.spec, adapter.prepared = spec, True
     try:
@@ -331,17 +331,6 @@ def _load_folder(
         detach(module, name)
         raise
     return adapter
-
-
-@contextmanager
-def _asked_for(cls: type) -> Iterator[None]:
-    """Tells what a method of this class cannot be made of; what it is given has been read from a file."""
-    try:
-        yield
-    except (CheckpointMismatch, torch.OutOfMemoryError):
-        raise
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, re.error) as error:
-        raise CheckpointMismatch(f"The folder asks for a {cls.__name__} that cannot be: {error}") from error
 
 
 def _reader(config: Mapping[str, Any]) -> str:

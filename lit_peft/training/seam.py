@@ -26,11 +26,15 @@ from lit_peft.core.checkpoint import (
     adapter_keys,
     atomic_path,
     check_archive,
+    check_content,
     check_record,
+    check_tensors,
     fixed_keys,
     record,
     take_moved,
+    told_as_damage,
 )
+from lit_peft.core.records import check_checkpoint
 from lit_peft.core.registry import registry
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
 from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
@@ -111,11 +115,14 @@ class AdaptedLightningModule(Swapped):
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         may_change = {method.name: method.may_change for method in methods_of(self)}
         module: Any = self
-        activate_saved(module, checkpoint.get("lit_peft"))
+        where = str(getattr(module._trainer, "ckpt_path", None) or "The checkpoint")
+        check_checkpoint(check_content(checkpoint, where).get("lit_peft"), where)
+        activate_saved(module, checkpoint["lit_peft"])
         fitting = module._trainer is not None and module._trainer.state.fn == "fit"
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
-        keys = checkpoint.get("state_dict")
-        check_record(module, checkpoint.get("lit_peft"), keys, may_change, resumes=fitting)
+        tensors = checkpoint.get("state_dict")
+        check_record(module, checkpoint["lit_peft"], tensors, may_change, resumes=fitting)
+        check_tensors(module, tensors or {}, where, buffers=False)
         take_moved(module, checkpoint["lit_peft"])
         for name in registry(module).active:  # type: ignore[union-attr]
             registry(module).adapters[name].prepared = name in checkpoint["lit_peft"].get("prepared", [name])  # type: ignore[union-attr]
@@ -161,9 +168,12 @@ class AtomicCheckpointIO(Swapped):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Refuses a file that is damaged, or no checkpoint, by name; a folder is a strategy's to read."""
-        if "://" not in str(path) and not Path(path).is_dir():
-            check_archive(path, contents=True)
-        return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc]
+        if "://" in str(path) or Path(path).is_dir():
+            return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc]
+        check_archive(path, contents=True)
+        with told_as_damage(path):
+            content = super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc]
+        return check_content(content, path)
 
 
 def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -287,6 +297,7 @@ def guard_load_from_checkpoint(saving: Any) -> None:
     @functools.wraps(plain)
     def load_state(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "lit_peft" in checkpoint and any(base.__name__ == "LightningModule" for base in cls.__mro__):
+            check_checkpoint(checkpoint["lit_peft"], "This checkpoint")
             made = ", ".join(
                 spec["class_path"].rpartition(".")[2] for spec in checkpoint["lit_peft"]["methods"].values()
             )
