@@ -312,7 +312,7 @@ def _load_folder(
             # Which biases train stands in `base`.
             compare_halves(config, entries, [key for key in entries if key != "bias"])
         maps: Any = hf_peft.OwnForm if form is hf_peft.OwnForm else method
-        with _asked_for(cls):
+        with asked_for(cls, "The folder"):
             own = maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}
         _fill_additions(own, changes)
         if mine is not None and hasattr(form, "exported"):
