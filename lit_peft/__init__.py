@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_peft.core.active import set_active
     from lit_peft.core.addition import Addition, Delta
     from lit_peft.core.attach import detach
+    from lit_peft.core.merge import merge, unmerge
     from lit_peft.methods.adalora import AdaLoRA
     from lit_peft.methods.base import Method, TargetedMethod
     from lit_peft.methods.bitfit import BitFit
@@ -44,8 +45,10 @@ _HOME = {
     "detach": "core.attach",
     "set_active": "core.active",
     "load": "saving.folder",
+    "merge": "core.merge",
     "param_groups": "training.rates",
     "save": "saving.folder",
+    "unmerge": "core.merge",
 }
 
 __all__ = [
@@ -72,9 +75,11 @@ __all__ = [
     "combine",
     "detach",
     "load",
+    "merge",
     "param_groups",
     "save",
     "set_active",
+    "unmerge",
 ]
 
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from models import logits, tiny
 from torch import nn
-from toys import Module, fit, net_lora, trainer
+from toys import Module, fit, loader, net_lora, trainer
 
 import lit_peft
-from lit_peft import DoRA, HiRA, LoRA
+from lit_peft import DoRA, HiRA, LoRA, merge, unmerge
 from lit_peft.core.attach import registry, set_active
 from lit_peft.core.layers import LinearOps
-from lit_peft.core.merge import merge, unmerge
 from lit_peft.testing.conformance import assert_same, perturb, snapshot
 
 
@@ -96,8 +95,11 @@ def test_while_merged_adapters_are_out_of_reach(adapts, tmp_path):
     module.eval()
     before, expected = snapshot(module), module(x)
     merge(module)
-    with pytest.raises(ValueError, match=r"is merged: .*lit_peft\.core\.merge\.unmerge"):
+    with pytest.raises(
+        ValueError, match=r"is merged: .*lit_peft\.unmerge\(module\); to score it as it is, give the trainer no method"
+    ):
         ADAPTS[adapts](module, tmp_path)
+    trainer().test(module, loader(), verbose=False)  # without the method it is a module like any other
     unmerge(module.eval())
     assert_same(snapshot(module), before)
     assert torch.equal(module(x), expected)

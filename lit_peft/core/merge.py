@@ -53,13 +53,12 @@ def merge(
     active, before = state.running(), state.head
     if names is not None:
         set_active(module, names, head=head)
-    paths = sorted({path for adapter in state.adapters.values() for path in adapter.sites})
     try:
-        for path in paths:
-            _check(module, path)
+        check_mergeable(module)
     except ValueError:
         set_active(module, active, head=before)
         raise
+    paths = _paths(state)
     kept = module.__dict__[MERGED_KEY] = _Merged()
     try:
         for path in paths:
@@ -72,6 +71,20 @@ def merge(
         _restore(module, module.__dict__.pop(MERGED_KEY))
         set_active(module, active, head=before)
         raise
+
+
+def check_mergeable(module: nn.Module) -> None:
+    """Raises what `merge` would for the active adapters, before anything else is done; see there."""
+    check_unmerged(module)
+    state = registry(module)
+    if state is None:
+        raise ValueError(f"{type(module).__name__} has no adapter to merge.")
+    for path in _paths(state):
+        _check(module, path)
+
+
+def _paths(state: Registry) -> list[str]:
+    return sorted({path for adapter in state.adapters.values() for path in adapter.sites})
 
 
 def unmerge(module: nn.Module) -> None:

@@ -208,5 +208,5 @@ def check_unmerged(module: nn.Module) -> None:
         if MERGED_KEY in child.__dict__:
             raise ValueError(
                 f"{path or type(child).__name__} is merged: its adapters are folded into its weights. Take them out "
-                "again first, with lit_peft.core.merge.unmerge."
+                "again first, lit_peft.unmerge(module); to score it as it is, give the trainer no method."
             )
