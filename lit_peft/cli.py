@@ -9,17 +9,27 @@ import sys
 
 from lit_peft import __version__
 from lit_peft.arguments import closest, configs, resolve
+from lit_peft.placed import place
 
 VERBS = {
     "fit": "train, then validate and test with the best checkpoint",
     "validate": "score the validation set with a checkpoint",
     "test": "score the test set with a checkpoint",
     "predict": "write the labels of a data set to predictions.jsonl",
+    "merge": "write the model with its adapter folded in, for plain transformers",
+    "export": "write the adapter as a folder that Hugging Face PEFT opens",
     "methods": "list the methods; with a name, show one: paper, arguments, what it trains",
     "configs": "list the configurations that come with the package",
 }
 
-SYNONYMS = {"train": "fit", "finetune": "fit", "evaluate": "test", "infer": "predict", "inference": "predict"}
+SYNONYMS = {
+    "train": "fit",
+    "finetune": "fit",
+    "evaluate": "test",
+    "infer": "predict",
+    "inference": "predict",
+    "fold": "merge",
+}
 """What other tools call our verbs."""
 
 HELP = """\
@@ -35,6 +45,7 @@ usage: lit-peft VERB [--config NAME_OR_FILE ...] [--KEY VALUE ...]
   lit-peft fit --run runs/sst2/lora/version_0             go on where a run was killed
   lit-peft predict --run runs/sst2/lora/version_0 --text "a great movie"
   lit-peft test --run runs/sst2/lora/version_0 --adapter FOLDER
+  lit-peft merge runs/sst2/lora/version_0 FOLDER          a plain model, for transformers alone
   lit-peft fit --help                                     all options (takes some seconds)
 """
 
@@ -77,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"unknown verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.")
     else:
         try:
-            arguments = resolve(arguments)
+            arguments = resolve(place(arguments))
         except (OSError, ValueError) as error:
             if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
                 raise

@@ -25,10 +25,12 @@ from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path
 from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
+from lit_peft.handover import Trainer
 from lit_peft.limits import check_nulls, check_settings
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
+from lit_peft.placed import PLACED
 from lit_peft.quiet import be_quiet, without_notices
 from lit_peft.runs import (
     claim_folder,
@@ -100,10 +102,16 @@ class LitPeftCLI(LightningCLI):
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            trainer_class=Trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and the two that hand a result over: verb -> arguments of the trainer's that are no options."""
+        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in PLACED}
 
     def __deepcopy__(self, memo: Any) -> "LitPeftCLI":
         """Itself: an `OptimizerCallable` of the command line refers to it, and weight averaging copies the module."""
@@ -278,6 +286,10 @@ class LitPeftCLI(LightningCLI):
 
     def before_test(self) -> None:
         self._remember("test_split")
+
+    def before_merge(self) -> None:
+        if self._get(self.config_init, "score"):
+            self._remember("test_split")
 
     def _remember(self, split: str) -> None:
         """Before the data are read: the checkpoint, which tells them later, would be late, and an adapter has none."""

@@ -12,6 +12,7 @@ from torch import Tensor
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import CONFIG_FLAGS, options, settings, take, values
+from lit_peft.placed import PLACED
 from lit_peft.saving.folder_record import open_folder
 
 ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false", "enable_progress_bar": "false"}
@@ -65,17 +66,23 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
                 raise ValueError(f"{folder} does not say which base it belongs to: give --model.backbone.")
             more += ["--model.backbone", backbone]
     if "label_names" not in said and (task is None or task.rpartition(".")[2] in lit_peft.tasks.__all__):
-        names = known.get("label_names") or (_numbered_labels(tensors) if texts else None)
+        names = known.get("label_names") or (_numbered_labels(tensors) if texts or not _has_data(words) else None)
         more += ["--model.label_names", json.dumps(names)] if names else []
     if not any(setting.class_path for setting in settings(words, "data")):
-        if not texts and not values(words, "--data.path"):
-            raise ValueError(f"Nothing says what to {words[0]}: give --data.path FILE, a configuration or a run.")
+        if not texts and not _has_data(words):
+            if words[0] not in PLACED:
+                raise ValueError(f"Nothing says what to {words[0]}: give --data.path FILE, a configuration or a run.")
+            more += ["--score", "false"] if words[0] == "merge" else []
         more += ["--data", "lit_peft.data.TextClassificationDataModule"]
     method = {"class_path": "lit_peft.AdapterFolder", "init_args": {"path": folder, "name": "default"}}
     # Behind what names the class, and before the options of the user, which stand above.
     configs = [end for _, end, flag, _ in options(words) if flag in CONFIG_FLAGS]
     at = max(configs, default=1) if task is not None else 1
     return [*words[:at], *more, *words[at:], "--method", json.dumps(method)]
+
+
+def _has_data(words: Sequence[str]) -> bool:
+    return bool(values(words, "--data.path")) or any(setting.class_path for setting in settings(words, "data"))
 
 
 def _base(backbone: str | None, absolute: str | None) -> str | None:

@@ -313,13 +313,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
-        part.chmod(0o666 & ~_umask())
+        part.chmod(0o666 & ~umask())
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The mask of new files' permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

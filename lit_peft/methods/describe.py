@@ -28,6 +28,18 @@ def describe(cls: type[Method]) -> str:
     return "\n".join([*lines, "", f"Learning rate: {cls.learning_rate:g}", *_on_distilbert(cls)])
 
 
+def why_not_mergeable(cls: type[Method]) -> str | None:
+    """Why what a method adds to DistilBERT cannot be folded into weights; None where it can, or it cannot be added."""
+    model, head = distilbert()
+    make: Any = cls
+    try:
+        method: Method = make(train_also=head)
+        method.attach(model)
+    except (TypeError, ValueError):
+        return None
+    return next((a.not_mergeable for a in method.additions(model).values() if a.not_mergeable is not None), None)
+
+
 def _on_distilbert(cls: type[Method]) -> list[str]:
     """What it trains of DistilBERT's shape, beside a head for two classes, and whether it merges."""
     model, head = distilbert()
@@ -39,12 +51,10 @@ def _on_distilbert(cls: type[Method]) -> list[str]:
         return [f"On DistilBERT's shape: {error}"]
     trains = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in adapter.head)
     total = sum(p.numel() for p in model.parameters())
-    additions = method.additions(model).values()
-    why = next((a.not_mergeable for a in additions if a.not_mergeable is not None), None)
-    merges = "yes" if why is None and additions else why or "there is nothing to merge, it trains the base itself."
+    nothing = None if adapter.sites else "there is nothing to merge, it trains the base itself."
     return [
         f"On DistilBERT's shape: {trains:,} of {total:,} parameters train ({trains / total:.2%}), beside a new head.",
-        f"Merges into the weights: {merges}",
+        f"Merges into the weights: {nothing or why_not_mergeable(cls) or 'yes'}",
     ]
 
 

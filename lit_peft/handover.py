@@ -1,0 +1,226 @@
+"""The verbs `merge` and `export`: what a run trained as a plain model, or as HF PEFT's adapter, in a new folder."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+from torch import nn
+
+from lit_peft.callbacks.logits import LogitsComparison
+from lit_peft.callbacks.report import RunReport
+from lit_peft.core import hf_peft
+from lit_peft.core.attach import registry
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.merge import merge
+from lit_peft.merge_report import REPORT, describe, find_tokenizer, finite, fixed_inputs, print_merged, size_of, verify
+from lit_peft.methods.base import Method
+from lit_peft.methods.describe import why_not_mergeable
+from lit_peft.methods.full import FullFineTuning
+from lit_peft.methods.registry import method_class
+from lit_peft.saving.adapter_folder import AdapterFolder
+from lit_peft.saving.folder import save
+from lit_peft.saving.folder_record import open_folder
+from lit_peft.saving.merged import check_foldable, find_model, not_foldable, write_model
+from lit_peft.saving.new_folder import new_folder
+from lit_peft.training.seam import methods
+
+
+class Trainer(pl.Trainer):
+    """Lightning's trainer with two verbs more, of which the command line makes subcommands."""
+
+    def merge(
+        self,
+        model: pl.LightningModule,
+        datamodule: Any = None,
+        out: str = "",
+        score: bool = True,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the model with its adapter folded in, as a folder for plain transformers.
+
+        Args:
+            model: The module.
+            datamodule: Its data.
+            out: The new folder.
+            score: Whether to score the test set before and after. Otherwise the logits of a few fixed inputs are
+                compared, and no data are read.
+            ckpt_path: Checkpoint to merge.
+            weights_only: Whether only weights are unpickled from it.
+        """
+        for cls in _classes(self):
+            if why := why_not_mergeable(cls):
+                raise ValueError(not_foldable(cls.__name__, why))
+        data = datamodule if score and is_overridden("test_step", model) and self.limit_test_batches else None
+        logits = LogitsComparison()
+        before = _test(self, model, data, _Check(), logits, ckpt_path=ckpt_path, weights_only=weights_only)
+        root = find_model(model)
+        check_foldable(model)
+        tokenizer = find_tokenizer(model, datamodule, root.model)
+        folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
+        report = describe(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
+        after = None
+        if data is not None:
+            merge(model)
+            after = _test(_without_methods(self), model, data, logits.compare())
+        else:
+            inputs = fixed_inputs(root.model, tokenizer)
+            logits.ask(root.model, inputs)
+            merge(model)
+            logits.compare().ask(root.model, inputs)
+        RunReport.running = False  # what may go wrong from here is told in a few lines again
+        report |= logits.figures() | {"precision": str(self.precision) if data is not None else None}
+        report["measured_on"] = ("test set" if data is not None else "fixed inputs") if logits.rows else None
+        report["metrics"] = None
+        if before is not None and after is not None:
+            difference = {key: after[key] - value for key, value in before.items() if key in after}
+            report["metrics"] = {"before": before, "after": after, "difference": difference}
+        with new_folder(out) as part:
+            write_model(root.model, part, tokenizer)
+            report["dtype"] = json.loads((part / "config.json").read_text())["dtype"]
+            report["reloaded_max_logit_difference"] = verify(root.model, part, logits, out)
+            (part / REPORT).write_text(json.dumps(finite(report), indent=2) + "\n")
+        print_merged(Path(out), report, tokenizer, getattr(datamodule, "max_length", None))
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: Any = None,
+        out: str = "",
+        format: Literal["hf-peft"] = "hf-peft",
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the adapter as a folder that Hugging Face PEFT opens.
+
+        Args:
+            model: The module.
+            datamodule: Its data, which are not read.
+            out: The new folder.
+            format: Whose adapter folder.
+            ckpt_path: Checkpoint to export.
+            weights_only: Whether only weights are unpickled from it.
+        """
+        for cls in _classes(self):
+            if why := _why_not_exportable(cls):
+                raise ValueError(why)
+        _test(self, model, None, ckpt_path=ckpt_path, weights_only=weights_only)
+        state = registry(model)
+        assert state is not None
+        for name in state.adapters:
+            check_exportable(model, name)
+        with new_folder(out) as part:
+            for name in state.adapters:
+                save(model, part if name == "default" else part / name, name)
+        _print_exported(Path(out), list(state.adapters), model)
+
+
+_STAGES = {
+    "test_step": ("test", "limit_test_batches"),
+    "validation_step": ("validate", "limit_val_batches"),
+    "predict_step": ("predict", "limit_predict_batches"),
+}
+
+
+class _Check(pl.Callback):
+    """Refuses what cannot be merged once it is known, before any batch is scored."""
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        find_model(pl_module)
+        check_foldable(pl_module)
+
+
+def _classes(trainer: pl.Trainer) -> list[type[Method]]:
+    """Classes of the trainer's methods; of an adapter folder the one that its record names."""
+    found = []
+    for method in methods(trainer):
+        cls: type[Method] | None = type(method)
+        if isinstance(method, AdapterFolder):
+            mine = open_folder(method.path)[2] if Path(method.path).is_dir() else None
+            cls = None if mine is None else method_class(next(iter(mine["methods"].values()))["class_path"])
+        if cls is not None:
+            found.append(cls)
+    return found
+
+
+def _test(trainer: Any, model: Any, data: Any, *callbacks: pl.Callback, **weights: Any) -> dict[str, float] | None:
+    """Metrics of the test set; without data None, the model being built, adapted and restored all the same."""
+    if data is None:
+        verb, limit = next(
+            names for hook, names in _STAGES.items() if hook == "predict_step" or is_overridden(hook, model)
+        )
+        before = getattr(trainer, limit)
+        setattr(trainer, limit, 0)
+        getattr(trainer, verb)(model, dataloaders=[], **weights)
+        setattr(trainer, limit, before)
+        results = None
+    else:
+        trainer.callbacks = [*callbacks, *trainer.callbacks]
+        results = trainer.test(model, datamodule=data, verbose=False, **weights)
+    if trainer.received_sigterm:
+        raise SystemExit(143)
+    return None if results is None else {key: float(value) for result in results for key, value in result.items()}
+
+
+def _without_methods(trainer: Any) -> pl.Trainer:
+    """The trainer with nothing among its callbacks that adapts a model or watches a run."""
+    trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+    return trainer
+
+
+# -------------------------------------------------------------------------------------------------------- an adapter
+
+
+def _why_not_exportable(cls: type[Method]) -> str | None:
+    """What is told of a method of which HF PEFT has no folder, wherever it is."""
+    if issubclass(cls, FullFineTuning):
+        return (
+            f"{cls.__name__} trains the model itself, there is no adapter to export: `lit-peft merge` writes the model."
+        )
+    if cls.build is Method.build or hf_peft.has_form(cls):
+        return None
+    return f"{cls.__name__} cannot be exported: HF PEFT has no such method. {_OURS}"
+
+
+_OURS = "The run's adapter folder holds it for lit_peft.load and `lit-peft predict --adapter`."
+
+
+def check_exportable(module: nn.Module, name: str) -> None:
+    """Raises ValueError, naming method and layer, where HF PEFT has no form for an adapter."""
+    state = registry(module)
+    assert state is not None
+    adapter = state.adapters[name]
+    cls: Any = method_class(adapter.spec["class_path"])
+    if why := _why_not_exportable(cls):
+        raise ValueError(why)
+    root = hf_peft.find_root(module, [*adapter.sites, *adapter.base])
+    for site, _ in root.pairs(adapter) if getattr(cls, "hf_linear_only", False) else ():
+        if not layer_ops(site.layer).is_linear:
+            raise ValueError(
+                f"{cls.__name__} cannot be exported: HF PEFT has it for linear layers alone, and {site.path} is a "
+                f"{type(site.layer).__name__}. {_OURS}"
+            )
+
+
+def _print_exported(out: Path, names: list[str], module: nn.Module) -> None:
+    folders = [out if name == "default" else out / name for name in names]
+    model = hf_peft.find_root(module).model
+    task = next((ending for ending in hf_peft.TASKS if type(model).__name__.endswith(ending)), None)
+    auto = "AutoModel" + (task or "").replace("LMHeadModel", "ForCausalLM")
+    head = f", num_labels={model.config.num_labels}" if task and "Classification" in task else ""  # type: ignore[union-attr]
+    console = Console(soft_wrap=False)
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        base, net = config["base_model_name_or_path"], "net"
+        if base is not None:
+            net = f'{auto}.from_pretrained("{base}"{head})'
+        for line in (
+            f"Adapter: {folder} ({size_of(folder)}), {config['peft_type']} in Hugging Face PEFT",
+            "  from peft import PeftModel" + (f"; from transformers import {auto}" if base is not None else ""),
+            f'  model = PeftModel.from_pretrained({net}, "{folder}")',
+        ):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,168 @@
+"""A model with its adapters folded in, as a folder that plain transformers loads."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lit_peft.core.attach import registry
+from lit_peft.core.checkpoint import umask
+from lit_peft.core.hf_peft import Root, find_root, is_inside
+from lit_peft.core.merge import check_mergeable, merge, unmerge
+from lit_peft.core.swap import MERGED_KEY, CastsParameters
+from lit_peft.saving.new_folder import new_folder
+
+
+def save_merged(module: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Writes the transformers model in a module with its active adapters folded in; nothing of ours is in the folder.
+
+    `AutoModelForSequenceClassification.from_pretrained(folder)` and the like load it, and `pipeline` where there is a
+    tokenizer. What training changed outside of the transformers model, a head of one's own, is not in it.
+
+    Args:
+        module: A model with adapters, or merged, or a LightningModule that holds one. Afterwards it is as it was.
+        folder: A new folder; there whole, or not at all.
+        tokenizer: Its tokenizer, which is written beside it; null: none is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: When the module holds no transformers model, or several; when its adapters cannot be folded, see
+            `lit_peft.merge`.
+        FileExistsError: When the folder is there and not empty.
+    """
+    root = find_model(module)
+    is_merged = MERGED_KEY in module.__dict__ or registry(module) is None
+    with new_folder(folder) as part, nullcontext() if is_merged else _merged(module):
+        write_model(root.model, part, tokenizer)
+    return Path(folder)
+
+
+@contextmanager
+def _merged(module: nn.Module) -> Iterator[None]:
+    merge(module)
+    try:
+        yield
+    finally:
+        unmerge(module)
+
+
+def find_model(module: nn.Module) -> Root:
+    """The transformers model in a module, with the path that it has there.
+
+    Raises:
+        ValueError: When there is none, when there are several, or when nothing that was trained lies in it.
+    """
+    changed = _changed(module)
+    root = find_root(module, changed)
+    if not hasattr(root.model, "save_pretrained"):
+        raise ValueError(
+            f"{type(module).__name__} holds no transformers model, so that there is no folder to write it as. In "
+            "Python: lit_peft.merge(module), then torch.save(module.state_dict(), FILE)."
+        )
+    if changed and len(left_out(module, root)) == len(changed):
+        raise ValueError(
+            f"Nothing that was trained lies in the {type(root.model).__name__} at {root.path!r}: its folder would be "
+            "that of the base. In Python: lit_peft.merge(module), then torch.save(module.state_dict(), FILE)."
+        )
+    return root
+
+
+def left_out(module: nn.Module, root: Root) -> list[str]:
+    """Names of what is adapted or trained outside of the transformers model, and so not in its folder."""
+    return [name for name in _changed(module) if root.path and not is_inside(name, [root.path])]
+
+
+def _changed(module: nn.Module) -> list[str]:
+    state = registry(module)
+    return [name for a in state.adapters.values() for name in (*a.sites, *a.base)] if state is not None else []
+
+
+def check_foldable(module: nn.Module) -> None:
+    """Raises ValueError, naming the method and a way out, where the active adapters cannot be folded."""
+    state = registry(module)
+    for adapter in state.adapters.values() if state is not None else ():
+        layers: Iterator[Any] = map(module.get_submodule, adapter.sites)
+        for addition in (layer.peft[adapter.name] for layer in layers):
+            if adapter.name in state.active and addition.not_mergeable is not None:  # type: ignore[union-attr]
+                raise ValueError(not_foldable(adapter.spec["class_path"].rpartition(".")[2], addition.not_mergeable))
+    check_mergeable(module)
+
+
+def not_foldable(method: str, why: str) -> str:
+    """What is told of a method whose additions no weight can hold."""
+    return (
+        f"{method} cannot be merged: {why} Keep its adapter beside the base: `lit-peft predict` takes it by --run or "
+        "--adapter, lit_peft.load in Python."
+    )
+
+
+# ------------------------------------------------------------------------------------------- writing, reading
+
+
+def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Writes a merged model of transformers, and its tokenizer, into a folder that is there."""
+    try:
+        with _in_base_dtype(model):
+            model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # how it was called last
+                backend.no_truncation()
+                backend.no_padding()
+            tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():  # weights come readable to their owner alone
+            file.chmod(0o666 & ~umask())
+    except SafetensorError as error:  # of a full disk, too
+        number = next((n for n in (errno.ENOSPC, errno.EDQUOT) if f"os error {n}" in str(error)), errno.EIO)
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+@contextmanager
+def _in_base_dtype(model: nn.Module) -> Iterator[None]:
+    """Gives what trained the dtype that its layer computes in, bfloat16 for instance, for as long as it is written."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, CastsParameters)]
+    own: list[tuple[Any, Tensor]] = []
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != layer.base_dtype:
+                own.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(layer.base_dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+def read_again(model: nn.Module, folder: Path) -> nn.Module:
+    """The model that transformers makes of a folder, in evaluation mode.
+
+    Args:
+        model: The merged one that was written.
+        folder: Where it is.
+
+    Raises:
+        ValueError: When it is of another class, or a tensor of it differs.
+    """
+    import transformers
+
+    cls: Any = getattr(transformers, type(model).__name__, type(model))
+    attention = getattr(model.config, "_attn_implementation", None)
+    with torch.device("cpu"):
+        again: nn.Module = cls.from_pretrained(folder, local_files_only=True, attn_implementation=attention).eval()
+    if type(again).__name__ != type(model).__name__ or again.config.architectures != [type(again).__name__]:  # type: ignore[union-attr]
+        raise ValueError(f"it is a {type(again).__name__}, not a {type(model).__name__}.")
+    with _in_base_dtype(model):
+        written, read = model.state_dict(), again.state_dict()
+        for key in sorted(written.keys() | read.keys()):
+            ours, theirs = written.get(key), read.get(key)
+            if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours.cpu(), theirs):
+                raise ValueError(f"{key} is not what it was before.")
+    return again
