@@ -28,7 +28,8 @@ SYNONYMS = {
     "evaluate": "test",
     "infer": "predict",
     "inference": "predict",
-    "fold": "merge",
+    "fuse": "merge",
+    "convert": "export",
 }
 """What other tools call our verbs."""
 

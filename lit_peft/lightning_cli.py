@@ -110,8 +110,10 @@ class LitPeftCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and the two that hand a result over: verb -> arguments of the trainer's that are no options."""
-        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in PLACED}
+        """The verb that is asked for, or all; verb -> arguments of the trainer's method that are no options."""
+        verbs = LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in PLACED}
+        asked = {verb: skipped for verb, skipped in verbs.items() if verb in sys.argv[1:2]}
+        return asked or verbs  # the parser of each takes a tenth of a second
 
     def __deepcopy__(self, memo: Any) -> "LitPeftCLI":
         """Itself: an `OptimizerCallable` of the command line refers to it, and weight averaging copies the module."""

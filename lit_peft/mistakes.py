@@ -23,6 +23,8 @@ OTHERS = ("trainer.callbacks", "trainer.logger")
 """Options that name a class, too."""
 KEYS = ("seed_everything", "ckpt_path", "resume_every", "base_test", "predictions")
 FLAGS = ("config", "run", "adapter", "text", "text_pair", *KEYS)
+OF_VERB = {"merge": ("score",), "export": ("format",)}
+"""Options that one verb alone has."""
 OPTIMIZER = ("optimizer", "lr_scheduler")
 """Sections that LightningCLI has by default."""
 ELSEWHERE = {"rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning_rate"}
@@ -125,7 +127,7 @@ def _unrecognized(arguments: Sequence[str], words: str) -> str:
     if rest and section in (*FIXED, *CLASSES):
         known = _parameters(arguments, section)
         return f"unknown option {flag}.{_nearest_option(section, rest, known)}{_listed(known)}"
-    sections = [*FLAGS, *CLASSES, *FIXED]
+    sections = [*OF_VERB.get(arguments[0], ()), *FLAGS, *CLASSES, *FIXED]
     if rest and (close := nearest(section, [*CLASSES, *FIXED])):
         return f"unknown option {flag}.{close.replace('?', '')}, as in --{close.split(chr(39))[1]}.{rest}?"
     return f"unknown option {flag}.{nearest(name, sections)} There are: {', '.join(sections)}."
