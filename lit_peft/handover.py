@@ -28,6 +28,8 @@ from lit_peft.saving.merged import check_foldable, find_model, not_foldable, wri
 from lit_peft.saving.new_folder import new_folder
 from lit_peft.training.seam import methods
 
+_OURS = "The run's adapter folder holds it, for lit_peft.load and `lit-peft predict --adapter`."
+
 
 class Trainer(pl.Trainer):
     """Lightning's trainer with two verbs more, of which the command line makes subcommands."""
@@ -111,11 +113,11 @@ class Trainer(pl.Trainer):
         _test(self, model, None, ckpt_path=ckpt_path, weights_only=weights_only)
         state = registry(model)
         assert state is not None
-        for name in state.adapters:
-            check_exportable(model, name)
         with new_folder(out) as part:
             for name in state.adapters:
-                save(model, part if name == "default" else part / name, name)
+                folder = save(model, part if name == "default" else part / name, name)
+                if _peft_type(folder).startswith(hf_peft.OwnForm.hf_peft["peft_type"]):
+                    raise ValueError(_why_own_form(model, name))
         _print_exported(Path(out), list(state.adapters), model)
 
 
@@ -148,7 +150,15 @@ def _classes(trainer: pl.Trainer) -> list[type[Method]]:
 
 
 def _test(trainer: Any, model: Any, data: Any, *callbacks: pl.Callback, **weights: Any) -> dict[str, float] | None:
-    """Metrics of the test set; without data None, the model being built, adapted and restored all the same."""
+    """Metrics of the test set; without data None, the model being built, adapted and restored all the same.
+
+    Raises:
+        ValueError: For a checkpoint that takes several ranks.
+    """
+    if (path := weights.get("ckpt_path")) and Path(path).is_dir():
+        adapter = Path(path).parents[1] / "adapter"
+        hint = f" The run's adapter folder can be handed over: {adapter}" if adapter.is_dir() else ""
+        raise ValueError(f"{path} is a checkpoint in shards, which one process alone cannot read.{hint}")
     if data is None:
         verb, limit = next(
             names for hook, names in _STAGES.items() if hook == "predict_step" or is_overridden(hook, model)
@@ -176,34 +186,30 @@ def _without_methods(trainer: Any) -> pl.Trainer:
 
 
 def _why_not_exportable(cls: type[Method]) -> str | None:
-    """What is told of a method of which HF PEFT has no folder, wherever it is."""
+    """What is told of a method of which HF PEFT has no folder, whatever it is on."""
     if issubclass(cls, FullFineTuning):
-        return (
-            f"{cls.__name__} trains the model itself, there is no adapter to export: `lit-peft merge` writes the model."
-        )
+        return f"{cls.__name__} trains the model itself, there is no adapter: `lit-peft merge` writes the model."
     if cls.build is Method.build or hf_peft.has_form(cls):
         return None
     return f"{cls.__name__} cannot be exported: HF PEFT has no such method. {_OURS}"
 
 
-_OURS = "The run's adapter folder holds it for lit_peft.load and `lit-peft predict --adapter`."
-
-
-def check_exportable(module: nn.Module, name: str) -> None:
-    """Raises ValueError, naming method and layer, where HF PEFT has no form for an adapter."""
+def _why_own_form(module: nn.Module, name: str) -> str:
+    """What is told of an adapter that was written in our own form, though HF PEFT may have its method."""
     state = registry(module)
     assert state is not None
     adapter = state.adapters[name]
     cls: Any = method_class(adapter.spec["class_path"])
-    if why := _why_not_exportable(cls):
-        raise ValueError(why)
     root = hf_peft.find_root(module, [*adapter.sites, *adapter.base])
-    for site, _ in root.pairs(adapter) if getattr(cls, "hf_linear_only", False) else ():
-        if not layer_ops(site.layer).is_linear:
-            raise ValueError(
-                f"{cls.__name__} cannot be exported: HF PEFT has it for linear layers alone, and {site.path} is a "
-                f"{type(site.layer).__name__}. {_OURS}"
-            )
+    why = f"HF PEFT would open it on {type(root.model).__name__} and compute something else."
+    if getattr(cls, "hf_linear_only", False):
+        other = next(site for site, _ in root.pairs(adapter) if not layer_ops(site.layer).is_linear)
+        why = f"HF PEFT has it for linear layers alone, and {other.path} is another, {type(other.layer).__name__}."
+    return _why_not_exportable(cls) or f"{cls.__name__} cannot be exported: {why} {_OURS}"
+
+
+def _peft_type(folder: Path) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
 
 
 def _print_exported(out: Path, names: list[str], module: nn.Module) -> None:
