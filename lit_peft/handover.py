@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
@@ -56,7 +57,7 @@ class Trainer(pl.Trainer):
         """
         for cls in _classes(self):
             if why := why_not_mergeable(cls):
-                raise ValueError(not_foldable(cls.__name__, why))
+                raise ValueError(not_foldable(cls, why))
         data = datamodule if score and is_overridden("test_step", model) and self.limit_test_batches else None
         logits = LogitsComparison()
         before = _test(self, model, data, _Check(), logits, ckpt_path=ckpt_path, weights_only=weights_only)
@@ -170,7 +171,10 @@ def _test(trainer: Any, model: Any, data: Any, *callbacks: pl.Callback, **weight
         results = None
     else:
         trainer.callbacks = [*callbacks, *trainer.callbacks]
-        results = trainer.test(model, datamodule=data, verbose=False, **weights)
+        try:
+            results = trainer.test(model, datamodule=data, verbose=False, **weights)
+        except SIGTERMException:  # with which Lightning would end the process as if all were well
+            raise SystemExit(143) from None
     if trainer.received_sigterm:
         raise SystemExit(143)
     return None if results is None else {key: float(value) for result in results for key, value in result.items()}

@@ -370,7 +370,7 @@ def run(arguments: list[str]) -> None:
         told = full or isinstance(error, TrainingFault)
         if (RunReport.running and not told) or os.environ.get("LIT_PEFT_TRACEBACK") == "1":
             raise
-        fail(of_system(error) if isinstance(error, OSError) and error.errno else of_built(error))
+        fail(of_system(error, arguments[0]) if isinstance(error, OSError) and error.errno else of_built(error))
     finally:
         unlock_folders()
         if not RunReport.running and sys.exc_info()[0] is not None:

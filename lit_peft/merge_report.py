@@ -34,11 +34,11 @@ def describe(module: nn.Module, root: Root) -> dict[str, Any]:
     folded = sorted(path for path in {p for a in state.adapters.values() for p in a.sites})
     chains: list[Any] = [module.get_submodule(path) for path in folded]
     layers = [path for path, layer in zip(folded, chains, strict=True) if layer.peft.chain()]
-    base = getattr(module, "backbone", None) or getattr(root.model.config, "_name_or_path", None)
+    bases = (getattr(module, "backbone", None), getattr(root.model.config, "_name_or_path", None))
     digest = hashlib.sha256(json.dumps(sorted(state.fingerprint.items())).encode()).hexdigest()[:32]
     return {
         "lit_peft": __version__,
-        "base": base if isinstance(base, str) else None,
+        "base": next((base for base in bases if isinstance(base, str) and base), None),
         "base_fingerprint": digest,
         "architecture": type(root.model).__name__,
         "methods": {name: adapter.spec for name, adapter in state.adapters.items()},

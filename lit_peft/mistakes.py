@@ -16,6 +16,7 @@ import lit_peft.tasks
 from lit_peft.arguments import configs, nearest, options, read_config, settings, values
 from lit_peft.class_path import find_fault, raised
 from lit_peft.methods.registry import available, find
+from lit_peft.placed import PLACED
 
 CLASSES = ("model", "data", "method")
 FIXED = {"trainer": pl.Trainer, "early_stopping": EarlyStopping, "checkpoint": ModelCheckpoint}
@@ -78,11 +79,13 @@ def of_built(error: Exception) -> str:
     return of_lightning(str(error))
 
 
-def of_system(error: OSError) -> str:
+def of_system(error: OSError, verb: str) -> str:
     """One line on a file that could not be written or read, and the way out where the disk is full."""
     where = f": {error.filename}" if error.filename else ""
     text = f"{error.strerror or error}{where}."
-    if error.errno in FULL:
+    if error.errno in FULL and verb in PLACED:
+        text += " Nothing stays of what was written: free some space, or name a folder elsewhere."
+    elif error.errno in FULL:
         text += " What was written before is whole: free some space, then go on with `lit-peft fit --run RUN`."
     return text
 

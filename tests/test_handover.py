@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -228,6 +230,7 @@ def test_a_method_that_does_not_fold_is_refused_before_the_base_is_read(method, 
     monkeypatch.setattr(tf.AutoModelForSequenceClassification, "from_pretrained", None)
     answer = told(capsys, "merge", adapter, tmp_path / "out", *CPU)
     assert f"{type(method).__name__} cannot be merged: " in answer and "Keep its adapter beside the base" in answer
+    assert ("`lit-peft export` it" in answer) is (type(method) is PrefixTuning)
     assert not (tmp_path / "out").exists()
 
 
@@ -285,6 +288,26 @@ def test_a_module_of_ones_own_is_merged(tmp_path, capsys):
     assert "none was found: put that of the base beside it" in capsys.readouterr().out
     plain = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(plain(torch.arange(6)[None]).logits, module.encoder(torch.arange(6)[None]).logits)
+
+
+def test_a_classifier_of_a_decoder_keeps_its_padding(tokenizer, tmp_path):
+    config = tf.GPT2Config(
+        vocab_size=210, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=2
+    )
+    tf.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    names = ["input_ids", "attention_mask"]  # as GPT-2's own, without token types
+    tf.AutoTokenizer.from_pretrained(tokenizer, model_input_names=names).save_pretrained(tmp_path / "gpt2")
+    adapter = folder(tmp_path, LoRA(r=2, target_modules=["attention"]), str(tmp_path / "gpt2"))
+    cli.main(["merge", str(adapter), str(tmp_path / "out"), *CPU])
+    assert report(tmp_path / "out")["max_logit_difference"] < 1e-4
+    texts = ["w1 w2", "w3 w4 w5 w6 w7"]
+    together = tf.pipeline("text-classification", model=str(tmp_path / "out"), batch_size=2)(texts)
+    task = TextClassification(str(tmp_path / "gpt2"), label_names=["no", "yes"])
+    lit_peft.load(task, adapter)
+    encoded = tf.AutoTokenizer.from_pretrained(tmp_path / "out")(texts, padding=True, return_tensors="pt")
+    rows = task.eval()(encoded).softmax(-1)
+    assert [row["label"] for row in together] == [["no", "yes"][int(row.argmax())] for row in rows]
+    assert [row["score"] for row in together] == pytest.approx([float(row.max()) for row in rows], abs=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- the comparison
@@ -412,3 +435,33 @@ def test_a_run_without_a_checkpoint_or_with_shards_is_told(run, tmp_path, capsys
     (tmp_path / "run" / "checkpoints" / "best.ckpt").mkdir(parents=True)
     answer = told(capsys, "merge", tmp_path / "run", tmp_path / "out")
     assert "best.ckpt is a checkpoint in shards" in answer and f"{tmp_path / 'run' / 'adapter'}" in answer
+
+
+@pytest.mark.slow
+def test_a_merge_killed_at_random_moments_leaves_nothing_or_all_of_it(run, tmp_path):
+    """Killed while it writes, most of the times: `new_folder` is as slow here as a disk could be."""
+    code = (
+        "import random, sys, time; from lit_peft import cli; from lit_peft.saving import new_folder as n\n"
+        "plain = n._sync\n"
+        "def slow(path): time.sleep(.1); plain(path); print('synced', flush=True)\n"
+        "n._sync = slow; cli.main(sys.argv[1:])"
+    )
+    rng, out, ended = random.Random(0), tmp_path / "out", []
+    while not (ended and ended[-1] == 0):
+        words = ["merge", str(run), str(out), "--score", "false", *CPU]
+        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
+        if len(ended) < 10:
+            assert process.stdout is not None
+            for _ in range(rng.randrange(6)):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.2))
+            process.kill()
+        process.communicate()
+        ended.append(process.returncode)
+        if out.exists():
+            tf.AutoModelForSequenceClassification.from_pretrained(out)
+            assert report(out)["rows"] == 4
+            if process.returncode:
+                shutil.rmtree(out)  # renamed, and killed then
+        assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.part", ".out.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"} and len(ended) == 11

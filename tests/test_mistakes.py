@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import SMALL, fit
 
-from lit_peft import cli
+from lit_peft import BottleneckAdapter, cli, save
 from lit_peft.demo import ENCODER
+from lit_peft.tasks import TextClassification
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 QUICK = ["fit", "--config", "quickstart", *SMALL, "--base_test", "false", "--trainer.max_steps", "2"]
@@ -135,6 +136,18 @@ MISTAKES = [
         "32 of 32 rows to test have a text that this run was trained on",
     ),
     Mistake("a run that another process trains", ["fit", "--run", "{busy}"], "another process is training in this"),
+    # handing over
+    Mistake("merge without paths", ["merge"], "merge takes two paths, and none is given"),
+    Mistake("merge without a new folder", ["merge", "{run}"], "merge takes two paths, not 1"),
+    Mistake("a folder that is not empty", ["merge", "{run}", "{folder}"], "exists and is not empty; name another"),
+    Mistake("a file in the place of a new folder", ["export", "{run}", "{csv}"], "is a file; name a folder"),
+    Mistake("neither a run nor an adapter", ["merge", "{folder}", "out"], "is neither the folder of a run"),
+    Mistake("a whole model", ["merge", "{base}", "out"], "It is a whole model, with nothing to fold in"),
+    Mistake("a checkpoint without its run", ["merge", "{foreign}", "out"], "lies in no run's folder"),
+    Mistake("a run without a checkpoint", ["merge", "{young}", "out"], "so that there is nothing to merge"),
+    Mistake("a method that does not merge", ["merge", "{bottleneck}", "out"], "BottleneckAdapter cannot be merged"),
+    Mistake("a method that HF PEFT lacks", ["export", "{bottleneck}", "out"], "HF PEFT has no such method"),
+    Mistake("a format that is none", ["export", "{run}", "out", "--format", "onnx"], "expected hf-peft, not 'onnx'"),
     # files and disks
     quick("a file where a folder belongs", "--trainer.default_root_dir {csv}", "is a file, expected a folder"),
     quick(
@@ -195,6 +208,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     weights = load_file(root / "base" / "model.safetensors")
     next(iter(weights.values())).flatten()[0] += 1
     save_file(weights, root / "base" / "model.safetensors", {"format": "pt"})
+    (root / "young").mkdir()
+    shutil.copy(run / "config.yaml", root / "young")
+    task = TextClassification(label_names=["bad", "good"])
+    task.configure_model()
+    BottleneckAdapter().attach(task)
+    save(task, root / "bottleneck")
     yield {
         **{path.stem: str(path) for path in root.iterdir() if path.is_file()},
         "base": str(root / "base"),
@@ -207,6 +226,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "cut": str(cut),
         "busy": str(busy),
         "unseen": str(root / "unseen"),
+        "young": str(root / "young"),
+        "bottleneck": str(root / "bottleneck"),
     }
     other.kill()
     other.wait()

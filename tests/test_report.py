@@ -71,3 +71,12 @@ def test_the_network_of_a_module_is_no_name_of_a_tokenizer():
     data.trainer = type("Trainer", (), {"lightning_module": Named()})()
     with pytest.raises(ValueError, match=r"no `backbone` to take it from: set data\.tokenizer"):
         data.tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize(("verb", "told"), [("fit", True), ("test", False)])
+def test_only_a_fit_that_is_interrupted_says_what_it_did_not_write(verb, told, tmp_path, capsys):
+    run = trainer()
+    run.fit(Module(), loader())
+    run.state.fn = verb
+    RunReport(str(tmp_path)).on_exception(run, run.lightning_module, KeyboardInterrupt())
+    assert ("Interrupted after" in capsys.readouterr().out) is told

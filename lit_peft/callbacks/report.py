@@ -85,7 +85,8 @@ class RunReport(pl.Callback):
         RunReport.running = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and not self.quiet:
+        fitting = trainer.state.fn == "fit"
+        if isinstance(exception, KeyboardInterrupt) and fitting and trainer.is_global_zero and not self.quiet:
             folder = self._folder(trainer)
             steps = f"{trainer.global_step} of {trainer.estimated_stepping_batches:.0f} steps"
             self.console.print(f"Interrupted after {steps}. Not written: metrics.json, adapter/.", highlight=False)

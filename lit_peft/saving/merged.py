@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import umask
-from lit_peft.core.hf_peft import Root, find_root, is_inside
+from lit_peft.core.hf_peft import Root, find_root, has_form, is_inside
 from lit_peft.core.merge import check_mergeable, merge, unmerge
 from lit_peft.core.swap import MERGED_KEY, CastsParameters
+from lit_peft.methods.base import Method
+from lit_peft.methods.registry import method_class
 from lit_peft.saving.new_folder import new_folder
 
 
@@ -92,15 +94,16 @@ def check_foldable(module: nn.Module) -> None:
         layers: Iterator[Any] = map(module.get_submodule, adapter.sites)
         for addition in (layer.peft[adapter.name] for layer in layers):
             if adapter.name in state.active and addition.not_mergeable is not None:  # type: ignore[union-attr]
-                raise ValueError(not_foldable(adapter.spec["class_path"].rpartition(".")[2], addition.not_mergeable))
+                raise ValueError(not_foldable(method_class(adapter.spec["class_path"]), addition.not_mergeable))
     check_mergeable(module)
 
 
-def not_foldable(method: str, why: str) -> str:
+def not_foldable(method: type[Method], why: str) -> str:
     """What is told of a method whose additions no weight can hold."""
+    way_out = ", or `lit-peft export` it for Hugging Face PEFT" if has_form(method) else ""
     return (
-        f"{method} cannot be merged: {why} Keep its adapter beside the base: `lit-peft predict` takes it by --run or "
-        "--adapter, lit_peft.load in Python."
+        f"{method.__name__} cannot be merged: {why} Keep its adapter beside the base, which `lit-peft predict` and "
+        f"lit_peft.load do{way_out}."
     )
 
 
