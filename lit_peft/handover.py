@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from lit_peft.callbacks.logits import LogitsComparison
 from lit_peft.callbacks.report import RunReport
@@ -17,6 +18,7 @@ from lit_peft.core import hf_peft
 from lit_peft.core.attach import registry
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge
+from lit_peft.data.base import TextDataModule
 from lit_peft.merge_report import REPORT, describe, find_tokenizer, finite, fixed_inputs, print_merged, size_of, verify
 from lit_peft.methods.base import Method
 from lit_peft.methods.describe import why_not_mergeable
@@ -58,30 +60,33 @@ class Trainer(pl.Trainer):
         for cls in _classes(self):
             if why := why_not_mergeable(cls):
                 raise ValueError(not_foldable(cls, why))
-        data = datamodule if score and is_overridden("test_step", model) and self.limit_test_batches else None
+        scored = score and is_overridden("test_step", model) and bool(self.limit_test_batches)
         logits = LogitsComparison()
-        before = _test(self, model, data, _Check(), logits, ckpt_path=ckpt_path, weights_only=weights_only)
+        weights: dict[str, Any] = {"ckpt_path": ckpt_path, "weights_only": weights_only}
+        disable_progress_bar()
+        if scored:
+            before = _scores(self, model, datamodule, [_Check(), logits], **weights)
+        else:
+            _restore(self, model, datamodule, **weights)
         root = find_model(model)
         check_foldable(model)
         tokenizer = find_tokenizer(model, datamodule, root.model)
         folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
         report = describe(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
-        after = None
-        if data is not None:
+        report["metrics"] = None
+        if scored:
             merge(model)
-            after = _test(_without_methods(self), model, data, logits.compare())
+            after = _scores(_without_methods(self), model, datamodule, [logits.compare()])
+            difference = {key: after[key] - value for key, value in before.items() if key in after}
+            report["metrics"] = {"before": before, "after": after, "difference": difference}
         else:
             inputs = fixed_inputs(root.model, tokenizer)
             logits.ask(root.model, inputs)
             merge(model)
             logits.compare().ask(root.model, inputs)
         RunReport.running = False  # what may go wrong from here is told in a few lines again
-        report |= logits.figures() | {"precision": str(self.precision) if data is not None else None}
-        report["measured_on"] = ("test set" if data is not None else "fixed inputs") if logits.rows else None
-        report["metrics"] = None
-        if before is not None and after is not None:
-            difference = {key: after[key] - value for key, value in before.items() if key in after}
-            report["metrics"] = {"before": before, "after": after, "difference": difference}
+        report |= logits.figures() | {"precision": str(self.precision) if scored else None}
+        report["measured_on"] = ("test set" if scored else "fixed inputs") if logits.rows else None
         with new_folder(out) as part:
             write_model(root.model, part, tokenizer)
             report["dtype"] = json.loads((part / "config.json").read_text())["dtype"]
@@ -111,7 +116,7 @@ class Trainer(pl.Trainer):
         for cls in _classes(self):
             if why := _why_not_exportable(cls):
                 raise ValueError(why)
-        _test(self, model, None, ckpt_path=ckpt_path, weights_only=weights_only)
+        _restore(self, model, datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
         state = registry(model)
         assert state is not None
         with new_folder(out) as part:
@@ -150,34 +155,40 @@ def _classes(trainer: pl.Trainer) -> list[type[Method]]:
     return found
 
 
-def _test(trainer: Any, model: Any, data: Any, *callbacks: pl.Callback, **weights: Any) -> dict[str, float] | None:
-    """Metrics of the test set; without data None, the model being built, adapted and restored all the same.
+def _scores(
+    trainer: Any, model: Any, data: Any, callbacks: list[pl.Callback], ckpt_path: str | None = None, **options: Any
+) -> dict[str, float]:
+    """Metrics of the test set, with further callbacks."""
+    _check_whole(ckpt_path)
+    trainer.callbacks = [*callbacks, *trainer.callbacks]
+    try:
+        results = trainer.test(model, datamodule=data, verbose=False, ckpt_path=ckpt_path, **options)
+    except SIGTERMException:  # with which Lightning would end the process as if all were well
+        raise SystemExit(143) from None
+    return {key: float(value) for result in results for key, value in result.items()}
 
-    Raises:
-        ValueError: For a checkpoint that takes several ranks.
+
+def _restore(trainer: Any, model: Any, data: Any, ckpt_path: str | None, **options: Any) -> None:
+    """Builds, adapts and restores a module as a trainer does, and runs no batch of it.
+
+    Data of ours are not read: their classes are in the checkpoint or folder. A module of somebody's own may ask those
+    of its own for what it is built by.
     """
-    if (path := weights.get("ckpt_path")) and Path(path).is_dir():
+    _check_whole(ckpt_path)
+    verb, limit = next(names for hook, names in _STAGES.items() if hook == "predict_step" or is_overridden(hook, model))
+    before = getattr(trainer, limit)
+    setattr(trainer, limit, 0)
+    source = {"dataloaders": []} if data is None or isinstance(data, TextDataModule) else {"datamodule": data}
+    getattr(trainer, verb)(model, **source, ckpt_path=ckpt_path, **options)
+    setattr(trainer, limit, before)
+
+
+def _check_whole(path: str | None) -> None:
+    """Raises ValueError for a checkpoint that takes several ranks."""
+    if path is not None and Path(path).is_dir():
         adapter = Path(path).parents[1] / "adapter"
         hint = f" The run's adapter folder can be handed over: {adapter}" if adapter.is_dir() else ""
         raise ValueError(f"{path} is a checkpoint in shards, which one process alone cannot read.{hint}")
-    if data is None:
-        verb, limit = next(
-            names for hook, names in _STAGES.items() if hook == "predict_step" or is_overridden(hook, model)
-        )
-        before = getattr(trainer, limit)
-        setattr(trainer, limit, 0)
-        getattr(trainer, verb)(model, dataloaders=[], **weights)
-        setattr(trainer, limit, before)
-        results = None
-    else:
-        trainer.callbacks = [*callbacks, *trainer.callbacks]
-        try:
-            results = trainer.test(model, datamodule=data, verbose=False, **weights)
-        except SIGTERMException:  # with which Lightning would end the process as if all were well
-            raise SystemExit(143) from None
-    if trainer.received_sigterm:
-        raise SystemExit(143)
-    return None if results is None else {key: float(value) for result in results for key, value in result.items()}
 
 
 def _without_methods(trainer: Any) -> pl.Trainer:

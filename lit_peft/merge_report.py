@@ -126,8 +126,9 @@ def print_merged(out: Path, report: Mapping[str, Any], tokenizer: Any, max_lengt
     }
     if report["left_out"]:
         notes["left out"] = f"{', '.join(report['left_out'])}: outside of the {report['architecture']}"
+    compared = "logits" if report["compared"] in ("logits", None) else "hidden states"
     if report["max_logit_difference"] is not None:
-        notes["logits"] = (
+        notes[compared] = (
             f"differ by at most {report['max_logit_difference']:.2g} of {report['largest_logit']:.3g}, over "
             f"{report['rows']:,} rows"
             + (" of the test set" if report["metrics"] else ", fixed inputs: no test set was scored")
@@ -139,7 +140,9 @@ def print_merged(out: Path, report: Mapping[str, Any], tokenizer: Any, max_lengt
     for key, before in (report["metrics"] or {"before": {}})["before"].items():
         notes[key] = f"{before:.4f}, merged {report['metrics']['after'][key]:.4f}"
     if report["reloaded_max_logit_difference"] is not None:
-        notes["read again"] = f"by transformers: logits differ by at most {report['reloaded_max_logit_difference']:.2g}"
+        notes["read again"] = (
+            f"by transformers: {compared} differ by at most {report['reloaded_max_logit_difference']:.2g}"
+        )
     if tokenizer is None:
         notes["tokenizer"] = "none was found: put that of the base beside it"
     notes["report"] = str(out / REPORT)

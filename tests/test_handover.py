@@ -290,6 +290,30 @@ def test_a_module_of_ones_own_is_merged(tmp_path, capsys):
     assert torch.equal(plain(torch.arange(6)[None]).logits, module.encoder(torch.arange(6)[None]).logits)
 
 
+class Late(Net):
+    """Is built in `setup`, by what its data say."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def setup(self, stage):
+        self.encoder = tiny(self.trainer.datamodule.model)
+
+
+class Model(pl.LightningDataModule):
+    model = "bert"
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_a_module_that_is_built_by_its_data_is_handed_over_without_scores(verb, tmp_path):
+    method = LoRA(r=2, target_modules=["query"])
+    trainer = Trainer(callbacks=[method], logger=False, accelerator="cpu", enable_progress_bar=False)
+    getattr(trainer, verb)(Late(), Model(), str(tmp_path / "out"), False if verb == "merge" else "hf-peft")
+    if verb == "merge":
+        assert (report(tmp_path / "out")["rows"], report(tmp_path / "out")["compared"]) == (3, "logits")
+    assert trainer.limit_test_batches == 1.0
+
+
 def test_a_classifier_of_a_decoder_keeps_its_padding(tokenizer, tmp_path):
     config = tf.GPT2Config(
         vocab_size=210, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=2
@@ -305,7 +329,7 @@ def test_a_classifier_of_a_decoder_keeps_its_padding(tokenizer, tmp_path):
     task = TextClassification(str(tmp_path / "gpt2"), label_names=["no", "yes"])
     lit_peft.load(task, adapter)
     encoded = tf.AutoTokenizer.from_pretrained(tmp_path / "out")(texts, padding=True, return_tensors="pt")
-    rows = task.eval()(encoded).softmax(-1)
+    rows = task.eval()(encoded).softmax(-1).detach()
     assert [row["label"] for row in together] == [["no", "yes"][int(row.argmax())] for row in rows]
     assert [row["score"] for row in together] == pytest.approx([float(row.max()) for row in rows], abs=1e-5)
 
