@@ -78,6 +78,8 @@ _TIED = (
     "trains them apart. It opens our folder, but what it writes of that lacks all but one of them, which is refused."
 )
 _LENGTHS = "HF PEFT's DoRA of an embedding keeps a length for each token, ours for each feature: two equations."
+_CONV = "HF PEFT has another equation for convolutions."
+_LINEAR = "HF PEFT has it for linear layers alone; `lit_peft.load` reads the folder."
 _NONE = "HF PEFT has no such method; `lit_peft.load` reads the folder."
 
 HOLES = (
@@ -108,6 +110,20 @@ HOLES = (
         Hole(("DoRA (embedding)",), TEXT, stage, "HF PEFT's DoRA of an embedding has another equation.", _LENGTHS)
         for stage in ("save", "load")
     ),
+    *(
+        Hole(
+            ("HiRA (convolutions)",),
+            ("ConvNet",),
+            stage,
+            "HF PEFT's HiRA of a convolution has another equation.",
+            _CONV,
+        )
+        for stage in ("save", "load")
+    ),
+    Hole(("VeRA (convolutions)",), ("ConvNet",), "open", "KeyError: 'LIT_PEFT'", _LINEAR),
+    Hole(("VeRA (convolutions)",), ("ConvNet",), "make", "No layers types compatible with VeRA were found.", _LINEAR),
+    Hole(("IA3 (convolutions)",), ("ConvNet",), "open", "KeyError: 'LIT_PEFT'", _CONV),
+    Hole(("IA3 (convolutions)",), ("ConvNet",), "load", "in the folder and", _CONV),
     Hole(("BottleneckAdapter",), TEXT, "open", "KeyError: 'LIT_PEFT'", _NONE),
     Hole(
         ("FullFineTuning",),
@@ -119,7 +135,7 @@ HOLES = (
 )
 
 PAIRS = [(row, arch) for row, entry in ROWS.items() for arch in entry.archs]
-FAST = ("BERT", "GPT-2", "Llama (classes)", "ConvNet")
+FAST = [pair for pair in PAIRS if pair[1] in ("BERT", "GPT-2", "ConvNet") or pair[0] == "LoRA"]
 
 
 def holes(row: str, arch: str) -> dict[str, Hole]:
@@ -277,8 +293,9 @@ it, prints this page and writes it; the tests fail where a difference exceeds th
 - Tolerance: {TOLERANCE:g}, the largest difference of two logits in float32, on a CPU. What is compared changes the
   logits by {HEARD:g} at least, additions and trained base parameters each by themselves: *heard* has the least change.
 - A figure is the largest over the architectures, tiny random models of transformers:
-  {", ".join(ARCHS)}. DistilBERT, BERT, RoBERTa
-  and "classes" are sequence classifiers, T5 generates, GPT-2 and Llama alone are causal language models.
+  {", ".join(ARCHS)}.
+  DistilBERT, BERT, RoBERTa and "classes" are sequence classifiers, "questions" answers by spans, "tokens" classifies
+  each token, T5 generates, GPT-2 and Llama alone are causal language models.
 - Heads train and are saved: ours in `train_also`, HF PEFT's in `modules_to_save`.
 - One of the two texts is padded; not behind a prompt on a decoder with classes, where HF PEFT reads the last position
   even if it is padded, and ours the last token of the text.
@@ -325,7 +342,8 @@ class Matrix:
                 dict.fromkeys(arch for h in same for arch in h.archs if any(arch in ROWS[r].archs for r in rows))
             )
             errors = "; ".join(f"`{h.error}`" for h in {h.error: h for h in same}.values())
-            lines.append(f"- {', '.join(rows)} on {', '.join(archs)}: {hole} {errors}")
+            where = "all text models" if set(archs) == set(TEXT) else ", ".join(archs)
+            lines.append(f"- {', '.join(rows)} on {where}: {hole} {errors}")
         return lines
 
     def check_docs(self) -> None:

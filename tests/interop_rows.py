@@ -247,6 +247,14 @@ _PRUNED = {"prepare": _prune_adalora}
 _BIASES = tuple(name for name in TEXT if name not in ("T5", "Llama", "Llama (classes)"))
 
 
+def _at_convolutions(ours: Any, theirs: Any, some: Mapping[str, Any], other: Mapping[str, Any]) -> Row:
+    first, second = (
+        cls(kind, target_modules=_targets, **more)
+        for cls, kind, more in ((_ours, ours, some), (_theirs, theirs, other))
+    )
+    return Row(first, second, archs=("ConvNet",))
+
+
 def _sparse(sparsity: str) -> Row:
     ours = _ours(SparseLoRA, sparsity, r=4, alpha=6, dropout=0.0, target_modules=_targets)
     return Row(ours, archs=(*TEXT, "ConvNet"), prepare=_prune_sparse)
@@ -312,6 +320,14 @@ ROWS: dict[str, Row] = {
     "IA3": Row(
         _ours(IA3, feedforward_modules=_down, target_modules=_targets),
         _theirs(peft.IA3Config, feedforward_modules=_down, target_modules=_targets),
+    ),
+    "HiRA (convolutions)": _at_convolutions(HiRA, peft.HiraConfig, {"r": 2}, {"r": 2}),
+    "AdaLoRA (convolutions)": _at_convolutions(
+        AdaLoRA, peft.AdaLoraConfig, {"init_r": 4, "target_r": 2}, {"init_r": 4, "target_r": 2, "total_step": 10}
+    ),
+    "VeRA (convolutions)": _at_convolutions(VeRA, peft.VeraConfig, {"r": 8}, {"r": 8}),
+    "IA3 (convolutions)": _at_convolutions(
+        IA3, peft.IA3Config, {"feedforward_modules": _down}, {"feedforward_modules": _down}
     ),
     "SparseLoRA (structured)": _sparse("structured"),
     "SparseLoRA (magnitude)": _sparse("magnitude"),

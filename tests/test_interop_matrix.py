@@ -26,7 +26,7 @@ def quietly(row: str, arch: str, folder) -> Outcome:
 
 @pytest.mark.parametrize(
     ("row", "arch"),
-    [pytest.param(*pair, marks=[] if pair[1] in FAST else pytest.mark.slow, id=" on ".join(pair)) for pair in PAIRS],
+    [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow, id=" on ".join(pair)) for pair in PAIRS],
 )
 def test_round_trips(row, arch, matrix, tmp_path):
     outcome = quietly(row, arch, tmp_path)

@@ -209,8 +209,17 @@ def form_of(method: Any, sites: Iterable[tuple[Site, Any]]) -> Any:
     """What maps these additions: the method, or `OwnForm` where HF PEFT lacks it, or has it for linear layers alone."""
     if not has_form(type(method)):
         return OwnForm
-    linear_only = getattr(method, "hf_linear_only", False)
-    return method if not linear_only or all(layer_ops(site.layer).is_linear for site, _ in sites) else OwnForm
+    if not getattr(method, "hf_linear_only", False):
+        return method
+    convolves = getattr(method, "hf_convolutions", False)
+    return method if all(_is_linear(site.layer, convolves) for site, _ in sites) else OwnForm
+
+
+def _is_linear(layer: nn.Module, or_convolves: bool) -> bool:
+    """Whether a layer is linear, or a convolution as HF PEFT has it, without groups and other padding than zeros."""
+    ops = layer_ops(layer)
+    convolves = not ops.looks_up and ops.separable(layer) and getattr(layer, "padding_mode", "zeros") == "zeros"
+    return ops.is_linear or (or_convolves and convolves)
 
 
 def stores_transposed(sites: Iterable[tuple[Site, Any]]) -> bool:

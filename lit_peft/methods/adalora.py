@@ -82,6 +82,7 @@ class AdaLoRA(TargetedMethod):
         **dict.fromkeys(("r", "bias", "fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size")),
     }
     hf_linear_only = True
+    hf_convolutions = True
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ A method takes part through four members and no base class; `LoRA` has them all:
     from_hf_peft(options, paths) -> arguments
                   class method: the constructor arguments that these entries mean for layers at these paths
 
-A method that HF PEFT has for linear layers alone says `hf_linear_only = True`; other layers are written as below.
+A method that HF PEFT has for linear layers alone says `hf_linear_only = True`, for convolutions too `hf_convolutions`;
+other layers are written as below.
 
 A method whose additions shrink or that masks them has a fifth:
 
