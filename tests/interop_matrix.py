@@ -78,7 +78,7 @@ _TIED = (
     "trains them apart. It opens our folder, but what it writes of that lacks all but one of them, which is refused."
 )
 _LENGTHS = "HF PEFT's DoRA of an embedding keeps a length for each token, ours for each feature: two equations."
-_CONV = "HF PEFT has another equation for convolutions."
+_CONV = "at the input of a convolution HF PEFT scales channels, ours each place in the kernel: two equations."
 _LINEAR = "HF PEFT has it for linear layers alone; `lit_peft.load` reads the folder."
 _NONE = "HF PEFT has no such method; `lit_peft.load` reads the folder."
 
@@ -110,20 +110,10 @@ HOLES = (
         Hole(("DoRA (embedding)",), TEXT, stage, "HF PEFT's DoRA of an embedding has another equation.", _LENGTHS)
         for stage in ("save", "load")
     ),
-    *(
-        Hole(
-            ("HiRA (convolutions)",),
-            ("ConvNet",),
-            stage,
-            "HF PEFT's HiRA of a convolution has another equation.",
-            _CONV,
-        )
-        for stage in ("save", "load")
-    ),
     Hole(("VeRA (convolutions)",), ("ConvNet",), "open", "KeyError: 'LIT_PEFT'", _LINEAR),
     Hole(("VeRA (convolutions)",), ("ConvNet",), "make", "No layers types compatible with VeRA were found.", _LINEAR),
-    Hole(("IA3 (convolutions)",), ("ConvNet",), "open", "KeyError: 'LIT_PEFT'", _CONV),
-    Hole(("IA3 (convolutions)",), ("ConvNet",), "load", "in the folder and", _CONV),
+    Hole(("IA3 (inputs of convolutions)",), ("ConvNet",), "open", "KeyError: 'LIT_PEFT'", _CONV),
+    Hole(("IA3 (inputs of convolutions)",), ("ConvNet",), "load", "in the folder and", _CONV),
     Hole(("BottleneckAdapter",), TEXT, "open", "KeyError: 'LIT_PEFT'", _NONE),
     Hole(
         ("FullFineTuning",),

@@ -327,6 +327,9 @@ ROWS: dict[str, Row] = {
     ),
     "VeRA (convolutions)": _at_convolutions(VeRA, peft.VeraConfig, {"r": 8}, {"r": 8}),
     "IA3 (convolutions)": _at_convolutions(
+        IA3, peft.IA3Config, {"feedforward_modules": "re:none"}, {"feedforward_modules": []}
+    ),
+    "IA3 (inputs of convolutions)": _at_convolutions(
         IA3, peft.IA3Config, {"feedforward_modules": _down}, {"feedforward_modules": _down}
     ),
     "SparseLoRA (structured)": _sparse("structured"),

@@ -167,11 +167,10 @@ REFUSED = {
     ),
     "LoHa": (reads("Llama", peft.LoHaConfig, r=4, target_modules=["q_proj"]), "peft_type 'LOHA' has no method here"),
     "layer norms": (reads("Llama", peft.LNTuningConfig), "peft_type 'LN_TUNING' has no method here; known: ADALORA"),
-    "IA3 of a convolution": (
-        reads("ConvNet", peft.IA3Config, target_modules=["second"], feedforward_modules=[]),
-        r"second.ia3_l has shape \[1, 16, 1, 1\] in the folder",
+    "IA3 of a convolution's input": (
+        reads("ConvNet", peft.IA3Config, target_modules=["second"], feedforward_modules=["second"]),
+        r"second.ia3_l has shape \[1, 8, 1, 1\] in the folder",
     ),
-    "HiRA of a convolution": (reads("ConvNet", peft.HiraConfig, r=2, target_modules=["second"]), "HiRA"),
 }
 
 

@@ -206,20 +206,10 @@ def has_form(method: type) -> bool:
 
 
 def form_of(method: Any, sites: Iterable[tuple[Site, Any]]) -> Any:
-    """What maps these additions: the method, or `OwnForm` where HF PEFT lacks it, or has it for linear layers alone."""
+    """What maps these additions: the method, or `OwnForm` where HF PEFT lacks it, or lacks it at one of the layers."""
     if not has_form(type(method)):
         return OwnForm
-    if not getattr(method, "hf_linear_only", False):
-        return method
-    convolves = getattr(method, "hf_convolutions", False)
-    return method if all(_is_linear(site.layer, convolves) for site, _ in sites) else OwnForm
-
-
-def _is_linear(layer: nn.Module, or_convolves: bool) -> bool:
-    """Whether a layer is linear, or a convolution as HF PEFT has it, without groups and other padding than zeros."""
-    ops = layer_ops(layer)
-    convolves = not ops.looks_up and ops.separable(layer) and getattr(layer, "padding_mode", "zeros") == "zeros"
-    return ops.is_linear or (or_convolves and convolves)
+    return method if all(getattr(method, "hf_has", lambda *_: True)(*pair) for pair in sites) else OwnForm
 
 
 def stores_transposed(sites: Iterable[tuple[Site, Any]]) -> bool:

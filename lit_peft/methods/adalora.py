@@ -81,8 +81,6 @@ class AdaLoRA(TargetedMethod):
         # Change nothing, or stand in the tensors:
         **dict.fromkeys(("r", "bias", "fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size")),
     }
-    hf_linear_only = True
-    hf_convolutions = True
 
     def __init__(
         self,
@@ -230,6 +228,12 @@ class AdaLoRA(TargetedMethod):
             "bias": "none",
             "fan_in_fan_out": stores_transposed(sites),
         }, tensors
+
+    @staticmethod
+    def hf_has(site: Site, delta: Any) -> bool:
+        """At linear layers, and at convolutions without groups and with no other padding than zeros."""
+        ops, layer = layer_ops(site.layer), site.layer
+        return ops.is_linear or (not ops.looks_up and ops.separable(layer) and layer.padding_mode == "zeros")
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

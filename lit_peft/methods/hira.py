@@ -60,14 +60,18 @@ class HiRA(TargetedMethod):
         return HiRADelta(*site.size, self.r, self.dropout)
 
     def to_hf_peft(self, sites: list[tuple[Site, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """HF PEFT's HIRA, which has linear layers and embeddings; see `lit_peft.saving.folder`."""
+        """HF PEFT's HIRA; see `lit_peft.saving.folder`."""
         tensors: dict[str, Tensor] = {}
         for site, delta in sites:
             ops = layer_ops(site.layer)
-            if not (ops.is_linear or ops.looks_up):
-                raise ValueError(f"{site.path}: HF PEFT's HiRA of a convolution has another equation.")
+            factors = ops.factor_weights(site.layer, delta.hira_A, delta.hira_B)
+            if factors is None:
+                raise ValueError(
+                    f"{site.path}: HF PEFT's HiRA of a convolution has no groups, and none is written with dilation or "
+                    "padding_mode."
+                )
             kind = "hira_embedding" if ops.looks_up else "hira"
-            tensors |= {f"{site.path}.{kind}_A": delta.hira_A, f"{site.path}.{kind}_B": delta.hira_B}
+            tensors |= {f"{site.path}.{kind}_{x}": factor for x, factor in zip("AB", factors, strict=True)}
         return {"r": self.r, "hira_dropout": self.dropout, "fan_in_fan_out": stores_transposed(sites)}, tensors
 
     @classmethod

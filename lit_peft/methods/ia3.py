@@ -39,7 +39,6 @@ class IA3(TargetedMethod):
         "feedforward_modules": [],
         **dict.fromkeys(("fan_in_fan_out", "init_ia3_weights")),  # change nothing
     }
-    hf_linear_only = True
 
     def __init__(self, feedforward_modules: str | Sequence[str] = ("ffn_down",), **common: Any) -> None:
         super().__init__(**common)
@@ -56,11 +55,21 @@ class IA3(TargetedMethod):
         """HF PEFT's IA3, whose vectors are rows or columns; see `lit_peft.saving.folder`."""
         inputs = [site.path for site, delta in sites if isinstance(delta, InputScale)]
         outputs = [site.path for site, delta in sites if isinstance(delta, OutputScale)]
-        tensors = {f"{site.path}.ia3_l": delta.row_or_column() for site, delta in sites}
+        tensors = {}
+        for site, delta in sites:
+            ops = layer_ops(site.layer)
+            own = delta.row_or_column() if ops.is_linear else ops.along_features(delta.ia3_l)[None]
+            tensors[f"{site.path}.ia3_l"] = own
         return {
             "feedforward_modules": _expression(inputs, outputs),
             "fan_in_fan_out": stores_transposed(sites),
         }, tensors
+
+    @staticmethod
+    def hf_has(site: Site, delta: Any) -> bool:
+        """At linear layers, and at the outputs of convolutions; at their inputs it scales channels, ours places."""
+        ops = layer_ops(site.layer)
+        return ops.is_linear or (isinstance(delta, OutputScale) and not ops.looks_up)
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

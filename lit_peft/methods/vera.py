@@ -43,7 +43,6 @@ class VeRA(TargetedMethod):
         "save_projection": True,
         **dict.fromkeys(("bias", "fan_in_fan_out", "init_weights")),  # change nothing, or stand in the tensors
     }
-    hf_linear_only = True
 
     def __init__(
         self,
@@ -88,6 +87,11 @@ class VeRA(TargetedMethod):
             "bias": "none",
             "fan_in_fan_out": stores_transposed(sites),
         }, tensors
+
+    @staticmethod
+    def hf_has(site: Site, delta: Any) -> bool:
+        """At linear layers alone."""
+        return layer_ops(site.layer).is_linear
 
     @classmethod
     def from_hf_peft(cls, options: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

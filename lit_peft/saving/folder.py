@@ -11,8 +11,7 @@ A method takes part through four members and no base class; `LoRA` has them all:
     from_hf_peft(options, paths) -> arguments
                   class method: the constructor arguments that these entries mean for layers at these paths
 
-A method that HF PEFT has for linear layers alone says `hf_linear_only = True`, for convolutions too `hf_convolutions`;
-other layers are written as below.
+A method that HF PEFT has for some layers alone says at which, `hf_has(site, addition)`; others are written as below.
 
 A method whose additions shrink or that masks them has a fifth:
 
