@@ -16,7 +16,6 @@ from lit_peft.callbacks.logits import LogitsComparison
 from lit_peft.callbacks.report import RunReport
 from lit_peft.core import hf_peft
 from lit_peft.core.attach import registry
-from lit_peft.core.layers import layer_ops
 from lit_peft.core.merge import merge
 from lit_peft.data.base import TextDataModule
 from lit_peft.merge_report import REPORT, describe, find_tokenizer, finite, fixed_inputs, print_merged, size_of, verify
@@ -216,10 +215,12 @@ def _why_own_form(module: nn.Module, name: str) -> str:
     adapter = state.adapters[name]
     cls: Any = method_class(adapter.spec["class_path"])
     root = hf_peft.find_root(module, [*adapter.sites, *adapter.base])
-    why = f"HF PEFT would open it on {type(root.model).__name__} and compute something else."
-    if getattr(cls, "hf_linear_only", False):
-        other = next(site for site, _ in root.pairs(adapter) if not layer_ops(site.layer).is_linear)
-        why = f"HF PEFT has it for linear layers alone, and {other.path} is another, {type(other.layer).__name__}."
+    has: Any = getattr(cls, "hf_has", lambda *_: True)
+    if missing := next((site for site, addition in root.pairs(adapter) if not has(site, addition)), None):
+        why = f"HF PEFT does not have it at {missing.path}, a {type(missing.layer).__name__}."
+    else:
+        why = f"HF PEFT would open it on {type(root.model).__name__} and compute something else"
+        why += "; trained with as_hf_peft: true it is the same there." if "as_hf_peft" in cls.parameters() else "."
     return _why_not_exportable(cls) or f"{cls.__name__} cannot be exported: {why} {_OURS}"
 
 
