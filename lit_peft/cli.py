@@ -1,9 +1,10 @@
 """`lit-peft`: LightningCLI with a method beside model, data and trainer, and the project's own verbs.
 
-Asking for help, the version, the methods or the configurations needs neither torch nor Lightning; only the verbs
-that run a trainer import them (`lit_peft.lightning_cli`).
+Asking for help, the version, the methods, the configurations or what an adapter folder is needs neither torch nor
+Lightning; only the verbs that run a trainer import them (`lit_peft.lightning_cli`).
 """
 
+import json
 import os
 import sys
 
@@ -18,6 +19,7 @@ VERBS = {
     "predict": "write the labels of a data set to predictions.jsonl",
     "merge": "write the model with its adapter folded in, for plain transformers",
     "export": "write the adapter as a folder that Hugging Face PEFT opens",
+    "inspect": "tell what a checkpoint, an adapter folder or a run is; --json for programs",
     "methods": "list the methods; with a name, show one: paper, arguments, what it trains",
     "configs": "list the configurations that come with the package",
 }
@@ -30,6 +32,8 @@ SYNONYMS = {
     "inference": "predict",
     "fuse": "merge",
     "convert": "export",
+    "info": "inspect",
+    "show": "inspect",
 }
 """What other tools call our verbs."""
 
@@ -47,6 +51,7 @@ usage: lit-peft VERB [--config NAME_OR_FILE ...] [--KEY VALUE ...]
   lit-peft predict --run runs/sst2/lora/version_0 --text "a great movie"
   lit-peft test --run runs/sst2/lora/version_0 --adapter FOLDER
   lit-peft merge runs/sst2/lora/version_0 FOLDER          a plain model, for transformers alone
+  lit-peft inspect runs/sst2/lora/version_0/adapter
   lit-peft fit --help                                     all options (takes some seconds)
 """
 
@@ -68,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         print(HELP.format(version=__version__, verbs=verbs))
     elif verb in ("-V", "--version"):
         print(f"lit-peft {__version__}")
+    elif verb == "inspect":
+        _inspect(arguments[1:])
     elif verb == "methods" and arguments[1:]:
         _describe(arguments[1:])
     elif verb == "methods":
@@ -114,6 +121,25 @@ def _describe(names: list[str]) -> None:
     from lit_peft.methods.describe import describe
 
     print("\n\n".join(describe(entry.load()) for entry in entries))
+
+
+def _inspect(words: list[str]) -> None:
+    """Prints what there is at a path."""
+    from lit_peft.inspecting import inspect
+    from lit_peft.inspecting_text import as_text
+
+    paths = [word for word in words if word != "--json"]
+    if unknown := [word for word in paths if word.startswith("-")]:
+        fail(f"inspect has no option {unknown[0]!r}; it has --json.")
+    if len(paths) != 1:
+        fail("inspect takes one path: a checkpoint, the folder of an adapter, or that of a run.")
+    try:
+        found = inspect(paths[0])
+    except (OSError, ValueError) as error:
+        if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
+            raise
+        fail(str(error))
+    print(json.dumps(found, indent=2, default=str) if "--json" in words else as_text(found))
 
 
 def fail(message: str) -> None:

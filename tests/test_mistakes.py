@@ -105,6 +105,15 @@ MISTAKES = [
     quick("a damaged checkpoint", "--ckpt_path {damaged}", "is damaged inside: its checksums do not match"),
     quick("a file that is no checkpoint", "--ckpt_path {csv}", "is no checkpoint, or is cut off"),
     quick("a checkpoint of plain Lightning", "--ckpt_path {foreign}", "was not written by a lit-peft method"),
+    quick("a checkpoint whose record was edited", "--ckpt_path {edited}", "entry 'lit_peft' lacks 'fingerprint'"),
+    Mistake(
+        "an adapter folder with a flipped bit",
+        ["predict", "--adapter", "{flipped}", "--text", "a great movie"],
+        "is not as it was saved, its digest does not match",
+    ),
+    Mistake("inspecting a folder of something else", ["inspect", "{folder}"], "is no run and no adapter"),
+    Mistake("inspecting a whole model", ["inspect", "{base}"], "a whole model of transformers (DistilBertForMaskedLM)"),
+    Mistake("inspecting a checkpoint of plain Lightning", ["inspect", "{foreign}"], "that no lit-peft method wrote"),
     quick(
         "a base of the same shape, not that of the checkpoint",
         "--ckpt_path {best} --model.backbone {base}",
@@ -201,6 +210,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     (root / "truncated.ckpt").write_bytes(last.read_bytes()[:2000])
     content = torch.load(last, weights_only=True)
     torch.save({k: v for k, v in content.items() if k != "lit_peft"}, root / "foreign.ckpt")
+    record = {k: v for k, v in content["lit_peft"].items() if k != "fingerprint"}
+    torch.save(content | {"lit_peft": record}, root / "edited.ckpt")
+    shutil.copytree(run / "adapter", root / "flipped")
+    flipped = bytearray((root / "flipped" / "adapter_model.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (root / "flipped" / "adapter_model.safetensors").write_bytes(flipped)
     damaged = bytearray(last.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (root / "damaged.ckpt").write_bytes(damaged)
@@ -217,6 +232,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     yield {
         **{path.stem: str(path) for path in root.iterdir() if path.is_file()},
         "base": str(root / "base"),
+        "flipped": str(root / "flipped"),
         "csv": str(folder / "train.csv"),
         "folder": str(folder),
         "best": str(last),

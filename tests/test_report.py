@@ -53,10 +53,10 @@ def test_a_task_of_ours_says_what_it_starts_from(task, tmp_path):
 
 @pytest.mark.parametrize("error", [TypeError("no JSON"), KeyError("gone"), OSError(5, "I/O error"), ValueError("so")])
 def test_metrics_are_written_whatever_becomes_of_the_adapter(error, tmp_path, capsys, monkeypatch):
-    def fails(module, folder, name):
+    def fails(module, folder, name, **scores):
         if name == "default":
             raise error
-        return lit_peft.save(module, folder, name)
+        return lit_peft.save(module, folder, name, **scores)
 
     monkeypatch.setattr("lit_peft.callbacks.report.save", fails)
     methods = net_lora(), net_lora(name="second")

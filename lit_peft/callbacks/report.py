@@ -144,7 +144,7 @@ class RunReport(pl.Callback):
                 notes[key] = nothing
             elif trainer.is_global_zero:
                 try:
-                    save(module, target, method.name)
+                    save(module, target, method.name, metrics={k: v for k, v in scores.items() if math.isfinite(v)})
                 except Exception as error:  # the fit is done, and its figures are not written yet
                     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                     notes[key] = f"not written: {kind}{error}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lit_peft import __version__
 from lit_peft.core.buffers import base_buffers, moved_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import compare_fingerprints
 from lit_peft.core.records import CONFIG, FORMAT_VERSION, RECORD, TENSORS, CheckpointMismatch, sealed, tensor_digest
@@ -68,9 +69,9 @@ def adapter_keys(module: nn.Module) -> set[str]:
 def record(module: nn.Module, keys: set[str]) -> dict[str, Any]:
     """The entry that goes with an adapter's tensors.
 
-    Format, methods and arguments of the active adapters, and their weights where these are not 1; the buffers that
-    moved beyond the fixed keys; and the fingerprint of the frozen base, as it was when the first adapter came, without
-    what goes with the adapters.
+    Format and release; methods and arguments of the active adapters, and their weights where these are not 1; the
+    buffers that moved beyond the fixed keys; and the fingerprint of the frozen base, as it was when the first adapter
+    came, without what goes with the adapters.
 
     Args:
         module: The adapted module.
@@ -79,6 +80,7 @@ def record(module: nn.Module, keys: set[str]) -> dict[str, Any]:
     state = _require(module)
     return {
         "format_version": FORMAT_VERSION,
+        "version": __version__,
         "methods": {name: state.adapters[name].spec for name in state.active},
         "weights": dict(state.weights),
         "moved": sorted(keys - fixed_keys(module)),

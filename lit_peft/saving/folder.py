@@ -61,7 +61,13 @@ from lit_peft.training import seam
 # ---------------------------------------------------------------------------------------------------- save
 
 
-def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Path:
+def save(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
     """Writes one adapter as `adapter_config.json` and `adapter_model.safetensors`, which HF PEFT opens.
 
     Names in it are relative to the transformers model inside `module`; buffers of that model which moved in training
@@ -72,6 +78,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
         module: What the method was attached to: a model, or a LightningModule that holds one.
         folder: Where to; files of these names are replaced. Where parameters are sharded, every rank calls this.
         name: Name of the adapter on the module.
+        metrics: Scores to keep with it, which `lit-peft inspect` shows.
 
     Returns:
         The folder.
@@ -81,10 +88,10 @@ def save(module: nn.Module, folder: str | os.PathLike[str], name: str = "default
     """
     adapter = _adapter(module, name)
     with running(module, name):
-        return _write(module, Path(folder), adapter)
+        return _write(module, Path(folder), adapter, metrics or {})
 
 
-def _write(module: nn.Module, folder: Path, adapter: Adapter) -> Path:
+def _write(module: nn.Module, folder: Path, adapter: Adapter, metrics: Mapping[str, float]) -> Path:
     """Writes an adapter that runs alone, so that the base holds what belongs to it."""
     moving = sorted(moving_buffers(module, [adapter]))
     root = find_root(module, [*adapter.sites, *adapter.base, *moving])
@@ -135,7 +142,7 @@ def _write(module: nn.Module, folder: Path, adapter: Adapter) -> Path:
     }
     if hf_peft.PROMPT in tensors:
         del config["target_modules"]
-    own = entry | {"methods": {adapter.name: spec}}
+    own = entry | {"methods": {adapter.name: spec}, "metrics": {key: float(value) for key, value in metrics.items()}}
     if hasattr(form, "exported"):
         own["masks"] = {key: pack_mask(mask) for key, mask in _masks(pairs).items()}
     return write_folder(folder, config, {hf_peft.prefix(key, tensors) + key: t for key, t in tensors.items()}, own)

@@ -8,6 +8,7 @@ import errno
 import functools
 import importlib
 import io
+import math
 import os
 import pickle
 import shutil
@@ -108,7 +109,12 @@ class AdaptedLightningModule(Swapped):
                 f"lit_peft.set_active(module, {sorted(state.adapters)})."
             )
         prepared = [name for name in state.active if state.adapters[name].prepared]
-        checkpoint["lit_peft"] = record(module, keys) | {"prepared": prepared, "optimizers": module.__dict__.get(BEGAN)}
+        logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+        checkpoint["lit_peft"] = record(module, keys) | {
+            "prepared": prepared,
+            "optimizers": module.__dict__.get(BEGAN),
+            "metrics": {name: value for name, value in logged.items() if math.isfinite(value)},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not fit, by name; Lightning itself loads adapters without being strict."""
