@@ -158,13 +158,15 @@ def little_memory() -> Iterator[None]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_damaged_folder_is_refused_or_the_same(family, wholes, tmp_path, little_memory):
     results: Counter[str] = Counter()
+    config = json.dumps(json.loads(wholes[family].files.config) | {"inference_mode": False, "revision": "x"}).encode()
+    assert outcome(wholes[family], replace(wholes[family].files, config=config), tmp_path / "folder") == "same"
     for number in range(77):  # 1,001 with all families
         done, files = mutated(wholes[family].files, random.Random(f"{family} {number}"), OURS)
         result = outcome(wholes[family], files, tmp_path / "folder")
         assert result in ("refused", "same"), f"{family} {number}: {done}"
         results[result] += 1
     print(f"{family}: {dict(results)}")
-    assert results["refused"] > 50 and results["same"] > 0
+    assert results["refused"] > 50
 
 
 def test_the_command_line_tells_damage_without_a_traceback(wholes, tmp_path, capsys):
@@ -243,7 +245,7 @@ def test_a_damaged_folder_of_hf_peft_leaves_no_traceback(family, theirs, tmp_pat
         assert result in ("refused", "same") or done not in REFUSED, f"{family} {number}: {done}"
         results[result] += 1
     print(f"{family}: {dict(results)}")
-    assert results["refused"] > 10 and results["same"] > 0
+    assert results["refused"] > 10
 
 
 @pytest.mark.parametrize(("family", "entry"), [("VeRA", "r"), ("PromptTuning", "num_virtual_tokens")])
