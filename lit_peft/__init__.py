@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_peft.core.active import set_active
+    from lit_peft.core.active import running, set_active
     from lit_peft.core.addition import Addition, Delta
     from lit_peft.core.attach import detach
     from lit_peft.core.merge import merge, unmerge
@@ -43,6 +43,7 @@ _HOME = {
     "attach": "saving.folder",
     "combine": "methods.combine",
     "detach": "core.attach",
+    "running": "core.active",
     "set_active": "core.active",
     "load": "saving.folder",
     "merge": "core.merge",
@@ -77,6 +78,7 @@ __all__ = [
     "load",
     "merge",
     "param_groups",
+    "running",
     "save",
     "set_active",
     "unmerge",

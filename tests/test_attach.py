@@ -12,9 +12,11 @@ from models import logits, tiny
 from torch import Tensor, nn
 from toys import lora, trainable
 
+from lit_peft.core.active import set_active
 from lit_peft.core.addition import Addition, Delta
-from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.attach import detach
 from lit_peft.core.checkpoint import adapter_keys
+from lit_peft.core.registry import registry
 from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, LoRA, TargetedMethod
 from lit_peft.testing.conformance import assert_same, snapshot
 

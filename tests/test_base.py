@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import lora, trainable
 
-from lit_peft.core.attach import detach, registry
+from lit_peft.core.attach import detach
 from lit_peft.core.checkpoint import adapter_keys, record
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
+from lit_peft.core.registry import registry
 from lit_peft.methods import BitFit, LinearProbe
 from lit_peft.testing.conformance import assert_same, snapshot
 

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lit_peft
 from lit_peft import BottleneckAdapter, LoRA
-from lit_peft.core.attach import registry, set_active
+from lit_peft.core.active import set_active
 from lit_peft.core.passing import InputReader
+from lit_peft.core.registry import registry
 from lit_peft.testing.conformance import perturb
 
 ARCHITECTURES = ["distilbert", "bert", "roberta", "gpt2", "llama", "t5"]

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import lora, trainer
 
 import lit_peft
-from lit_peft.core.attach import detach, registry
+from lit_peft.core.attach import detach
 from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys
 from lit_peft.core.fingerprint import fingerprint
+from lit_peft.core.registry import registry
 from lit_peft.methods import IA3, BitFit, FullFineTuning, LinearProbe, LoRA
 from lit_peft.testing.conformance import assert_same, snapshot
 

@@ -25,8 +25,8 @@ from lit_peft import (
     SparseLoRA,
     VeRA,
 )
-from lit_peft.core.attach import registry
 from lit_peft.core.layers import layer_ops
+from lit_peft.core.registry import registry
 from lit_peft.core.targets import roles_of
 from lit_peft.testing import MODELS, MethodConformance
 

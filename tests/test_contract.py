@@ -14,8 +14,10 @@ from models import inputs, logits, tiny
 from packaging.version import Version
 from torch import nn
 
+from lit_peft.core.active import set_active
 from lit_peft.core.addition import Addition, Call, Delta
-from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.attach import detach
+from lit_peft.core.registry import registry
 from lit_peft.methods.base import TargetedMethod
 from lit_peft.methods.hira import HiRA
 from lit_peft.methods.lora import LoRA

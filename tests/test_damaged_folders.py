@@ -20,8 +20,9 @@ from torch import nn
 
 import lit_peft
 from lit_peft.cli import main
-from lit_peft.core.attach import detach, registry
+from lit_peft.core.attach import detach
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.registry import registry
 from lit_peft.testing.states import assert_same, snapshot
 
 ATTENTION, HEAD = ["q_lin", "v_lin"], ["pre_classifier", "classifier"]

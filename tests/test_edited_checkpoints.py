@@ -14,8 +14,8 @@ from toys import fit as fit_toy
 
 import lit_peft
 from lit_peft.cli import main
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.registry import registry
 from lit_peft.testing.states import assert_same, snapshot
 
 A, HEAD = "net.first.peft.default.lora_A", "net.head.weight"

@@ -14,10 +14,10 @@ from toys import Module, Net, net_lora, saved
 
 import lit_peft
 from lit_peft.cli import main
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, write_folder
 from lit_peft.core.folder_files import read_files
 from lit_peft.core.records import CONFIG, RECORD, TENSORS, sealed
+from lit_peft.core.registry import registry
 from lit_peft.methods import IA3, BitFit, BottleneckAdapter, LoRA, SparseLoRA
 from lit_peft.testing.states import assert_same, perturb, snapshot
 

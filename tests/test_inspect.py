@@ -19,8 +19,8 @@ from toys import Module, net_lora, saved
 
 import lit_peft
 from lit_peft.cli import main
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.registry import registry
 from lit_peft.inspecting import inspect
 from lit_peft.inspecting_text import as_text
 from lit_peft.methods.registry import available

@@ -20,8 +20,8 @@ from torch import nn
 
 import lit_peft
 from lit_peft import BitFit, DoRA, LoRA, PrefixTuning, PromptTuning, SparseLoRA
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.registry import registry
 from lit_peft.demo import ENCODER
 from lit_peft.methods.registry import available
 from lit_peft.tasks import TextClassification

@@ -12,8 +12,8 @@ from toys import LORA_KEYS, Module, adapters, loader, net_lora, saved, trainer
 from toys import fit as fit_toy
 
 import lit_peft
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys
+from lit_peft.core.registry import registry
 from lit_peft.demo import ENCODER
 from lit_peft.methods import BitFit, FullFineTuning
 from lit_peft.tasks import TextClassification

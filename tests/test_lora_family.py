@@ -8,9 +8,9 @@ from torch import nn
 
 import lit_peft
 from lit_peft import DoRA, HiRA, LoRA
-from lit_peft.core.attach import registry
 from lit_peft.core.kernels import row_norms
 from lit_peft.core.layers import layer_ops
+from lit_peft.core.registry import registry
 from lit_peft.testing.conformance import perturb
 from lit_peft.testing.subjects import IN, OUT, holder, layer_input
 

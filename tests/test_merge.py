@@ -10,8 +10,9 @@ from toys import Module, fit, loader, net_lora, trainer
 
 import lit_peft
 from lit_peft import DoRA, HiRA, LoRA, merge, unmerge
-from lit_peft.core.attach import registry, set_active
+from lit_peft.core.active import set_active
 from lit_peft.core.layers import LinearOps
+from lit_peft.core.registry import registry
 from lit_peft.testing.conformance import assert_same, perturb, snapshot
 
 

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 from toys import adapters, trainer
 
 import lit_peft
-from lit_peft.core.attach import detach, registry, set_active
+from lit_peft.core.active import set_active
+from lit_peft.core.attach import detach
+from lit_peft.core.registry import registry
 from lit_peft.methods import LoRA, PromptTuning, PTuning
 from lit_peft.methods.base import Method
 from lit_peft.testing.conformance import assert_same, perturb, snapshot

@@ -17,8 +17,8 @@ from toys import ADAPTED, Module, adapters, fit, loader, net_lora, saved, traine
 import lit_peft
 from lit_peft.callbacks import ReproducibleSteps
 from lit_peft.callbacks.tables import sites_table
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.registry import registry
 from lit_peft.methods import BitFit, FullFineTuning, LinearProbe, LoRA
 from lit_peft.tasks import TextClassification
 from lit_peft.training.rates import layer_depths

@@ -23,7 +23,7 @@ from lit_peft import (
     merge,
     unmerge,
 )
-from lit_peft.core.attach import registry
+from lit_peft.core.registry import registry
 from lit_peft.saving.merged import check_foldable, find_model, left_out, read_again, save_merged
 from lit_peft.testing.conformance import assert_same, perturb, snapshot
 

@@ -11,8 +11,9 @@ from torch import nn
 from toys import LORA_KEYS, Module, Net, adapters, fit, loader, saved, trainer
 from toys import net_lora as lora
 
-from lit_peft.core.attach import registry, set_active
+from lit_peft.core.active import set_active
 from lit_peft.core.checkpoint import CheckpointMismatch, adapter_keys
+from lit_peft.core.registry import registry
 from lit_peft.methods import BitFit
 
 # ------------------------------------------------------------------------------------------------ attaching

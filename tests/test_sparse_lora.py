@@ -20,9 +20,9 @@ from toys import ADAPTED, Module, fit, loader, saved, trainer
 
 from lit_peft import LoRA, SparseLoRA, load, save
 from lit_peft.core.addition import Call
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch, pack_mask, unpack_mask
 from lit_peft.core.merge import merge
+from lit_peft.core.registry import registry
 from lit_peft.core.targets import make_site
 from lit_peft.methods.sparse_lora import GATE
 from lit_peft.testing.conformance import assert_same, snapshot

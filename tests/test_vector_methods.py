@@ -16,8 +16,8 @@ from toys import ADAPTED, Module, Net, adapters, fit, loader, trainer
 
 import lit_peft
 from lit_peft import IA3, AdaLoRA, VeRA
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.registry import registry
 from lit_peft.faults import TrainingFault
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import holder, layer_input

@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from operator import attrgetter
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lit_peft.core.addition import Addition, Call, Delta, Weighted
 from lit_peft.core.buffers import holds, moved_buffers, moving_buffers, put_back
 from lit_peft.core.layers import LayerOps, class_layer_ops
-from lit_peft.core.registry import Adapter, Registry, registry
+from lit_peft.core.registry import Adapter, Registry, Running, registry
 from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.swap import (
     CastsParameters,
@@ -109,14 +110,46 @@ def set_active(
     state = registry(module)
     if state is None:
         check_unmerged(module)
-    wanted = _with_weights(names)
+    wanted = with_weights(names)
     for name in [*wanted, *([] if head is None else [head])]:
         if state is None or name not in state.adapters:
-            raise KeyError(_unknown(name, state))
+            raise KeyError(unknown(name, state))
     if head is not None and head not in wanted:
         raise ValueError(f"head: {head!r} is not among the adapters that are to run, {', '.join(wanted) or 'none'}.")
-    if state is None:
-        return
+    if state is not None:
+        _run(module, state, Running(wanted, head))
+
+
+def run_again(module: nn.Module, what: Running) -> None:
+    """Brings back what ran: adapters, weights, whose base parameters counted, and what was frozen."""
+    state = registry(module)
+    assert state is not None
+    _run(module, state, what)
+    if what.frozen:
+        hold(module, what.frozen)
+
+
+def run_saved(module: nn.Module, saved: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Lets the adapters of a checkpoint run as they did; its tensors are then loaded into the module.
+
+    Args:
+        module: The adapted module.
+        saved: The checkpoint's record.
+        names: Name in it -> name here, where they differ.
+    """
+    here = {name: (names or {}).get(name, name) for name in saved["methods"]}
+    weights = {own: saved.get("weights", {}).get(name, 1.0) for name, own in here.items()}
+    aside = {own: dict(saved.get("aside", {}).get(name, {})) for name, own in here.items()}
+    state, head = registry(module), saved.get("head")
+    assert state is not None
+    what = Running(weights, here.get(head), shadowed={name: frozenset(own) for name, own in aside.items()})
+    if state.running() != what or any(aside.values()):
+        _run(module, state, what)
+        state.aside = {n: kept for n, kept in (state.aside | aside).items() if kept}
+
+
+def _run(module: nn.Module, state: Registry, what: Running) -> None:
+    wanted = what.weights
     changing = {path for name in {*state.active, *wanted} for path in state.adapters[name].sites}
     additions: dict[str, Any] = {path: module.get_submodule(path).peft for path in changing}
     # In two steps: what raises comes before what changes.
@@ -124,8 +157,8 @@ def set_active(
     weighted = {name: weight for name, weight in wanted.items() if weight != 1.0}
     for name in weighted:
         _check_weight(state.adapters[name], additions)
-    changed = {*state.active, *state.frozen} ^ wanted.keys() | state.frozen
-    switch(module, wanted, head)
+    changed = set(state.active) ^ wanted.keys() | state.frozen
+    switch(module, what)
     for path, chain in chains.items():
         here = additions[path]
         here.active = chain
@@ -134,23 +167,31 @@ def set_active(
     _refreeze(module, state, [state.adapters[name] for name in changed], additions)
 
 
-def _with_weights(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
+def with_weights(names: str | Iterable[str] | Mapping[str, Any] | None) -> dict[str, float]:
+    """Name -> weight, 1 where none is given.
+
+    Raises:
+        ValueError: For a name that comes twice, or a weight that is no finite number.
+    """
     if not isinstance(names, Mapping):
         listed = [] if names is None else [names] if isinstance(names, str) else list(names)
         if twice := [name for name in listed if listed.count(name) > 1]:
             raise ValueError(f"Adapter {twice[0]!r} is named twice; to count it twice, {{{twice[0]!r}: 2}}.")
         return dict.fromkeys(listed, 1.0)
     for name, weight in names.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        is_number = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.ndim == 0)
+        if isinstance(weight, bool) or not is_number or not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {name!r} must be a finite number, not {weight!r}.")
     return {name: float(weight) for name, weight in names.items()}
 
 
-def _unknown(name: str, state: Registry | None) -> str:
+def unknown(name: Any, state: Registry | None) -> str:
+    """What is told of a name that no adapter has."""
     known = sorted(state.adapters) if state is not None else []
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"No adapter is named {name!r}; this module has {known or 'none'}.{hint}"
+    has = f"this module has {known}" if known else "this module has none: pass the one that they were attached to"
+    return f"No adapter is named {name!r}; {has}.{hint}"
 
 
 def _check_weight(adapter: Adapter, additions: Mapping[str, Any]) -> None:
@@ -168,26 +209,31 @@ def _check_weight(adapter: Adapter, additions: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def running(module: nn.Module, name: str) -> Iterator[None]:
-    """Lets one adapter run alone as long as the context lasts, and then again those that did.
+def running(
+    module: nn.Module, names: str | Iterable[str] | Mapping[str, float] | None, *, head: str | None = None
+) -> Iterator[None]:
+    """Lets these adapters run as long as the context lasts, and then again those that did, exactly as they did.
 
-    Gradients of base parameters, which the change would take away, are put back.
+        with lit_peft.running(module, None):
+            base = module(x)
+
+    As `set_active`, but fit for a callback in the middle of a fit: what was frozen stays so, and gradients that base
+    parameters hold are put back.
     """
     state = registry(module)
-    if state is None or state.running() == {name: 1.0}:
+    if state is None:
+        set_active(module, names, head=head)  # which says what is wrong with the names
         yield
         return
-    before, frozen, head = state.running(), set(state.frozen), state.head
+    before = state.running()
     grads = {n: module.get_parameter(n).grad for adapter in state.adapters.values() for n in adapter.base}
-    set_active(module, name)
+    set_active(module, names, head=head)
     try:
         yield
     finally:
-        set_active(module, before, head=head)
+        run_again(module, before)
         for n, grad in grads.items():
             module.get_parameter(n).grad = grad
-        state.frozen = frozen
-        freeze(module)
 
 
 @contextmanager
@@ -197,14 +243,12 @@ def set_aside(module: nn.Module) -> Iterator[None]:
     if state is None:
         yield
         return
-    before, frozen, head = state.running(), set(state.frozen), state.head
+    before = state.running()
     set_active(module, None)
     try:
         yield
-    except Exception:
-        set_active(module, before, head=head)
-        state.frozen = frozen
-        freeze(module)
+    except BaseException:  # Ctrl-C, too
+        run_again(module, before)
         raise
 
 
@@ -212,26 +256,26 @@ def set_aside(module: nn.Module) -> Iterator[None]:
 
 
 def values_of(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """What an adapter has trained or moved of the base: while it runs the module's own tensors, else copies."""
+    """What an adapter has trained or moved of the base: the module's own tensors while they are its, else copies."""
     state = registry(module)
     assert state is not None
     live: set[str] = set()
-    if name in state.active:
+    if name in state.active and name not in state.frozen:
         by_design = moving_buffers(module, [state.adapters[other] for other in state.active])
         own = {*state.adapters[name].base, *moving_buffers(module, [state.adapters[name]])}
         live = own | (state.moved - by_design)  # the rest belongs to all of them
-    return {key: attrgetter(key)(module) for key in live} | state.aside.get(name, {})
+    tensors = {key: attrgetter(key)(module) for key in sorted(live)}  # in one order on all ranks: some are gathered
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None} | state.aside.get(name, {})
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def switch(module: nn.Module, wanted: Collection[str], head: str | None = None, *, leave: bool = False) -> None:
+def switch(module: nn.Module, what: Running, *, leave: bool = False) -> None:
     """Puts base parameters and buffers of these adapters into the module, and keeps those of the others aside.
 
     Args:
         module: The adapted module.
-        wanted: The adapters that are to run.
-        head: See `set_active`.
+        what: The adapters that are to run. Where it says what is shadowed, that decides among different values.
         leave: Whether parameters without a copy of the base keep their values, instead of being refused.
 
     Raises:
@@ -239,14 +283,16 @@ def switch(module: nn.Module, wanted: Collection[str], head: str | None = None, 
     """
     state = registry(module)
     assert state is not None
-    if set(state.active) == set(wanted) and state.head == head:
+    wanted = what.weights
+    same = set(state.active) == set(wanted) and state.head == what.head and what.shadowed is None
+    if same and not any(name in state.aside for name in wanted):
         return
     state.moved |= moved_buffers(module, state.originals)
     values = {name: values_of(module, name) for name in dict.fromkeys([*state.active, *wanted])}
-    target = _agreed({name: values[name] for name in wanted}, head)
-    back = ({key for name in state.active for key in values[name]} | state.moved) - target.keys()
-    parameters = {key for key in back if isinstance(attrgetter(key)(module), nn.Parameter)}
-    if (lost := sorted(parameters - state.originals.keys())) and not leave:
+    target = agreed({name: values[name] for name in wanted}, what)
+    back = sorted(({key for name in state.active for key in values[name]} | state.moved) - target.keys())
+    parameters = [key for key in back if isinstance(attrgetter(key)(module), nn.Parameter)]
+    if (lost := [key for key in parameters if key not in state.originals]) and not leave:
         trained = next(name for name in state.active if lost[0] in values[name])
         raise ValueError(
             f"Adapter {trained!r} has trained {lost[0]} and keeps no copy of the base: it cannot be switched off. "
@@ -259,29 +305,39 @@ def switch(module: nn.Module, wanted: Collection[str], head: str | None = None, 
         aside[name] = {key: value if key in copied else value.detach().clone() for key, value in kept.items()}
     own_names = {key for name in wanted for key in state.adapters[name].base}
     own_names |= moving_buffers(module, [state.adapters[name] for name in wanted])
-    for key, value in (target | {key: state.originals[key] for key in back & state.originals.keys()}).items():
+    for key, value in target.items():
         _write(module, key, value)
+    for key in back:
+        if key in state.originals:
+            _write(module, key, state.originals[key], of_base=True)
     state.aside = {n: kept for n, kept in (state.aside | aside).items() if kept}
-    state.head, state.moved = head, target.keys() - own_names
+    state.head, state.moved = what.head, target.keys() - own_names
 
 
-def _agreed(values: Mapping[str, Mapping[str, Tensor]], head: str | None) -> dict[str, Tensor]:
-    """Of the values that adapters have for the base the ones that count, all of them or `head`'s."""
+def agreed(values: Mapping[str, Mapping[str, Tensor]], what: Running) -> dict[str, Tensor]:
+    """Of the values that adapters have for the base the ones that count: those of all, of `head`, or not shadowed.
+
+    Raises:
+        ValueError: When adapters have different ones and nothing says whose count.
+    """
     target: dict[str, Tensor] = {}
     whose: dict[str, str] = {}
-    for name in sorted(values, key=lambda name: name != head):
+    for name in sorted(values, key=lambda name: name != what.head):
         for key, value in values[name].items():
-            if key not in target:
+            hidden = what.shadowed is not None and key in what.shadowed.get(name, ())
+            if key not in target and not hidden:
                 target[key], whose[key] = value, name
-            elif whose[key] != head and not holds(value, target[key]):
+            elif what.shadowed is None and whose[key] != what.head and not holds(value, target[key]):
                 raise ValueError(
                     f"Adapters {whose[key]!r} and {name!r} have both trained or moved {key}, to different values, "
-                    f"which make no sum: name the one that counts, head={name!r}, or let one run alone."
+                    f"which make no sum: name the one that counts, head={name!r}."
                 )
+    for own in values.values():  # shadowed by one that is frozen
+        target = {**own, **target}
     return target
 
 
-def _write(module: nn.Module, key: str, value: Tensor) -> None:
+def _write(module: nn.Module, key: str, value: Tensor, *, of_base: bool = False) -> None:
     """Gives a parameter or buffer of the base a value, in place."""
     owner, _, leaf = key.rpartition(".")
     layer = module.get_submodule(owner)
@@ -290,10 +346,11 @@ def _write(module: nn.Module, key: str, value: Tensor) -> None:
         put_back(module, [key], {key: value})
     elif parameter is not value:
         parameter.grad = None  # of other values
-        if isinstance(layer, CastsParameters) and parameter.dtype != value.dtype:
-            parameter.data = value.to(parameter.device, copy=True)  # the base in its own dtype, which may hold more
-        else:
-            parameter.copy_(sharded_like(whole(value).to(parameter.device), parameter))
+        if isinstance(layer, CastsParameters):
+            dtype: Any = layer.base_dtype if of_base else value.dtype  # the base in its own, which may hold more
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        parameter.copy_(sharded_like(whole(value).to(parameter.device), parameter))
 
 
 # -------------------------------------------------------------------------------------------- what trains
@@ -310,6 +367,24 @@ def freeze(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
     _hold_statistics(module, state, (path for path, _ in with_running_statistics(module)))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def hold(module: nn.Module, names: Collection[str]) -> None:
+    """Lets these of the active adapters run without training, and the others train.
+
+    What they have trained or moved of the base is copied first: another one may train the same on.
+    """
+    state = registry(module)
+    assert state is not None
+    state.moved |= moved_buffers(module, state.originals)
+    for name in sorted(set(names) - state.frozen):
+        copied = state.aside.get(name, {})
+        own = values_of(module, name).items()
+        state.aside[name] = {key: value if key in copied else value.detach().clone() for key, value in own}
+    state.frozen = set(names)
+    freeze(module)
 
 
 def _refreeze(

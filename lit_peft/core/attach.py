@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.core.active import Adapted, Additions, freeze, release_statistics, set_active, switch
+from lit_peft.core.active import Adapted, Additions, freeze, release_statistics, run_again, switch
 from lit_peft.core.addition import Addition
 from lit_peft.core.buffers import base_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import fingerprint
-from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, registry
+from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, Running, registry
 from lit_peft.core.swap import (
     cast_parameters,
     check_forward,
@@ -45,8 +45,8 @@ def attach(
 ) -> Adapter:
     """Attaches one adapter: swaps classes, casts, initialises, freezes the rest, and adds it to the active ones.
 
-    Base parameters that it trains start from what they are now: where an active adapter trains them too, both go on
-    with the same ones. To begin at the base, `set_active(module, None)` first.
+    Base parameters that it trains start from what they are now: where an active adapter has trained them too, from
+    there. To begin at the base, `set_active(module, None)` first.
 
     Args:
         module: Root of the module tree; the registry is kept on it.
@@ -90,7 +90,7 @@ def attach(
         name, spec or {}, base=base, head=sorted(head), scales=dict(scales or {}), update_norm_stats=update_norm_stats
     )
     own = {*base, *moving_buffers(module, [adapter])}
-    for key in ((buffers | own) if keep_originals else (buffers - own)) - set(state.originals):
+    for key in sorted(((buffers | own) if keep_originals else (buffers - own)) - set(state.originals)):
         tensor = attrgetter(key)(module)
         if not tensor.is_meta:
             state.originals[key] = tensor.detach().to("cpu", copy=True)
@@ -101,8 +101,8 @@ def attach(
         cast_parameters(module, base, dtype)
         state.active += (name,)
         freeze(module)
-        set_active(module, state.running(), head=state.head)
-    except Exception:
+        run_again(module, state.running())
+    except BaseException:
         detach(module, name)
         raise
     return adapter
@@ -174,8 +174,10 @@ def detach(module: nn.Module, name: str | None = None) -> None:
     if state is None or (name is not None and name not in state.adapters):
         raise KeyError(f"No adapter is named {name!r}; this module has {sorted(state.adapters) if state else 'none'}.")
     gone = [state.adapters[name]] if name else list(state.adapters.values())
-    weights = {n: weight for n, weight in state.running().items() if name is not None and n != name}
-    switch(module, weights, state.head if state.head in weights else None, leave=True)
+    before = state.running()
+    weights = {n: weight for n, weight in before.weights.items() if name is not None and n != name}
+    head = before.head if before.head in weights else None
+    switch(module, Running(weights, head, shadowed=before.shadowed), leave=True)
     for adapter in gone:
         for path in adapter.sites:
             _remove(module.get_submodule(path), adapter.name)

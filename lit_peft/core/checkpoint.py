@@ -83,6 +83,12 @@ def record(module: nn.Module, keys: set[str]) -> dict[str, Any]:
         "version": __version__,
         "methods": {name: state.adapters[name].spec for name in state.active},
         "weights": dict(state.weights),
+        "head": state.head,
+        "aside": {
+            name: {key: whole(tensor).cpu() for key, tensor in state.aside[name].items()}
+            for name in state.active
+            if name in state.aside
+        },
         "moved": sorted(keys - fixed_keys(module)),
         "fingerprint": {name: digest for name, digest in state.fingerprint.items() if name not in keys},
     }

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.active import Adapted, Additions, set_active
+from lit_peft.core.active import Adapted, Additions, run_again, set_active
 from lit_peft.core.addition import Delta, composed_bias, composed_weight
 from lit_peft.core.attach import close, put_on, reopen, take_off
 from lit_peft.core.layers import layer_ops
-from lit_peft.core.registry import Registry, registry
+from lit_peft.core.registry import Registry, Running, registry
 from lit_peft.core.swap import MERGED_KEY, check_unmerged
 
 
@@ -23,6 +23,7 @@ class _Merged:
     additions: dict[str, Additions] = field(default_factory=dict)
     weights: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     state: Registry | None = None
+    before: Running | None = None
 
 
 def merge(
@@ -50,16 +51,16 @@ def merge(
     state = registry(module)
     if state is None:
         raise ValueError(f"{type(module).__name__} has no adapter to merge.")
-    active, before = state.running(), state.head
-    if names is not None:
-        set_active(module, names, head=head)
+    before = state.running()
+    if names is not None or head is not None:
+        set_active(module, before.weights if names is None else names, head=head)
     try:
         check_mergeable(module)
     except ValueError:
-        set_active(module, active, head=before)
+        run_again(module, before)
         raise
     paths = _paths(state)
-    kept = module.__dict__[MERGED_KEY] = _Merged()
+    kept = module.__dict__[MERGED_KEY] = _Merged(before=before)
     try:
         for path in paths:
             layer: Any = module.get_submodule(path)
@@ -67,9 +68,9 @@ def merge(
                 _fold(layer, chain, kept.weights, path)
             kept.additions[path] = take_off(layer)
         kept.state = close(module)
-    except Exception:
+    except BaseException:
         _restore(module, module.__dict__.pop(MERGED_KEY))
-        set_active(module, active, head=before)
+        run_again(module, before)
         raise
 
 
@@ -88,7 +89,7 @@ def _paths(state: Registry) -> list[str]:
 
 
 def unmerge(module: nn.Module) -> None:
-    """Undoes `merge`: weights are bit for bit what they were, and the adapters are back.
+    """Undoes `merge`: weights are bit for bit what they were, and the adapters are back and run as they did.
 
     Raises:
         ValueError: When nothing is merged, or one of its layers was adapted since from a module inside.
@@ -100,8 +101,9 @@ def unmerge(module: nn.Module) -> None:
         raise ValueError(f"{taken[0]} has an adapter of its own, attached since the merge; detach that one first.")
     del module.__dict__[MERGED_KEY]
     _restore(module, kept)
-    assert kept.state is not None
+    assert kept.state is not None and kept.before is not None
     reopen(module, kept.state)
+    run_again(module, kept.before)
 
 
 def _restore(module: nn.Module, kept: _Merged) -> None:

@@ -65,6 +65,14 @@ def _are_methods(value: Any) -> bool:
     return names and bool(value) and all(map(_is_method, value.values()))
 
 
+def _are_asides(value: Any) -> bool:
+    """Tensors of base parameters and buffers by adapter; told by what they have, since torch is not known here."""
+    return isinstance(value, dict) and all(
+        isinstance(own, dict) and all(isinstance(key, str) and hasattr(v, "layout") for key, v in own.items())
+        for own in value.values()
+    )
+
+
 def _is_told(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -110,6 +118,8 @@ _CHECKPOINT_OPTIONS: _Forms = {
     ),
     "prepared": _NAMED,
     "weights": _NUMBERS,
+    "head": (lambda v: v is None or isinstance(v, str), "a name"),
+    "aside": (_are_asides, "tensors by name for each adapter"),
 }
 _TEXT = (lambda v: isinstance(v, str), "a text")
 _NAMES = (lambda v: isinstance(v, str) or _texts(v), "a list of names or an expression")

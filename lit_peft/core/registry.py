@@ -1,7 +1,8 @@
 """What is known of the adapters of a module: one `Registry` on the root of the module tree."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,8 +26,21 @@ class Adapter:
     """Base parameter -> scale of its learning rate, where `train_also` gives one other than 1."""
     update_norm_stats: bool = False
     """Whether running statistics move in training although their layers are frozen."""
+    source: str | None = None
+    """Folder or file that `lit_peft.load` took it from."""
     prepared: bool = False
     """Whether a fit has begun with it or with its checkpoint, so that `Method.prepare` must not start it again."""
+
+
+class Running(NamedTuple):
+    """Which adapters run, and how; see `Registry.running`."""
+
+    weights: Mapping[str, float]
+    """Name -> weight, in order."""
+    head: str | None = None
+    frozen: frozenset[str] = frozenset()
+    shadowed: Mapping[str, frozenset[str]] | None = None
+    """Name -> what belongs to it in the base and is not there now, since that of another counts."""
 
 
 @dataclass
@@ -43,7 +57,8 @@ class Registry:
     frozen: set[str] = field(default_factory=set)
     """Active ones that do not train: a fit has brought methods, and theirs is not among them."""
     aside: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Adapter -> what belongs to it in the base (parameters that train, buffers that moved) and is not there now."""
+    """Adapter -> what belongs to it in the base (parameters that train, buffers that moved) and is not there now; of a
+    frozen one all, since what is there may train on."""
     required_grad: set[str] = field(default_factory=set)
     """Base parameters that required a gradient before the first adapter came; `detach` gives it back."""
     originals: dict[str, Tensor] = field(default_factory=dict)
@@ -52,9 +67,11 @@ class Registry:
     """Base buffers that were seen with other values than at first, or came so, since the active ones run."""
     fingerprint: dict[str, str] = field(default_factory=dict)
 
-    def running(self) -> dict[str, float]:
-        """The adapters that run, with their weights: what `set_active` was last given."""
-        return {name: self.weights.get(name, 1.0) for name in self.active}
+    def running(self) -> Running:
+        """What runs now; `run_again` brings it back."""
+        weights = {name: self.weights.get(name, 1.0) for name in self.active}
+        shadowed = {name: frozenset(self.aside.get(name, ())) for name in self.active}
+        return Running(weights, self.head, frozenset(self.frozen), shadowed)
 
     def training(self) -> list[Adapter]:
         """The adapters that train: those that run, but for frozen ones."""

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, attach, check_attachable, detach
+from lit_peft.core.checkpoint import differing
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
+from lit_peft.faults import TrainingFault
 from lit_peft.methods.checks import check_choice
 from lit_peft.training import optimizers, seam
 from lit_peft.training.gradients import GradientWatch
@@ -142,6 +144,7 @@ class Method(pl.Callback):
 
     # -------------------------------------------------------------------------------------------- attaching
 
+    @torch.inference_mode(False)
     def attach(self, module: nn.Module, dtype: torch.dtype | None = None) -> Adapter:
         """Attaches this method to any module, in place; no trainer needed.
 
@@ -175,6 +178,18 @@ class Method(pl.Callback):
             dtype=dtype or ADAPTER_DTYPES.get(self.adapter_dtype, torch.float32),
             keep_originals=self.keep_originals,
             update_norm_stats=self.update_norm_stats,
+        )
+
+    def names_on(self, module: nn.Module) -> list[str]:
+        """Names of the adapters that are this method's on a module; none where it is not attached yet."""
+        state = registry(module)
+        return [self.name] if state is not None and self.name in state.adapters else []
+
+    def is_same(self, adapter: Adapter) -> bool:
+        """Whether an adapter of this method's name is what this method would attach."""
+        old, new = adapter.spec, self.spec()
+        return old["class_path"] == new["class_path"] and not any(
+            differing(old["init_args"], new["init_args"], self.may_change, rates=False)
         )
 
     def additions(self, module: nn.Module) -> dict[str, Any]:
@@ -250,6 +265,16 @@ class Method(pl.Callback):
         adapter.prepared = True
         if self._reached is None:  # not restored from a checkpoint
             self._reached = self._has_reached(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        state = registry(pl_module)
+        if state is None or all(adapter.name != self.name for adapter in state.training()):
+            raise TrainingFault(
+                f"Adapter {self.name!r} has ceased to train in the middle of its fit: something has switched, loaded "
+                "or detached. To look at another one for a while, `with lit_peft.running(module, names):`."
+            )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

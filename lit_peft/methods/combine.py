@@ -2,7 +2,6 @@
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.active import values_of
+from lit_peft.core.active import agreed, unknown, values_of, with_weights
 from lit_peft.core.attach import check_attachable
-from lit_peft.core.buffers import holds
 from lit_peft.core.combination import (
     Factors,
     MajoritySign,
@@ -25,8 +23,8 @@ from lit_peft.core.combination import (
     truncate,
     weighted_sum,
 )
-from lit_peft.core.registry import Adapter, registry
-from lit_peft.methods.checks import check_choice, check_number, check_range
+from lit_peft.core.registry import Adapter, Running, registry
+from lit_peft.methods.checks import check_choice, check_range
 from lit_peft.methods.factors import attach_factors, read_factors
 
 Kind = Literal["linear", "ties", "dare", "dare_ties"]
@@ -113,7 +111,7 @@ def combine(
         raise ValueError(f"head = {head!r} is none of the combined adapters, {_listed(wanted, head)}.")
     with torch.no_grad():
         combined = recipe.apply(read_factors(module, list(wanted), live=on == "change"), wanted)
-        base = _base_values(module, list(wanted), head)
+        base = agreed({key: values_of(module, key) for key in wanted}, Running(wanted, head))
     adapters = [registry(module).adapters[key] for key in wanted]  # type: ignore[union-attr]
     return attach_factors(module, name, combined, base, adapters)
 
@@ -128,20 +126,12 @@ def _check_weights(module: nn.Module, weights: Any) -> dict[str, float]:
         raise ValueError(f"{type(module).__name__} has no adapter to combine.")
     if not isinstance(weights, Iterable):
         raise ValueError(f"weights must be names or {{name: weight}}, not {weights!r}.")
-    if not isinstance(weights, Mapping):
-        names = [weights] if isinstance(weights, str) else list(weights)
-        if twice := [key for key, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"weights names {twice[0]!r} twice; give it a weight, {{{twice[0]!r}: 2}}.")
-        weights = dict.fromkeys(names, 1.0)
-    if not weights:
+    if not (wanted := with_weights(weights)):
         raise ValueError(f"weights is empty: name at least one adapter of {', '.join(known)}.")
-    for key, weight in weights.items():
+    for key in wanted:
         if key not in known:
-            raise KeyError(f"No adapter is named {key!r}; this module has {_listed(known, key)}.")
-        check_number(f"weights[{key!r}]", weight)
-        if not math.isfinite(weight):
-            raise ValueError(f"weights[{key!r}] must be a finite number, not {weight}.")
-    return {key: float(weight) for key, weight in weights.items()}
+            raise KeyError(unknown(key, state))
+    return wanted
 
 
 def _listed(choices: Iterable[str], word: str) -> str:
@@ -226,22 +216,3 @@ class _Recipe:
         if self.kind in ("ties", "dare_ties"):
             return merge_disjoint(tensors, weights, self.majority_sign_method)
         return weighted_sum(tensors, weights)
-
-
-# ----------------------------------------------------------------------------------------- base parameters
-
-
-def _base_values(module: nn.Module, names: list[str], head: str | None) -> dict[str, Tensor]:
-    """Base parameter or buffer -> value that goes with the new adapter, which is the one of an adapter."""
-    values = {name: values_of(module, name) for name in names}
-    taken: dict[str, Tensor] = {}
-    for key in dict.fromkeys(key for own in values.values() for key in own):
-        who = [name for name in names if key in values[name]]
-        whose = head if head in who else who[0]
-        taken[key] = values[whose][key]
-        if whose != head and not all(holds(values[other][key], taken[key]) for other in who[1:]):
-            raise ValueError(
-                f"{' and '.join(map(repr, who))} have trained or moved {key}, to different values, which are not "
-                f"combined: head = {who[0]!r}, for instance, says whose count."
-            )
-    return taken

@@ -1,12 +1,13 @@
 """An adapter that was saved, among a trainer's callbacks."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lit_peft.core.registry import Adapter
+from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.base import Method
 from lit_peft.saving.folder import load
 
@@ -39,6 +40,15 @@ class AdapterFolder(Method):
         adapter = load(module, self.path, self.name)
         self._spec = adapter.spec
         return adapter
+
+    def names_on(self, module: nn.Module) -> list[str]:
+        """Several, where a checkpoint brings several."""
+        state, source = registry(module), str(Path(self.path).resolve())
+        found = [name for name, a in state.adapters.items() if a.source == source] if state is not None else []
+        return [self.name] if self.name in found else found or super().names_on(module)
+
+    def is_same(self, adapter: Adapter) -> bool:
+        return adapter.source == str(Path(self.path).resolve())
 
     def spec(self) -> dict[str, Any]:
         """That of the adapter, once it is attached."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.active import set_active, set_aside
+from lit_peft.core.active import run_saved, set_aside
 from lit_peft.core.attach import check_attachable, detach
 from lit_peft.core.buffers import base_buffers
 from lit_peft.core.checkpoint import CheckpointMismatch, check_tensors, fixed_keys, read_archive
@@ -66,13 +66,15 @@ def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) 
                     method = cls(**spec["init_args"] | {"name": names[old]})
                     attached.append(method.attach(module))
                 attached[-1].prepared = old in saved.get("prepared", [old])
-            set_active(module, {names[old]: saved.get("weights", {}).get(old, 1.0) for old in saved["methods"]})
+            run_saved(module, saved, names)
             tensors = {_renamed(key, names): value for key, value in content.get("state_dict", {}).items()}
             _fill(module, tensors, set(saved.get("moved", ())), path)
-        except Exception:
+        except BaseException:
             for adapter in attached:
                 detach(module, adapter.name)
             raise
+    for adapter in attached:
+        adapter.source = str(Path(path).resolve())
     return attached[0]
 
 

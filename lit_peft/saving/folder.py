@@ -246,9 +246,11 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
         check_attachable(module, name)
         try:
             with set_aside(module):
-                return _load_folder(module, *read, name)
+                adapter = _load_folder(module, *read, name)
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{path}: {error}") from error
+        adapter.source = str(Path(path).resolve())
+        return adapter
     seam.build(module)
     check_unmerged(module)
     adapter = load_checkpoint(module, path, name)
@@ -334,7 +336,7 @@ def _load_folder(
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")
         _fill_base(root.model, trains, base, moving)
         registry(module).moved |= {root.outside(key) for key in moved}  # type: ignore[union-attr]
-    except Exception:
+    except BaseException:
         detach(module, name)
         raise
     return adapter

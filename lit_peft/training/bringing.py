@@ -1,14 +1,15 @@
 """Which adapters a trainer's methods bring to a module, and which of them run and train there."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_peft.core.active import freeze, set_active
-from lit_peft.core.checkpoint import RATES, differing
+from lit_peft.core.active import hold, run_saved, set_active, set_aside
+from lit_peft.core.checkpoint import RATES
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.training import rates
 
@@ -37,48 +38,62 @@ def bring(module: Any, trainer: pl.Trainer) -> None:
     state, wanted = registry(module), methods(trainer)
     if not wanted:
         return
-    names, fitting = [method.name for method in wanted], trainer.state.fn == "fit"
-    active = () if state is None else state.active
-    known = [name for name in names if state is not None and name in state.adapters]
-    alone = len(known) < len(names) or (fitting and not set(names) <= set(active))
-    if state is not None and alone:
-        if others := [name for name in active if name not in names]:
-            rank_zero_info(
-                f"Adapter {', '.join(others)} is set aside: {', '.join(names)} runs alone. To train on top of it, "
-                f"attach the method before the fit, {type(wanted[-1]).__name__}(...).attach(module)."
-            )
-        set_active(module, known)
-    for method in wanted:
-        if method.name not in known:
-            method.attach(module, _dtype(trainer))
-        elif state is not None:
-            _check_same(method, state.adapters[method.name])
-            _take_rates(module, method, state.adapters[method.name])
+    fitting, active = trainer.state.fn == "fit", () if state is None else state.active
+    known = {method.name: method.names_on(module) for method in wanted}
+    names = [name for own in known.values() for name in own]
+    new = [method for method in wanted if not known[method.name]]
+    alone = bool(new) or (fitting and not set(names) <= set(active))
+    others = [name for name in active if name not in names]
+    said = ", ".join([*names, *(method.name for method in new)])
+    if alone and others:
+        rank_zero_info(
+            f"Adapter {', '.join(others)} is set aside: {said} runs alone. To train on top of it, "
+            f"attach the method before the fit, {type(wanted[-1]).__name__}(...).attach(module)."
+        )
+    elif not set(names) <= set(active):
+        rank_zero_info(
+            f"Adapter {said} does not run here: {', '.join(active) or 'the base'} does, as set_active chose."
+        )
+    with set_aside(module) if alone else nullcontext():
+        if alone and state is not None:
+            set_active(module, names)
+        for method in wanted:
+            if method in new:
+                method.attach(module, _dtype(trainer))
+                names += method.names_on(module)
+            elif state is not None:
+                _check_same(method, [state.adapters[name] for name in known[method.name]])
+                _take_rates(module, method, state.adapters[method.name])
+        if alone:
+            set_active(module, names)  # a folder that was loaded has set the others aside
     state = registry(module)
     assert state is not None
-    if alone:
-        set_active(module, names)  # a folder that was loaded has set the others aside
     if fitting and state.frozen != (frozen := set(state.active).difference(names)):
-        state.frozen = frozen
-        freeze(module)
+        hold(module, frozen)
 
 
-def activate_saved(module: Any, saved: Mapping[str, Any] | None) -> None:
-    """Lets the adapters of a checkpoint run that is about to be loaded, if they are what this trainer is about."""
+def activate_saved(module: Any, saved: Mapping[str, Any], fitting: bool) -> None:
+    """Lets the adapters of a checkpoint run as they did, if they are what this trainer is about.
+
+    Args:
+        module: The adapted module, whose tensors are about to be loaded.
+        saved: The checkpoint's record.
+        fitting: Whether a fit goes on from it, which its methods alone train in.
+    """
     state = registry(module)
-    if state is None or saved is None:
+    if state is None:
         return
     names, wanted = set(saved["methods"]), {method.name for method in methods_of(module)}
-    if names != set(state.active) and wanted <= names <= state.adapters.keys():
-        set_active(module, {name: saved.get("weights", {}).get(name, 1.0) for name in saved["methods"]})
+    if wanted <= names <= state.adapters.keys():
+        run_saved(module, saved)
+        if fitting and wanted != names:
+            hold(module, names - wanted)
 
 
-def _check_same(method: "Method", adapter: Adapter) -> None:
+def _check_same(method: "Method", adapters: list[Adapter]) -> None:
     """Raises ValueError when a method comes to a module that another one was attached to under its name."""
-    old, new = adapter.spec, method.spec()
-    if old["class_path"] != new["class_path"] or any(
-        differing(old["init_args"], new["init_args"], method.may_change, rates=False)
-    ):
+    if not all(map(method.is_same, adapters)):
+        old = adapters[0].spec
         arguments = ", ".join(f"{key}={value!r}" for key, value in old["init_args"].items())
         raise ValueError(
             f"This module has an adapter {method.name!r} already, another than {method!r}: "

@@ -16,15 +16,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from lit_peft.core.active import run_again
 from lit_peft.core.buffers import base_buffers
 from lit_peft.core.checkpoint import (
     CheckpointMismatch,
     adapter_keys,
+    adapter_of,
     atomic_path,
     check_archive,
     check_content,
@@ -41,9 +43,6 @@ from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
 from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
 from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
-
-if TYPE_CHECKING:
-    pass
 
 
 class AdaptedLightningModule(Swapped):
@@ -123,12 +122,18 @@ class AdaptedLightningModule(Swapped):
         module: Any = self
         where = str(getattr(module._trainer, "ckpt_path", None) or "The checkpoint")
         check_checkpoint(check_content(checkpoint, where).get("lit_peft"), where)
-        activate_saved(module, checkpoint["lit_peft"])
-        fitting = module._trainer is not None and module._trainer.state.fn == "fit"
+        fitting, state = module._trainer is not None and module._trainer.state.fn == "fit", registry(module)
+        before = None if state is None else state.running()
+        activate_saved(module, checkpoint["lit_peft"], fitting)
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
         tensors = checkpoint.get("state_dict")
-        check_record(module, checkpoint["lit_peft"], tensors, may_change, resumes=fitting)
-        check_tensors(module, tensors or {}, where, buffers=False)
+        try:
+            check_record(module, checkpoint["lit_peft"], tensors, may_change, resumes=fitting)
+            check_tensors(module, tensors or {}, where, buffers=False)
+        except CheckpointMismatch:
+            if before is not None:
+                run_again(module, before)
+            raise
         take_moved(module, checkpoint["lit_peft"])
         for name in registry(module).active:  # type: ignore[union-attr]
             registry(module).adapters[name].prepared = name in checkpoint["lit_peft"].get("prepared", [name])  # type: ignore[union-attr]
@@ -147,10 +152,10 @@ class AdaptedLightningModule(Swapped):
         """
         module: Any = self
         if registry(module) is not None:
-            fixed = fixed_keys(module)
-            own = {key for key in fixed if ".peft." in f".{key}"}
-            lost = sorted(own.symmetric_difference(key for key in state_dict if ".peft." in f".{key}"))
-            if lost:
+            fixed, places = fixed_keys(module), module.state_dict().keys()
+            own = {key for key in fixed if adapter_of(key)}
+            given = {key for key in state_dict if adapter_of(key)}
+            if lost := sorted((own - given) | (given - places)):  # of adapters that do not run none need be there
                 what = "lacks" if lost[0] in own else "holds, without a place for it,"
                 raise CheckpointMismatch(f"The state dict {what} {lost[0]}; {len(lost)} tensors of adapters differ.")
             strict = strict and not state_dict.keys() <= fixed | base_buffers(module).keys()
