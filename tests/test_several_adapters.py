@@ -3,7 +3,10 @@
 import copy
 import itertools
 import pickle
+from fractions import Fraction
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from models import logits, tiny
@@ -29,6 +32,7 @@ from lit_peft.core.active import set_active, values_of
 from lit_peft.core.attach import detach
 from lit_peft.core.merge import merge, unmerge
 from lit_peft.core.registry import registry
+from lit_peft.faults import TrainingFault
 from lit_peft.testing.states import assert_same, snapshot
 
 HEAD = ["pre_classifier", "classifier"]
@@ -418,3 +422,245 @@ def test_loading_that_fails_leaves_what_ran(folders, tmp_path):
     assert_same(snapshot(model), before)
     assert torch.equal(logits(model, "distilbert"), expected)
     assert registry(model).running().weights == {"lora": 0.5, "hira": 1.0}
+
+
+# ------------------------------------------------------------------------- from a cold reading: what runs comes back
+
+
+class Headed(Module):
+    """With a moving average of its own, which no adapter names, and the head that every method trains."""
+
+    train_also = ("net.head",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(2))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.training:
+            self.average.lerp_(y.detach().mean(0), 0.1)
+        return y - self.average
+
+
+def test_what_lies_below_keeps_its_own_head_and_buffers(tmp_path):
+    module, x = Headed(), loader().dataset[:][0]
+    fit(module, net_lora(name="below"), max_epochs=2)
+    below = module.eval()(x)
+    method = net_lora(name="top")
+    method.attach(module)
+    run = fit(module.train(), method)
+    run.save_checkpoint(tmp_path / "both.ckpt")
+    both = module.eval()(x)
+    for other in (module, Headed()):
+        if other is not module:
+            lit_peft.load(other.eval(), tmp_path / "both.ckpt")
+        assert torch.equal(other(x), both)
+        set_active(other, "below")
+        assert torch.equal(other(x), below)
+        set_active(other, ["below", "top"], head="top")
+        assert torch.equal(other(x), both)
+        with pytest.raises(ValueError, match="to different values, which make no sum"):
+            set_active(other, ["below", "top"])
+
+
+def heads() -> Module:
+    """Two adapters with heads and additions of their own, of which none runs."""
+    module = Module()
+    for seed, name in enumerate("ab"):
+        fit(module, net_lora(name=name, train_also="net.head"), max_steps=1)
+        shifted(module, seed)
+    set_active(module, None)
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    ("saved", "then"),
+    [
+        ({"a": 0.7, "b": 0.3}, ["a", "b"]),
+        (["a", "b"], {"a": 0.5, "b": 0.5}),
+        (["a", "b"], None),
+        (["b", "a"], "b"),
+    ],
+)
+@pytest.mark.parametrize("head", "ab")
+def test_a_checkpoint_brings_back_weights_order_and_heads(saved, then, head, tmp_path):
+    module, x = heads(), loader().dataset[:][0]
+    alone = {}
+    for name in "ab":
+        set_active(module, name)
+        alone[name] = module(x)
+    set_active(module, saved, head=head)
+    expected = module(x), registry(module).running()
+    run = trainer()
+    run.validate(module, loader(), verbose=False)
+    run.save_checkpoint(tmp_path / "sum.ckpt")
+    set_active(module, then, head="b" if then == ["a", "b"] or isinstance(then, dict) else None)
+    run.validate(module, loader(), tmp_path / "sum.ckpt", verbose=False)
+    twin = Module().eval()
+    lit_peft.load(twin, tmp_path / "sum.ckpt")
+    for other in (module, twin):
+        assert torch.equal(other.eval()(x), expected[0])
+        assert registry(other).running() == expected[1]
+        assert list(registry(other).running().weights) == list(expected[1].weights)
+        for name in "ab":
+            set_active(other, name)
+            assert torch.equal(other(x), alone[name])
+
+
+def test_a_merge_folds_the_head_that_is_named_and_unmerge_brings_back_what_ran():
+    module, x = heads(), loader().dataset[:][0]
+    set_active(module, {"a": 0.5, "b": 1.0}, head="a")
+    before, output = registry(module).running(), module(x)
+    merge(module, head="b")
+    own = module.net.head.weight.clone()
+    unmerge(module)
+    assert registry(module).running() == before and torch.equal(module(x), output)
+    set_active(module, "b")
+    assert torch.equal(own, module.net.head.weight)
+    with pytest.raises(KeyError, match="No adapter is named 'zzz'"):
+        merge(module, head="zzz")
+
+
+class Looks(pl.Callback):
+    """Looks at other adapters in the middle of a fit."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.look(module)
+
+
+def at_the_base(module) -> None:
+    with lit_peft.running(module, None):
+        assert registry(module).active == ()
+        module(loader().dataset[:][0])
+
+
+def test_a_fit_may_look_at_other_adapters_and_goes_on_as_if_it_had_not():
+    states = []
+    for callbacks in ([], [Looks(at_the_base)]):
+        torch.manual_seed(0)
+        module = Module()
+        net_lora(name="below", train_also="net.head").attach(module)
+        method = net_lora(name="top", train_also="net.head")
+        method.attach(module)
+        fit(module, method, *callbacks, accumulate_grad_batches=3, max_epochs=2)
+        assert registry(module).frozen == {"below"}
+        states.append(snapshot(module))
+    assert_same(*states)
+
+
+@pytest.mark.parametrize(
+    "look", [lambda m: set_active(m, "other"), lambda m: set_active(m, None), lambda m: detach(m, "mine")]
+)
+def test_a_fit_whose_adapter_ceases_to_train_ends_with_a_sentence(look):
+    module = Module()
+    net_lora(name="other").attach(module)
+    with pytest.raises(TrainingFault, match=r"'mine' has ceased to train in the middle of .*lit_peft\.running"):
+        fit(module, net_lora(name="mine"), Looks(look))
+
+
+def test_a_fit_on_top_of_a_frozen_adapter_resumes(tmp_path):
+    def stacked() -> tuple[Module, LoRA]:
+        module = Module()
+        net_lora(name="below", train_also="net.head").attach(module)
+        shifted(module, 1)
+        method = net_lora(name="top", train_also="net.head")
+        method.attach(module)
+        return module, method
+
+    module, method = stacked()
+    fit(module, method, max_epochs=2)
+    half, method = stacked()
+    fit(half, method).save_checkpoint(tmp_path / "half.ckpt")
+    for ran in (["below", "top"], "top", "below", None):
+        again, method = stacked()
+        set_active(again, ran, head="top" if ran == ["below", "top"] else None)
+        fit(again, method, ckpt_path=tmp_path / "half.ckpt", max_epochs=2)
+        assert_same(snapshot(again), snapshot(module))
+        set_active(again, "below")
+        set_active(module, "below")
+        assert_same(snapshot(again), snapshot(module))
+        set_active(module, ["below", "top"], head="top")
+
+
+def test_averages_and_whole_state_dicts_beside_an_adapter_that_does_not_run(tmp_path):
+    module = Module()
+    fit(module, net_lora(name="first"))
+    whole = snapshot(module)
+    method, average = net_lora(name="second"), pl.callbacks.EMAWeightAveraging()
+    run = fit(module, method, average)
+    run.save_checkpoint(tmp_path / "ema.ckpt")
+    for verb in ("test", "fit"):
+        again = trainer(method, pl.callbacks.EMAWeightAveraging(), max_epochs=2)
+        getattr(again, verb)(module, loader(), ckpt_path=tmp_path / "ema.ckpt")
+    now = snapshot(module)
+    module.load_state_dict(now)
+    assert all(torch.equal(now[key], whole[key]) for key in whole)
+    with pytest.raises(ValueError, match=r"without a place for it, net\.first\.peft\.third\.lora_A"):
+        module.load_state_dict({key.replace(".second.", ".third."): value for key, value in now.items()} | now)
+
+
+def test_a_failed_start_leaves_what_ran(monkeypatch, tmp_path):
+    module = Module()
+    net_lora(name="one", train_also="net.head").attach(module)
+    shifted(module, 0)
+    before, folder = snapshot(module), lit_peft.save(module, tmp_path, "one")
+    with pytest.raises(ValueError, match="nosuch"):
+        fit(module, net_lora(name="two", target_modules="nosuch"))
+    monkeypatch.setattr("lit_peft.saving.folder._fill_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lit_peft.load(module, folder, "two")
+    assert registry(module).active == ("one",) and list(registry(module).adapters) == ["one"]
+    assert_same(snapshot(module), before)
+
+
+def test_adapters_loaded_in_inference_mode_switch_and_train(folders):
+    model = tiny("distilbert")
+    with torch.inference_mode():
+        for name in ("lora", "prefix"):
+            lit_peft.load(model, folders[name][0], name)
+    set_active(model, "lora")
+    assert torch.equal(logits(model, "distilbert"), folders["lora"][1])
+    logits(model, "distilbert").sum().backward()
+    set_active(model, "prefix")
+    assert torch.equal(logits(model, "distilbert"), folders["prefix"][1])
+
+
+def test_folders_and_checkpoints_come_again_in_other_trainers(tmp_path):
+    module = heads()
+    set_active(module, ["a", "b"], head="a")
+    run = trainer()
+    run.validate(module, loader(), verbose=False)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    folder, fresh = lit_peft.save(module, tmp_path / "a", "a"), Module()
+    for _ in range(2):
+        for path, name, active in ((tmp_path / "two.ckpt", "default", ("a", "b")), (folder, "c", ("c",))):
+            fresh.net.first.requires_grad_(False)
+            trainer(lit_peft.AdapterFolder(str(path), name)).test(fresh, loader(), verbose=False)
+            if not set(active) <= set(registry(fresh).active):
+                set_active(fresh, active, head="a" if "a" in active else None)
+    assert set(registry(fresh).adapters) == {"a", "b", "c"}
+
+
+def test_one_of_several_whose_head_counted_is_detached():
+    module = heads()
+    set_active(module, None)
+    net_lora(name="c", train_also="net.head").attach(module)
+    shifted(module, 7)
+    set_active(module, ["a", "b", "c"], head="c")
+    detach(module, "c")
+    assert registry(module).active == ("a", "b")
+    for name in "ab":
+        values = values_of(module, name)["net.head.weight"].clone()
+        set_active(module, name)
+        assert torch.equal(module.net.head.weight, values)
+
+
+def test_numbers_of_any_kind_are_weights():
+    module = heads()
+    for half in (np.float32(0.5), torch.tensor(0.5), Fraction(1, 2)):
+        set_active(module, {"a": half})
+        assert registry(module).weights == {"a": 0.5}

@@ -47,8 +47,11 @@ def _start() -> list[Any]:
     processes = [
         context.Process(target=_work, args=(rank, port, there), daemon=True) for rank, (_, there) in enumerate(pipes)
     ]
-    for process in processes:
+    before = os.environ.get("PYTHONHASHSEED")
+    for rank, process in enumerate(processes):
+        os.environ["PYTHONHASHSEED"] = str(rank + 1)  # sets come in another order on each rank, as they do elsewhere
         process.start()
+    os.environ.pop("PYTHONHASHSEED") if before is None else os.environ.update(PYTHONHASHSEED=before)
 
     def stop() -> None:
         for end, _ in pipes:

@@ -63,11 +63,12 @@ def bring(module: Any, trainer: pl.Trainer) -> None:
                 names += method.names_on(module)
             elif state is not None:
                 _check_same(method, [state.adapters[name] for name in known[method.name]])
-                _take_rates(module, method, state.adapters[method.name])
-        if alone:
-            set_active(module, names)  # a folder that was loaded has set the others aside
-    state = registry(module)
-    assert state is not None
+                if fitting:
+                    _take_rates(module, method, state.adapters[method.name])
+        state = registry(module)
+        assert state is not None
+        if alone and set(names) != set(state.active):  # what was loaded has set the others aside
+            set_active(module, names)
     if fitting and state.frozen != (frozen := set(state.active).difference(names)):
         hold(module, frozen)
 
@@ -102,7 +103,7 @@ def _check_same(method: "Method", adapters: list[Adapter]) -> None:
 
 
 def _take_rates(module: Any, method: "Method", adapter: Adapter) -> None:
-    """Lets the next fit train at the rates of its own method; a folder's patterns may be meant from another root."""
+    """Lets a fit train at the rates of its own method; a folder's patterns may be meant from another root."""
     given, arguments = method.arguments(), adapter.spec["init_args"]
     if arguments["train_also"] != given["train_also"]:
         adapter.scales = rates.find_scales(module, method.train_also)
