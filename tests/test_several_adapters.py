@@ -28,9 +28,10 @@ from lit_peft import (
     SparseLoRA,
     VeRA,
 )
-from lit_peft.core.active import set_active, values_of
+from lit_peft.core.active import set_active
 from lit_peft.core.attach import detach
 from lit_peft.core.merge import merge, unmerge
+from lit_peft.core.owned import values_of
 from lit_peft.core.registry import registry
 from lit_peft.faults import TrainingFault
 from lit_peft.testing.states import assert_same, snapshot

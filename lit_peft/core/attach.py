@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.core.active import Adapted, Additions, freeze, release_statistics, run_again, switch
+from lit_peft.core.active import Adapted, Additions, freeze, release_statistics, run_again
 from lit_peft.core.addition import Addition
 from lit_peft.core.buffers import base_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import fingerprint
+from lit_peft.core.owned import switch
 from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, Running, registry
 from lit_peft.core.swap import (
     cast_parameters,

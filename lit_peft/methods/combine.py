@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.active import agreed, unknown, values_of, with_weights
+from lit_peft.core.active import unknown, with_weights
 from lit_peft.core.attach import check_attachable
 from lit_peft.core.combination import (
     Factors,
@@ -23,6 +23,7 @@ from lit_peft.core.combination import (
     truncate,
     weighted_sum,
 )
+from lit_peft.core.owned import agreed, values_of
 from lit_peft.core.registry import Adapter, Running, registry
 from lit_peft.methods.checks import check_choice, check_range
 from lit_peft.methods.factors import attach_factors, read_factors
