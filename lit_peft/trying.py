@@ -58,6 +58,7 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
     task = next((s.class_path for s in reversed(models) if s.class_path), None)
     said = {name for setting in models for name, value in setting.init_args.items() if value is not None}
     more: list[str] = []
+    backbone = None
     if task is None:
         more += ["--model", "lit_peft.tasks.TextClassification"]
         backbone = _base(known.get("backbone"), config.get("base_model_name_or_path"))
@@ -66,7 +67,8 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
                 raise ValueError(f"{folder} does not say which base it belongs to: give --model.backbone.")
             more += ["--model.backbone", backbone]
     if "label_names" not in said and (task is None or task.rpartition(".")[2] in lit_peft.tasks.__all__):
-        names = known.get("label_names") or (_numbered_labels(tensors) if texts or not _has_data(words) else None)
+        given = next((s.init_args["backbone"] for s in reversed(models) if s.init_args.get("backbone")), backbone)
+        names = known.get("label_names") or (_labels(tensors, given) if texts or not _has_data(words) else None)
         more += ["--model.label_names", json.dumps(names)] if names else []
     if not any(setting.class_path for setting in settings(words, "data")):
         if not texts and not _has_data(words):
@@ -89,14 +91,23 @@ def _base(backbone: str | None, absolute: str | None) -> str | None:
     """The base of an adapter folder: as it was named, or by its absolute path where the name leads nowhere here."""
     if backbone is None or absolute is None or Path(backbone).exists():
         return backbone or absolute
-    ends_so = Path(absolute).parts[-len(Path(backbone).parts) :] == Path(backbone).parts
-    return absolute if ends_so and Path(absolute).exists() else backbone
+    return absolute if Path(absolute).exists() else backbone
 
 
-def _numbered_labels(tensors: dict[str, Tensor]) -> list[str]:
-    """Names for as many classes as the head in a folder of HF PEFT's has; as transformers numbers them."""
+def _labels(tensors: dict[str, Tensor], base: str | None) -> list[str]:
+    """Names of the classes of a folder of HF PEFT's: those of a local base with so many, else as transformers numbers.
+
+    The adapter of a finished classifier may have no head of its own: then they are the base's.
+    """
     heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
     sizes = [len(tensor) for key, tensor in tensors.items() if key.endswith(heads) and "pre_classifier" not in key]
+    file = Path(base or "") / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if base and file.is_file() else {}
+    named = (
+        list((config.get("id2label") or {}).values()) if "Classification" in str(config.get("architectures")) else []
+    )
+    if named and (not sizes or len(named) == sizes[-1]):
+        return named
     return [f"LABEL_{i}" for i in range(sizes[-1])] if sizes else []
 
 

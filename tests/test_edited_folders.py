@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import logits, tiny
 from safetensors.torch import load_file, save_file
+from torch import nn
 from toys import Module, Net, net_lora, saved
 
 import lit_peft
@@ -117,7 +119,7 @@ EDITS = {
     "no type": (config, {"peft_type": None}, 'peft_type is missing, and the record means "LORA"'),
     "targets": (config, {"target_modules": ["foo"]}, r'target_modules is \["foo"\], and the record means \["first", '),
     "transposed": (config, {"fan_in_fan_out": True}, "fan_in_fan_out is true, and the record means false"),
-    "more": (config, {"use_dora": True}, "use_dora is true, and the record does not have it"),
+    "more": (config, {"use_dora": True}, "adapter_config.json asks for use_dora=True, which LoRA does not have"),
     "no pattern": (config, {"rank_pattern": [1]}, rf"{CONFIG}: rank_pattern must be an object, not \[1\]"),
     "nan": (
         tensor,
@@ -318,3 +320,31 @@ def test_the_command_line_says_so_without_a_traceback(case, whole, tmp_path, cap
     assert end.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert str(folder) in said and "Traceback" not in said
+
+
+def test_what_hf_peft_writes_of_a_config_of_ours_opens(tmp_path):
+    import peft
+
+    model = tiny("distilbert")
+    LoRA(r=2, target_modules=["q_lin"], train_also=["classifier"]).attach(model)
+    perturb(model)
+    folder = lit_peft.save(model, tmp_path)
+    theirs = peft.PeftConfig.from_pretrained(str(folder))
+    theirs.base_model_name_or_path = "my/base"
+    theirs.save_pretrained(str(folder))
+    assert "init_lora_weights" in json.loads((folder / CONFIG).read_text())
+    twin = tiny("distilbert")
+    lit_peft.load(twin, folder)
+    assert torch.equal(logits(twin, "distilbert"), logits(model, "distilbert"))
+
+
+def test_of_several_models_the_one_that_was_adapted_is_found(tmp_path):
+    two = nn.ModuleDict({"student": tiny("distilbert"), "teacher": tiny("distilbert", seed=1)})
+    LoRA(r=2, target_modules=["student.*.q_lin"]).attach(two)
+    perturb(two)
+    folder = lit_peft.save(two, tmp_path)
+    again = nn.ModuleDict({"teacher": tiny("distilbert", seed=1), "student": tiny("distilbert")})
+    lit_peft.load(again, folder)
+    assert torch.equal(logits(again["student"], "distilbert"), logits(two["student"], "distilbert"))
+    with pytest.raises(ValueError, match="holds several models"):
+        lit_peft.load(nn.ModuleDict({name: tiny("distilbert") for name in "ab"}), folder)

@@ -13,6 +13,7 @@ from test_cli import SMALL, fit
 from lit_peft import cli
 from lit_peft.demo import ENCODER
 from lit_peft.tasks import TextClassification
+from lit_peft.trying import _base
 
 TEXTS = ["a great movie", "a dull and empty film"]
 ASKED = [word for text in TEXTS for word in ("--text", text)]
@@ -148,3 +149,31 @@ def test_mistakes(arguments, message, run, capsys):
         cli.main([word.format(**places) for word in arguments] + CPU)
     assert end.value.code == 2
     assert message.format(**places) in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_adapter_of_a_finished_classifier_keeps_its_classes(tmp_path, capsys):
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    names = {0: "bad", 1: "good"}
+    base = AutoModelForSequenceClassification.from_pretrained(ENCODER, id2label=names, label2id={"bad": 0, "good": 1})
+    base.save_pretrained(tmp_path / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ENCODER / file, tmp_path / "base")
+    for head in ([], ["classifier", "pre_classifier"]):
+        config = peft.LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=head or None)
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        peft.get_peft_model(loaded, config).save_pretrained(tmp_path / f"theirs{len(head)}")
+        cli.main(["predict", "--adapter", str(tmp_path / f"theirs{len(head)}"), *ASKED, *CPU])
+        assert {label for label, _, _ in answers(capsys)} <= set(names.values())
+
+
+def test_the_base_that_an_edited_config_names_is_taken_where_the_run_is_not_at_hand(run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(ENCODER, tmp_path / "moved")
+    folder = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "moved")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("lit_peft.trying._base", lambda backbone, absolute, plain=_base: plain("lost/base", absolute))
+    cli.main(["predict", "--adapter", str(folder), *ASKED, *CPU])
+    assert [text for _, _, text in answers(capsys)] == TEXTS

@@ -1,7 +1,7 @@
 """Rules of Hugging Face PEFT that its adapter folders follow: which modules a config means, tasks, options."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -70,12 +70,13 @@ class Root(NamedTuple):
         return [(make_site(path, layer), layer.peft[adapter.name]) for path, layer in zip(paths, layers, strict=True)]
 
 
-def find_root(module: nn.Module, holding: Collection[str] = ()) -> Root:
+def find_root(module: nn.Module, holding: Collection[str] = (), fits: Callable[[Root], bool] | None = None) -> Root:
     """The outermost submodule that has `config` and `save_pretrained`, or the module itself where none has.
 
     Args:
         module: The module.
         holding: Names that choose between several.
+        fits: Whether one of several may be meant; that is taken which alone does.
 
     Raises:
         ValueError: When several remain.
@@ -88,6 +89,9 @@ def find_root(module: nn.Module, holding: Collection[str] = ()) -> Root:
             found.append(path)
     if holding:
         found = [path for path in found if all(is_inside(name, [path]) for name in holding)] or found
+    if len(found) > 1 and fits is not None:
+        fitting = [path for path in found if fits(Root(path, module.get_submodule(path)))]
+        found = fitting if len(fitting) == 1 else found
     if holding or len(found) < 2:
         return Root(found[0], module.get_submodule(found[0])) if found else Root("", module)
     raise ValueError(

@@ -55,7 +55,7 @@ from lit_peft.methods.base import Method
 from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
 from lit_peft.saving.checkpoint_file import asked_for, load_checkpoint
-from lit_peft.saving.folder_record import check_base, make_record, open_folder
+from lit_peft.saving.folder_record import check_base, differs, make_record, open_folder
 from lit_peft.training import seam
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -266,7 +266,7 @@ def attach(module: nn.Module, method: Method) -> Adapter:
 def _load_folder(
     module: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], mine: dict[str, Any] | None, name: str
 ) -> Adapter:
-    root = find_root(module)
+    root = find_root(module, fits=None if mine is None else lambda root: differs(mine, module, root) is None)
     if mine is not None:
         check_base(mine, module, root)
     reader = None if mine is not None else _reader(config)

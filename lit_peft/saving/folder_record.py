@@ -72,11 +72,16 @@ def open_folder(
         raise CheckpointMismatch(f"{folder}/{TENSORS} is damaged: {error}") from error
 
 
-def check_base(mine: Mapping[str, Any], module: nn.Module, root: Root) -> None:
-    """Raises CheckpointMismatch where the base is another than that of the record; warns of classes of other names."""
+def differs(mine: Mapping[str, Any], module: nn.Module, root: Root) -> str | None:
+    """How a model in a module differs from the base of a record; None where it is the same."""
     state = registry(module)
     found = _of_model(state.fingerprint, root) if state is not None else fingerprint(root.model)
-    if (difference := compare_fingerprints(mine["fingerprint"], found)) is not None:
+    return compare_fingerprints(mine["fingerprint"], found)
+
+
+def check_base(mine: Mapping[str, Any], module: nn.Module, root: Root) -> None:
+    """Raises CheckpointMismatch where the base is another than that of the record; warns of classes of other names."""
+    if (difference := differs(mine, module, root)) is not None:
         raise CheckpointMismatch(f"This adapter belongs to another base model: {difference}.")
     theirs, ours = (told.get("label_names") for told in (mine.get("model", {}), _told(module)))
     if theirs and ours and theirs != ours:
