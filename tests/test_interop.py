@@ -162,7 +162,7 @@ class TestLoRAEqualsHFPeft:
         twin = tiny(name)
         adapter = load(twin, tmp_path)
         assert torch.equal(logits(twin, name), logits(model, name))
-        assert adapter == replace(registry(model).adapters["default"], prepared=True)
+        assert adapter == replace(registry(model).adapters["default"], prepared=True, source=adapter.source)
         assert {n for n, p in twin.named_parameters() if p.requires_grad} == {
             n for n, p in model.named_parameters() if p.requires_grad
         }
