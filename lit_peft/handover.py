@@ -1,14 +1,15 @@
 """The verbs `merge` and `export`: what a run trained as a plain model, or as HF PEFT's adapter, in a new folder."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -18,7 +19,8 @@ from lit_peft.core import hf_peft
 from lit_peft.core.attach import registry
 from lit_peft.core.merge import merge
 from lit_peft.data.base import TextDataModule
-from lit_peft.merge_report import REPORT, describe, find_tokenizer, finite, fixed_inputs, print_merged, size_of, verify
+from lit_peft.handover_text import print_exported, print_merged
+from lit_peft.merge_report import REPORT, finite, report_of
 from lit_peft.methods.base import Method
 from lit_peft.methods.describe import why_not_mergeable
 from lit_peft.methods.full import FullFineTuning
@@ -26,9 +28,10 @@ from lit_peft.methods.registry import method_class
 from lit_peft.saving.adapter_folder import AdapterFolder
 from lit_peft.saving.folder import save
 from lit_peft.saving.folder_record import open_folder
-from lit_peft.saving.merged import check_foldable, find_model, not_foldable, write_model
-from lit_peft.saving.new_folder import new_folder
+from lit_peft.saving.merged import changed, check_foldable, find_model, not_foldable, write_model
+from lit_peft.saving.new_folder import new_folder, resolved
 from lit_peft.training.seam import methods
+from lit_peft.verifying import find_tokenizer, fixed_inputs, verify
 
 _OURS = "The run's adapter folder holds it, for lit_peft.load and `lit-peft predict --adapter`."
 
@@ -59,39 +62,27 @@ class Trainer(pl.Trainer):
         for cls in _classes(self):
             if why := why_not_mergeable(cls):
                 raise ValueError(not_foldable(cls, why))
-        scored = score and is_overridden("test_step", model) and bool(self.limit_test_batches)
-        logits = LogitsComparison()
-        weights: dict[str, Any] = {"ckpt_path": ckpt_path, "weights_only": weights_only}
         disable_progress_bar()
-        if scored:
-            before = _scores(self, model, datamodule, [_Check(), logits], **weights)
-        else:
-            _restore(self, model, datamodule, **weights)
-        root = find_model(model)
-        check_foldable(model)
-        tokenizer = find_tokenizer(model, datamodule, root.model)
-        folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
-        report = describe(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
-        report["metrics"] = None
-        if scored:
-            merge(model)
-            after = _scores(_without_methods(self), model, datamodule, [logits.compare()])
-            difference = {key: after[key] - value for key, value in before.items() if key in after}
-            report["metrics"] = {"before": before, "after": after, "difference": difference}
-        else:
-            inputs = fixed_inputs(root.model, tokenizer)
-            logits.ask(root.model, inputs)
-            merge(model)
-            logits.compare().ask(root.model, inputs)
-        RunReport.running = False  # what may go wrong from here is told in a few lines again
-        report |= logits.figures() | {"precision": str(self.precision) if scored else None}
-        report["measured_on"] = ("test set" if scored else "fixed inputs") if logits.rows else None
         with new_folder(out) as part:
+            _restore(self, model, datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+            root = find_model(model)
+            check_foldable(model)
+            tokenizer = find_tokenizer(model, datamodule, root.model)
+            folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
+            report = report_of(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
+            logits = LogitsComparison()
+            if score and is_overridden("test_step", model) and self.limit_test_batches:
+                weights = {"ckpt_path": ckpt_path, "weights_only": weights_only}
+                report |= _merge_scored(self, model, datamodule, logits, **weights)
+            else:
+                report |= _merge_asked(model, root.model, tokenizer, logits)
+            RunReport.running = False  # what may go wrong from here is told in a few lines again
             write_model(root.model, part, tokenizer)
             report["dtype"] = json.loads((part / "config.json").read_text())["dtype"]
             report["reloaded_max_logit_difference"] = verify(root.model, part, logits, out)
             (part / REPORT).write_text(json.dumps(finite(report), indent=2) + "\n")
-        print_merged(Path(out), report, tokenizer, getattr(datamodule, "max_length", None))
+            place = resolved(out)
+        print_merged(place, report, root.model, tokenizer, getattr(datamodule, "max_length", None))
 
     def export(
         self,
@@ -115,15 +106,18 @@ class Trainer(pl.Trainer):
         for cls in _classes(self):
             if why := _why_not_exportable(cls):
                 raise ValueError(why)
-        _restore(self, model, datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
-        state = registry(model)
-        assert state is not None
         with new_folder(out) as part:
-            for name in state.adapters:
+            _restore(self, model, datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+            state = registry(model)
+            assert state is not None
+            names = list(state.adapters)
+            root = hf_peft.find_root(model, changed(model))
+            for name in names:
                 folder = save(model, part if name == "default" else part / name, name)
                 if _peft_type(folder).startswith(hf_peft.OwnForm.hf_peft["peft_type"]):
                     raise ValueError(_why_own_form(model, name))
-        _print_exported(Path(out), list(state.adapters), model)
+            place = resolved(out)
+        print_exported(place, names, root.model)
 
 
 _STAGES = {
@@ -131,14 +125,6 @@ _STAGES = {
     "validation_step": ("validate", "limit_val_batches"),
     "predict_step": ("predict", "limit_predict_batches"),
 }
-
-
-class _Check(pl.Callback):
-    """Refuses what cannot be merged once it is known, before any batch is scored."""
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        find_model(pl_module)
-        check_foldable(pl_module)
 
 
 def _classes(trainer: pl.Trainer) -> list[type[Method]]:
@@ -154,32 +140,68 @@ def _classes(trainer: pl.Trainer) -> list[type[Method]]:
     return found
 
 
-def _scores(
-    trainer: Any, model: Any, data: Any, callbacks: list[pl.Callback], ckpt_path: str | None = None, **options: Any
-) -> dict[str, float]:
-    """Metrics of the test set, with further callbacks."""
-    _check_whole(ckpt_path)
-    trainer.callbacks = [*callbacks, *trainer.callbacks]
+def _merge_scored(trainer: Any, model: Any, data: Any, logits: LogitsComparison, **weights: Any) -> dict[str, Any]:
+    """Scores the test set, folds the adapters in, scores it again: what a report says of both."""
+    before = _scores(trainer, model, data, logits, **weights)
+    merge(model)
+    with _without_methods(trainer):
+        after = _scores(trainer, model, data, logits.compare())
+    difference = {key: after[key] - value for key, value in before.items() if key in after}
+    figures = logits.figures() | {"precision": str(trainer.precision)}
+    figures["measured_on"] = "test set" if figures["rows"] else None
+    return figures | {"metrics": {"before": before, "after": after, "difference": difference}}
+
+
+def _merge_asked(module: Any, model: Any, tokenizer: Any, logits: LogitsComparison) -> dict[str, Any]:
+    """The same with a few inputs that are always the same, and no metrics."""
     try:
-        results = trainer.test(model, datamodule=data, verbose=False, ckpt_path=ckpt_path, **options)
+        batches = fixed_inputs(model, tokenizer)
+    except Exception:  # somebody's tokenizer: what it cannot make is not asked
+        batches = []
+    for batch in batches:
+        logits.ask(model, batch)
+    merge(module)
+    logits.compare()
+    for batch in batches:
+        logits.ask(model, batch)
+    figures = logits.figures() | {"precision": None, "metrics": None}
+    figures["measured_on"] = "fixed inputs" if figures["rows"] else None
+    return figures
+
+
+def _scores(trainer: Any, model: Any, data: Any, logits: LogitsComparison, **weights: Any) -> dict[str, float]:
+    """Metrics of the test set, its answers taken; with one seed, so that random data are the same every time."""
+    own = trainer.callbacks
+    trainer.callbacks = [logits, *own]
+    pl.seed_everything(int(os.environ.get("PL_GLOBAL_SEED", 0)), workers=True, verbose=False)
+    try:
+        results = trainer.test(model, datamodule=data, verbose=False, **weights)
     except SIGTERMException:  # with which Lightning would end the process as if all were well
         raise SystemExit(143) from None
+    finally:
+        trainer.callbacks = own
     return {key: float(value) for result in results for key, value in result.items()}
 
 
 def _restore(trainer: Any, model: Any, data: Any, ckpt_path: str | None, **options: Any) -> None:
     """Builds, adapts and restores a module as a trainer does, and runs no batch of it.
 
-    Data of ours are not read: their classes are in the checkpoint or folder. A module of somebody's own may ask those
-    of its own for what it is built by.
+    Data are not read: what ours say is in the checkpoint or folder. Only a module of somebody's own that cannot be
+    built without its own data module is given it.
     """
     _check_whole(ckpt_path)
     verb, limit = next(names for hook, names in _STAGES.items() if hook == "predict_step" or is_overridden(hook, model))
-    before = getattr(trainer, limit)
+    run, before = getattr(trainer, verb), getattr(trainer, limit)
     setattr(trainer, limit, 0)
-    source = {"dataloaders": []} if data is None or isinstance(data, TextDataModule) else {"datamodule": data}
-    getattr(trainer, verb)(model, **source, ckpt_path=ckpt_path, **options)
-    setattr(trainer, limit, before)
+    try:
+        try:
+            run(model, dataloaders=[], ckpt_path=ckpt_path, **options)
+        except (AttributeError, TypeError, KeyError):  # of a `trainer.datamodule` that is None
+            if data is None or isinstance(data, TextDataModule):
+                raise
+            run(model, datamodule=data, ckpt_path=ckpt_path, **options)
+    finally:
+        setattr(trainer, limit, before)
 
 
 def _check_whole(path: str | None) -> None:
@@ -190,10 +212,15 @@ def _check_whole(path: str | None) -> None:
         raise ValueError(f"{path} is a checkpoint in shards, which one process alone cannot read.{hint}")
 
 
-def _without_methods(trainer: Any) -> pl.Trainer:
-    """The trainer with nothing among its callbacks that adapts a model or watches a run."""
-    trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
-    return trainer
+@contextmanager
+def _without_methods(trainer: Any) -> Iterator[None]:
+    """Without what adapts a model, or watches our runs, among a trainer's callbacks: a test may need the others."""
+    own = trainer.callbacks
+    trainer.callbacks = [c for c in own if not isinstance(c, Method) and not type(c).__module__.startswith("lit_peft.")]
+    try:
+        yield
+    finally:
+        trainer.callbacks = own
 
 
 # -------------------------------------------------------------------------------------------------------- an adapter
@@ -226,23 +253,3 @@ def _why_own_form(module: nn.Module, name: str) -> str:
 
 def _peft_type(folder: Path) -> str:
     return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-
-
-def _print_exported(out: Path, names: list[str], module: nn.Module) -> None:
-    folders = [out if name == "default" else out / name for name in names]
-    model = hf_peft.find_root(module).model
-    task = next((ending for ending in hf_peft.TASKS if type(model).__name__.endswith(ending)), None)
-    auto = "AutoModel" + (task or "").replace("LMHeadModel", "ForCausalLM")
-    head = f", num_labels={model.config.num_labels}" if task and "Classification" in task else ""  # type: ignore[union-attr]
-    console = Console(soft_wrap=False)
-    for folder in folders:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        base, net = config["base_model_name_or_path"], "net"
-        if base is not None:
-            net = f'{auto}.from_pretrained("{base}"{head})'
-        for line in (
-            f"Adapter: {folder} ({size_of(folder)}), {config['peft_type']} in Hugging Face PEFT",
-            "  from peft import PeftModel" + (f"; from transformers import {auto}" if base is not None else ""),
-            f'  model = PeftModel.from_pretrained({net}, "{folder}")',
-        ):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)

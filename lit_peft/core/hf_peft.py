@@ -81,12 +81,7 @@ def find_root(module: nn.Module, holding: Collection[str] = (), fits: Callable[[
     Raises:
         ValueError: When several remain.
     """
-    found: list[str] = []
-    for path, child in module.named_modules():
-        if hasattr(child, "config") and hasattr(child, "save_pretrained") and not is_inside(path, found):
-            if not path:
-                return Root("", module)
-            found.append(path)
+    found = find_models(module)
     if holding:
         found = [path for path in found if all(is_inside(name, [path]) for name in holding)] or found
     if len(found) > 1 and fits is not None:
@@ -98,6 +93,17 @@ def find_root(module: nn.Module, holding: Collection[str] = (), fits: Callable[[
         f"{type(module).__name__} holds several models ({', '.join(found)}) and an adapter folder is for one; pass "
         f"that one, {type(module).__name__}.{found[0]} for instance."
     )
+
+
+def find_models(module: nn.Module) -> list[str]:
+    """Paths of the outermost submodules that have `config` and `save_pretrained`; [""] for a module that has itself."""
+    found: list[str] = []
+    for path, child in module.named_modules():
+        if hasattr(child, "config") and hasattr(child, "save_pretrained") and not is_inside(path, found):
+            if not path:
+                return [""]
+            found.append(path)
+    return found
 
 
 def task_type(model: nn.Module, sites: Iterable[str]) -> str | None:

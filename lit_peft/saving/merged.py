@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import umask
-from lit_peft.core.hf_peft import Root, find_root, has_form, is_inside
+from lit_peft.core.hf_peft import Root, find_models, find_root, has_form, is_inside
 from lit_peft.core.merge import check_mergeable, merge, unmerge
 from lit_peft.core.swap import MERGED_KEY, CastsParameters
 from lit_peft.methods.base import Method
@@ -42,6 +42,8 @@ def save_merged(module: nn.Module, folder: str | os.PathLike[str], tokenizer: An
     """
     root = find_model(module)
     is_merged = MERGED_KEY in module.__dict__ or registry(module) is None
+    if not is_merged:
+        check_foldable(module)
     with new_folder(folder) as part, nullcontext() if is_merged else _merged(module):
         write_model(root.model, part, tokenizer)
     return Path(folder)
@@ -62,14 +64,20 @@ def find_model(module: nn.Module) -> Root:
     Raises:
         ValueError: When there is none, when there are several, or when nothing that was trained lies in it.
     """
-    changed = _changed(module)
-    root = find_root(module, changed)
+    names = changed(module)
+    root = find_root(module, names)
     if not hasattr(root.model, "save_pretrained"):
         raise ValueError(
             f"{type(module).__name__} holds no transformers model, so that there is no folder to write it as. In "
             "Python: lit_peft.merge(module), then torch.save(module.state_dict(), FILE)."
         )
-    if changed and len(left_out(module, root)) == len(changed):
+    elsewhere = left_out(module, root)
+    if several := [path for path in find_models(module) if any(is_inside(name, [path]) for name in elsewhere)]:
+        raise ValueError(
+            f"{type(module).__name__} holds several models that were trained, {root.path} and {', '.join(several)}: "
+            f"a folder is of one. In Python: lit_peft.merge(module), then module.{root.path}.save_pretrained(FOLDER)."
+        )
+    if names and len(elsewhere) == len(names):
         raise ValueError(
             f"Nothing that was trained lies in the {type(root.model).__name__} at {root.path!r}: its folder would be "
             "that of the base. In Python: lit_peft.merge(module), then torch.save(module.state_dict(), FILE)."
@@ -79,10 +87,11 @@ def find_model(module: nn.Module) -> Root:
 
 def left_out(module: nn.Module, root: Root) -> list[str]:
     """Names of what is adapted or trained outside of the transformers model, and so not in its folder."""
-    return [name for name in _changed(module) if root.path and not is_inside(name, [root.path])]
+    return [name for name in changed(module) if root.path and not is_inside(name, [root.path])]
 
 
-def _changed(module: nn.Module) -> list[str]:
+def changed(module: nn.Module) -> list[str]:
+    """Names of what is adapted or trained."""
     state = registry(module)
     return [name for a in state.adapters.values() for name in (*a.sites, *a.base)] if state is not None else []
 
@@ -120,8 +129,9 @@ def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
                 backend.no_truncation()
                 backend.no_padding()
             tokenizer.save_pretrained(folder)
-        for file in folder.iterdir():  # weights come readable to their owner alone
-            file.chmod(0o666 & ~umask())
+        for file in folder.rglob("*"):  # weights come readable to their owner alone
+            if file.is_file():
+                file.chmod(0o666 & ~umask())
     except SafetensorError as error:  # of a full disk, too
         number = next((n for n in (errno.ENOSPC, errno.EDQUOT) if f"os error {n}" in str(error)), errno.EIO)
         raise OSError(number, os.strerror(number), str(folder)) from error

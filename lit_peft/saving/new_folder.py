@@ -1,5 +1,7 @@
 """A folder that appears whole or not at all, whatever becomes of the process that writes it."""
 
+import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -11,17 +13,27 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+LONGEST = 249
+"""Bytes of a name beside which there is room for `.NAME.part`."""
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """A path without ~ and links: where a new folder of this name is to be."""
+    return Path(path).expanduser().resolve()
+
 
 def check_free(path: str | os.PathLike[str]) -> Path:
     """The place of a new folder, links followed.
 
     Raises:
-        FileExistsError: When there is something already: a file, a folder that is not empty, or a mount point, whose
-            name cannot be given to another folder.
+        FileExistsError: When there is something already: a file, a folder that is not empty, or a mount point or
+            the folder of this process, whose name cannot be given to another folder.
         NotADirectoryError: When a file stands where a folder above it belongs.
         PermissionError: When the folder above it cannot be written to.
     """
-    place = Path(path).expanduser().resolve()
+    place = resolved(path)
+    if place == Path.cwd():
+        raise FileExistsError(f"{path} is the folder you are in; name a new folder in it, {Path(path) / 'model'}.")
     if place.is_dir():
         if place.is_mount():
             raise FileExistsError(f"{path} is a mount point; name a new folder in it, {Path(path) / 'model'}.")
@@ -53,11 +65,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     place = check_free(path)
     made = [folder for folder in place.parents if not folder.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.part")
+    name = place.name
+    if len(os.fsencode(name)) > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    part = place.with_name(f".{name}.part")
     try:
         with ExitStack() as stack:
             stack.enter_context(_ended_by_sigterm())
-            stack.enter_context(_held(place.with_name(f".{place.name}.lock"), path))
+            stack.enter_context(_held(place.with_name(f".{name}.lock"), path))
             stack.callback(shutil.rmtree, part, ignore_errors=True)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
@@ -90,6 +105,11 @@ def _held(lock_file: Path, path: str | os.PathLike[str]) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(f"{path}: another process is writing this folder; wait for it, or stop it.") from None
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks
+            raise
     try:
         yield
     finally:

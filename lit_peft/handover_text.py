@@ -1,0 +1,111 @@
+"""What `merge` and `export` print: figures, and the lines of Python that open what was written."""
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from lit_peft.callbacks.tables import summary_panel
+from lit_peft.merge_report import REPORT
+
+
+def print_merged(
+    out: Path, report: Mapping[str, Any], model: nn.Module, tokenizer: Any, max_length: int | None
+) -> None:
+    """Prints the figures of a report, and the line of Python that opens what was written.
+
+    Args:
+        out: The folder.
+        report: What its merge_report.json says.
+        model: What was written.
+        tokenizer: What was written beside it; None: none.
+        max_length: Tokens after which the run cut texts off.
+    """
+    names = " + ".join(spec["class_path"].rpartition(".")[2] for spec in report["methods"].values())
+    count = report["folded"]["count"]
+    notes = {
+        "model": f"{out} ({size_of(out)}), {report['architecture']} in {report['dtype']}",
+        "folded": f"{names} at {count} layers" if count else f"nothing: {names} trains the base itself",
+    }
+    if report["left_out"]:
+        notes["left out"] = f"{', '.join(report['left_out'])}: outside of the {report['architecture']}"
+    notes |= _compared(report)
+    metrics = report["metrics"] or {"before": {}, "after": {}}
+    for key, before in metrics["before"].items():
+        if key in metrics["after"]:
+            notes[key] = f"{before:.4f}, merged {metrics['after'][key]:.4f}"
+    if report["reloaded_max_logit_difference"] is not None:
+        notes["read again"] = (
+            f"by transformers: {_kind(report)} differ by at most {report['reloaded_max_logit_difference']:.2g}"
+        )
+    if tokenizer is None:
+        notes["tokenizer"] = "none was found: put that of the base beside it"
+    notes["report"] = str(out / REPORT)
+    Console(soft_wrap=False).print(summary_panel("merged", {}, notes))
+    if tokenizer is not None and report["architecture"].endswith("ForSequenceClassification"):
+        cut = f", truncation=True, max_length={max_length}" if max_length else ""
+        call = f'pipeline("text-classification", model={str(out)!r}{cut})'
+        code = f'from transformers import pipeline; print({call}("a great movie"))'
+    else:
+        code = f"{_import(model)}; Net.from_pretrained({str(out)!r})"
+    _print(f"  python -c {shlex.quote(code)}")
+
+
+def print_exported(out: Path, names: Iterable[str], model: nn.Module) -> None:
+    """Prints, for each adapter in a folder that was exported, the lines of Python that open it on its base.
+
+    Args:
+        out: The folder.
+        names: Of the adapters.
+        model: The transformers model that they are of.
+    """
+    of_classes = "Classification" in type(model).__name__ and hasattr(model.config, "num_labels")
+    head = f", num_labels={model.config.num_labels}" if of_classes else ""  # type: ignore[union-attr]
+    for folder in (out if name == "default" else out / name for name in names):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        base, net = config["base_model_name_or_path"], "net"
+        if base is not None:
+            net = f"Net.from_pretrained({base!r}{head})"
+        _print(f"Adapter: {folder} ({size_of(folder)}), {config['peft_type']} in Hugging Face PEFT")
+        _print("  from peft import PeftModel" + (f"; {_import(model)}" if base is not None else ""))
+        _print(f"  model = PeftModel.from_pretrained({net}, {str(folder)!r})")
+
+
+def size_of(folder: Path) -> str:
+    """Size of the files in a folder, as it is printed."""
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
+
+
+def _compared(report: Mapping[str, Any]) -> dict[str, str]:
+    if report["max_logit_difference"] is None:
+        return {"logits": f"not compared: {report['not_compared']}"}
+    notes = {
+        _kind(report): f"differ by at most {report['max_logit_difference']:.2g} of {report['largest_logit']:.3g}, over "
+        f"{report['rows']:,} rows"
+        + (" of the test set" if report["metrics"] is not None else ", fixed inputs: no test set was scored")
+    }
+    if report["label_flips"] is not None:
+        notes["predictions"] = f"{report['label_flips']:,} of {report['rows']:,} changed"
+    return notes
+
+
+def _kind(report: Mapping[str, Any]) -> str:
+    return "logits" if report["compared"] in ("logits", None) else "hidden states"
+
+
+def _import(model: nn.Module) -> str:
+    """How a model's class is imported, as Net."""
+    import transformers
+
+    name = type(model).__name__
+    home = "transformers" if hasattr(transformers, name) else type(model).__module__
+    return f"from {home} import {name} as Net"
+
+
+def _print(line: str) -> None:
+    Console(soft_wrap=False).print(line, soft_wrap=True, highlight=False, markup=False)
