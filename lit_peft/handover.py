@@ -176,6 +176,10 @@ def _scores(trainer: Any, model: Any, data: Any, logits: LogitsComparison, **wei
     pl.seed_everything(int(os.environ.get("PL_GLOBAL_SEED", 0)), workers=True, verbose=False)
     try:
         results = trainer.test(model, datamodule=data, verbose=False, **weights)
+    except FileNotFoundError as error:
+        if RunReport.running or not isinstance(data, TextDataModule):
+            raise
+        raise FileNotFoundError(f"{error} Name where the data are, --data.path FILE, or --score false.") from error
     except SIGTERMException:  # with which Lightning would end the process as if all were well
         raise SystemExit(143) from None
     finally:

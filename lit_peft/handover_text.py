@@ -48,10 +48,10 @@ def print_merged(
     Console(soft_wrap=False).print(summary_panel("merged", {}, notes))
     if tokenizer is not None and report["architecture"].endswith("ForSequenceClassification"):
         cut = f", truncation=True, max_length={max_length}" if max_length else ""
-        call = f'pipeline("text-classification", model={str(out)!r}{cut})'
+        call = f'pipeline("text-classification", model={_literal(out)}{cut})'
         code = f'from transformers import pipeline; print({call}("a great movie"))'
     else:
-        code = f"{_import(model)}; Net.from_pretrained({str(out)!r})"
+        code = f"{_import(model)}; Net.from_pretrained({_literal(out)})"
     _print(f"  python -c {shlex.quote(code)}")
 
 
@@ -69,10 +69,10 @@ def print_exported(out: Path, names: Iterable[str], model: nn.Module) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
         base, net = config["base_model_name_or_path"], "net"
         if base is not None:
-            net = f"Net.from_pretrained({base!r}{head})"
+            net = f"Net.from_pretrained({_literal(base)}{head})"
         _print(f"Adapter: {folder} ({size_of(folder)}), {config['peft_type']} in Hugging Face PEFT")
         _print("  from peft import PeftModel" + (f"; {_import(model)}" if base is not None else ""))
-        _print(f"  model = PeftModel.from_pretrained({net}, {str(folder)!r})")
+        _print(f"  model = PeftModel.from_pretrained({net}, {_literal(folder)})")
 
 
 def size_of(folder: Path) -> str:
@@ -96,6 +96,11 @@ def _compared(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _kind(report: Mapping[str, Any]) -> str:
     return "logits" if report["compared"] in ("logits", None) else "hidden states"
+
+
+def _literal(path: object) -> str:
+    """A path as Python reads it, whatever characters it has."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _import(model: nn.Module) -> str:

@@ -4,13 +4,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_peft.arguments import CONFIG_FLAGS, nearest, options, values
+from lit_peft.arguments import CONFIG_FLAGS, nearest, options, take, values
+from lit_peft.core.folder_files import open_files
 from lit_peft.saving.new_folder import check_free
 
 PLACED = ("merge", "export")
 """Verbs that hand a result over."""
 ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false"}
 """How their trainer runs: one process holds the model and writes it."""
+
+_IN_PYTHON = {
+    "merge": "lit_peft.saving.merged.save_merged(model, NEW_FOLDER)",
+    "export": "lit_peft.save(model, NEW_FOLDER)",
+}
+_USAGE = "Usage: lit-peft {verb} RUN_OR_ADAPTER NEW_FOLDER [--KEY VALUE …]"
 
 
 def place(arguments: Sequence[str]) -> list[str]:
@@ -25,13 +32,18 @@ def place(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     taken = {i for start, end, _, _ in options(words) for i in range(start, end)}
     paths = {i: word for i, word in enumerate(words) if i not in taken and not word.startswith("-")}
-    if len(paths) != 2:
-        given = f"not {len(paths)}: {', '.join(paths.values())}" if paths else "and none is given"
-        raise ValueError(
-            f"{verb} takes two paths, {given}. Usage: lit-peft {verb} RUN_OR_ADAPTER NEW_FOLDER [--KEY VALUE …]"
-        )
-    source, out = paths.values()
     rest = [word for i, word in enumerate(words) if i not in paths]
+    places = list(paths.values())
+    runs = values(words, "--run")
+    if "--out" in words or any(word.startswith("--out=") for word in words):
+        raise ValueError(f"{verb} takes the new folder as its second path, without --out. {_USAGE.format(verb=verb)}")
+    if len(places) == 1 and len(runs) == 1:  # the run's own result
+        rest, _ = take(rest, "--run")
+        places = [runs[0], *places]
+    if len(places) != 2:
+        given = f"not {len(places)}: {', '.join(places)}" if places else "and none is given"
+        raise ValueError(f"{verb} takes two paths, {given}. {_USAGE.format(verb=verb)}")
+    source, out = places
     words = [*_source(verb, Path(source), rest), *rest]
     check_free(out)
     alone = [word for key, value in ALONE.items() for word in (f"--trainer.{key}", value)]
@@ -56,10 +68,26 @@ def _source(verb: str, path: Path, words: Sequence[str]) -> list[str]:
     if _is_run(path):
         return ["--run", str(path)]
     if (path / "adapter_config.json").is_file():
+        if not of_run and not named and not values(words, "--model"):
+            _check_task(verb, path)
         return [*of_run, "--adapter", str(path)]
     raise ValueError(
         f"{verb}: {path} is neither the folder of a run (config.yaml) or an adapter (adapter_config.json) nor a "
         f"run's .ckpt file.{_hint(path, run)}"
+    )
+
+
+def _check_task(verb: str, adapter: Path) -> None:
+    """Raises ValueError for an adapter alone that says it is of another model than a classifier of texts."""
+    config, _, mine = open_files(adapter)
+    task, built = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class", "")
+    ours = mine is None or bool(mine.get("model"))  # a task of ours says what it is
+    if (task is None and ours and (not built or built.endswith("ForSequenceClassification"))) or task == "SEQ_CLS":
+        return
+    what = f"of {task}" if task else f"of a {built}" if built else "of a module of somebody's own"
+    raise ValueError(
+        f"{verb}: {adapter} is {what} and lies in no run that would say how its model is built: give that run, "
+        f"--run FOLDER, or in Python lit_peft.load(model, FOLDER), then {_IN_PYTHON[verb]}."
     )
 
 

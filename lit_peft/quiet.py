@@ -11,6 +11,8 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
+from lit_peft.placed import PLACED
+
 HERE = f"{Path(__file__).parent}{os.sep}"
 
 
@@ -48,6 +50,9 @@ def be_quiet(verb: str, answers_only: bool) -> None:
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
         if answers_only:
             logging.getLogger(name).setLevel(logging.ERROR)
+        elif verb in PLACED:  # which restore and score again by themselves
+            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     if answers_only:
         disable_progress_bars()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

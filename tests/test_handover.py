@@ -1,6 +1,7 @@
 """`lit-peft merge` and `lit-peft export`: what a run leaves, in the hands of somebody without this package."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -38,6 +39,8 @@ from lit_peft import (
 from lit_peft.callbacks.logits import LogitsComparison
 from lit_peft.demo import ENCODER
 from lit_peft.handover import Trainer
+from lit_peft.placed import place
+from lit_peft.quiet import be_quiet
 from lit_peft.tasks import TextClassification
 from lit_peft.testing.conformance import perturb
 
@@ -211,6 +214,9 @@ def test_what_trained_may_not_be_scored_as_new(run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     cli.main(["merge", str(own), str(tmp_path / "out"), *CPU])
     assert report(tmp_path / "out")["rows"] == 4  # what was cut off
+    (tmp_path / "own.csv").unlink()
+    answer = told(capsys, "merge", own, tmp_path / "late", *CPU)
+    assert "own.csv" in answer and "--data.path FILE, or --score false" in answer
 
 
 def folder(tmp_path: Path, method, backbone: str = "demo") -> Path:
@@ -442,6 +448,9 @@ def test_full_fine_tuning_has_no_adapter_to_export(tmp_path):
         (["merge", "{run}/adapter/adapter_model.safetensors", "{root}/out"], "It lies in a run: {run}"),
         (["merge", "{run}_", "{root}/out"], "there is no '{run}_'. Did you mean 'version_0'?"),
         (["merge", "{merged}", "{root}/out"], "It is a whole model, with nothing to fold in."),
+        (["merge", "{run}", "--out", "{root}/out"], "takes the new folder as its second path, without --out"),
+        (["merge", "{run}", "{root}/out", "--out={root}/b"], "takes the new folder as its second path, without --out"),
+        (["merge", "--run", "{run}", "{root}/a", "{root}/b", "{root}/c"], "takes two paths, not 3"),
         (["merge", "{run}", "{root}/out", "--scores", "false"], "unknown option --scores. Did you mean 'score'?"),
     ],
 )
@@ -449,6 +458,31 @@ def test_mistakes(arguments, message, run, merged, capsys):
     places = {"run": str(run), "root": str(run.parent), "merged": str(merged)}
     assert message.format(**places) in told(capsys, *(word.format(**places) for word in arguments))
     assert {path.name for path in run.parent.iterdir()} == {"version_0"}
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_an_adapter_alone_that_is_of_no_classifier_of_texts_is_told(task, run, tmp_path, capsys):
+    module = tiny("gpt2").transformer if task is None else tiny("gpt2")
+    LoRA(r=2, target_modules=["c_attn"]).attach(module)
+    adapter = lit_peft.save(module, tmp_path / "adapter")
+    for verb, way in (("merge", "lit_peft.saving.merged.save_merged"), ("export", "lit_peft.save(model")):
+        answer = told(capsys, verb, adapter, tmp_path / "out")
+        assert (f"is of {task}" if task else "of a module of somebody's own") in answer and way in answer
+
+
+def test_a_run_may_be_named_as_in_other_verbs(run, tmp_path, capsys):
+    words = place(["merge", "--run", str(run), str(tmp_path / "out"), "--score", "false"])
+    assert words[1:3] == ["--run", str(run)] and words[-2:] == ["--out", str(tmp_path / "out")]
+
+
+def test_nothing_is_told_that_others_say_of_every_start(monkeypatch):
+    """Which file is restored, which seed is set, that there is no GPU."""
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+    for name in names:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.INFO)
+        logging.getLogger(name).manager._clear_cache()  # type: ignore[attr-defined]
+    be_quiet("merge", False)
+    assert not any(logging.getLogger(name).isEnabledFor(logging.INFO) for name in names)
 
 
 def test_a_run_without_a_checkpoint_or_with_shards_is_told(run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A folder is there whole or not at all: free places, exceptions, signals, other processes, rests of killed ones."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -51,6 +52,28 @@ def test_a_place_that_is_taken_is_refused(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="is not writable"):
         check_free(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_working_directory_is_refused(tmp_path, monkeypatch):
+    """Renamed away, it would be gone under the shell that is in it."""
+    monkeypatch.chdir(tmp_path)
+    for out in (".", tmp_path):
+        with pytest.raises(FileExistsError, match="is the folder you are in; name a new folder in it"):
+            check_free(out)
+
+
+def test_a_name_may_be_as_long_as_names_may_be(tmp_path):
+    write(tmp_path / ("n" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["n" * 255]
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    def no_lock(self, timeout):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", no_lock)
+    write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt(), ValueError("wrong")])

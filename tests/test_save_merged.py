@@ -124,13 +124,27 @@ def test_what_cannot_be_written_is_told(tmp_path):
         method.attach(model)
         with pytest.raises(ValueError, match=f"{type(method).__name__} cannot be merged: .* Keep its adapter beside"):
             check_foldable(model)
+        with pytest.raises(ValueError, match=f"{type(method).__name__} cannot be merged: .* Keep its adapter beside"):
+            save_merged(model, tmp_path / "out")
     model = tiny("gpt2")
     LoRA(r=2, target_modules=["wte"]).attach(model)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"transformer\.wte cannot be merged: its weight is also that of lm_head"):
+    with pytest.raises(
+        ValueError, match=r"transformer\.wte cannot be merged: its weight is also that of lm_head.*`lit-peft export` it"
+    ):
         save_merged(model, tmp_path / "out")
     assert_same(snapshot(model), before)
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_beside_the_weights_can_be_entered(tokenizer, tmp_path):
+    """Of several chat templates, all but the first are in a folder."""
+    names = tf.AutoTokenizer.from_pretrained(tokenizer)
+    names.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_merged(adapted("bert", "LoRA"), tmp_path / "out", names)
+    (templates,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert templates.stat().st_mode & 0o100
+    assert len({path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}) == 1
 
 
 def test_a_writer_that_fails_leaves_neither_a_folder_nor_a_merged_model(tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ class LogitsComparison(pl.Callback):
         self._kept: list[tuple[str, Tensor]] = []
         """Of each call: a digest of its inputs, and the answer."""
         self._calls = 0
+        self._cached = False
         self._of_batch = 0
         """Rows of the batch at hand that are counted."""
         self._path: str | None = None
@@ -75,7 +76,10 @@ class LogitsComparison(pl.Callback):
         return self
 
     def _take(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.why_not is not None or kwargs.get("past_key_values") is not None:
+        if self.why_not is not None:
+            return
+        if kwargs.get("past_key_values") is not None:
+            self._cached = True
             return
         if not self.comparing and self.most <= sum(kept.numel() for _, kept in self._kept):
             return
@@ -132,7 +136,7 @@ class LogitsComparison(pl.Callback):
         if self.comparing and self._calls < len(self._kept):
             self._give_up("it is asked less often in the second pass")
         if self.rows == 0:
-            self._give_up("it is asked nothing that could be compared")
+            self._give_up("all calls have a cache, as those of generate" if self._cached else "no inputs are known")
         nothing = self.why_not is not None
         return {
             "compared": None if nothing else self.compared,

@@ -130,8 +130,9 @@ def _check(module: nn.Module, path: str) -> None:
     )
     if tied := [p for p, own in holders if own is layer.weight]:
         raise ValueError(
-            f"{path} cannot be merged: its weight is also that of {tied[0]}, which would change with it. Untie them "
-            "before attaching, or leave the layer out."
+            f"{path} cannot be merged: its weight is also that of {tied[0]}, which would change with it. Keep the "
+            "adapter beside the base, or `lit-peft export` it; a new one merges where the two are untied before "
+            "attaching, or where the layer is left out."
         )
 
 
