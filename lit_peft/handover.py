@@ -63,17 +63,18 @@ class Trainer(pl.Trainer):
             if why := why_not_mergeable(cls):
                 raise ValueError(not_foldable(cls, why))
         disable_progress_bar()
+        scored = score and is_overridden("test_step", model) and bool(self.limit_test_batches)
+        weights: dict[str, Any] = {"ckpt_path": ckpt_path, "weights_only": weights_only}
         with new_folder(out) as part:
-            _restore(self, model, datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+            _restore(self, model, datamodule, scored=scored, **weights)
             root = find_model(model)
             check_foldable(model)
             tokenizer = find_tokenizer(model, datamodule, root.model)
             folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
             report = report_of(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
             logits = LogitsComparison()
-            if score and is_overridden("test_step", model) and self.limit_test_batches:
-                weights = {"ckpt_path": ckpt_path, "weights_only": weights_only}
-                report |= _merge_scored(self, model, datamodule, logits, **weights)
+            if scored:
+                report |= _merge_scored(self, model, root, datamodule, logits, **weights)
             else:
                 report |= _merge_asked(model, root.model, tokenizer, logits)
             RunReport.running = False  # what may go wrong from here is told in a few lines again
@@ -140,12 +141,14 @@ def _classes(trainer: pl.Trainer) -> list[type[Method]]:
     return found
 
 
-def _merge_scored(trainer: Any, model: Any, data: Any, logits: LogitsComparison, **weights: Any) -> dict[str, Any]:
+def _merge_scored(
+    trainer: Any, model: Any, root: hf_peft.Root, data: Any, logits: LogitsComparison, **weights: Any
+) -> dict[str, Any]:
     """Scores the test set, folds the adapters in, scores it again: what a report says of both."""
-    before = _scores(trainer, model, data, logits, **weights)
+    before = _scores(trainer, model, root, data, logits, **weights)
     merge(model)
     with _without_methods(trainer):
-        after = _scores(trainer, model, data, logits.compare())
+        after = _scores(trainer, model, root, data, logits.compare())
     difference = {key: after[key] - value for key, value in before.items() if key in after}
     figures = logits.figures() | {"precision": str(trainer.precision)}
     figures["measured_on"] = "test set" if figures["rows"] else None
@@ -169,7 +172,9 @@ def _merge_asked(module: Any, model: Any, tokenizer: Any, logits: LogitsComparis
     return figures
 
 
-def _scores(trainer: Any, model: Any, data: Any, logits: LogitsComparison, **weights: Any) -> dict[str, float]:
+def _scores(
+    trainer: Any, model: Any, root: hf_peft.Root, data: Any, logits: LogitsComparison, **weights: Any
+) -> dict[str, float]:
     """Metrics of the test set, its answers taken; with one seed, so that random data are the same every time."""
     own = trainer.callbacks
     trainer.callbacks = [logits, *own]
@@ -184,26 +189,34 @@ def _scores(trainer: Any, model: Any, data: Any, logits: LogitsComparison, **wei
         raise SystemExit(143) from None
     finally:
         trainer.callbacks = own
+        if model.get_submodule(root.path) is not root.model:  # whatever came of it
+            raise ValueError(
+                f"{type(model).__name__} builds its model anew each time a trainer runs it, so that it cannot be scored "
+                "before and after: build it once (`if self.net is None` in setup or configure_model), or --score false."
+            )
     return {key: float(value) for result in results for key, value in result.items()}
 
 
-def _restore(trainer: Any, model: Any, data: Any, ckpt_path: str | None, **options: Any) -> None:
+def _restore(trainer: Any, model: Any, data: Any, ckpt_path: str | None, scored: bool = False, **options: Any) -> None:
     """Builds, adapts and restores a module as a trainer does, and runs no batch of it.
 
-    Data are not read: what ours say is in the checkpoint or folder. Only a module of somebody's own that cannot be
-    built without its own data module is given it.
+    What data of ours say is in the checkpoint or folder, and they are not read. Those of somebody's own are where they
+    are scored anyway, or where the module cannot be built without them.
     """
     _check_whole(ckpt_path)
+    own = None if isinstance(data, TextDataModule) else data
     verb, limit = next(names for hook, names in _STAGES.items() if hook == "predict_step" or is_overridden(hook, model))
     run, before = getattr(trainer, verb), getattr(trainer, limit)
     setattr(trainer, limit, 0)
     try:
+        if scored and own is not None:
+            return run(model, datamodule=own, ckpt_path=ckpt_path, **options)
         try:
             run(model, dataloaders=[], ckpt_path=ckpt_path, **options)
         except (AttributeError, TypeError, KeyError):  # of a `trainer.datamodule` that is None
-            if data is None or isinstance(data, TextDataModule):
+            if own is None:
                 raise
-            run(model, datamodule=data, ckpt_path=ckpt_path, **options)
+            run(model, datamodule=own, ckpt_path=ckpt_path, **options)
     finally:
         setattr(trainer, limit, before)
 

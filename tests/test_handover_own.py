@@ -320,6 +320,27 @@ def test_two_adapted_models_are_refused_by_name(tmp_path):
 # --------------------------------------------------------------------------------------------- data, places, lines
 
 
+class Late(Net):
+    """Builds its model in every run anew."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def setup(self, stage):
+        self.net = tiny(self.trainer.datamodule.model)  # type: ignore[attr-defined]
+
+
+class Named(Numbers):
+    model = "bert"
+
+
+def test_a_model_that_is_built_for_every_run_is_handed_over_without_scores(tmp_path):
+    runs = trainer(LoRA(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match="Late builds its model anew each time .*--score false"):
+        runs.merge(Late(), Named(), str(tmp_path / "out"))
+    trainer(LoRA(r=2, target_modules=["query"])).merge(Late(), Named(), str(tmp_path / "out"), score=False)
+
+
 class Gone(Numbers):
     def setup(self, stage):
         raise FileNotFoundError("rows.csv")

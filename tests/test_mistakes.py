@@ -149,6 +149,8 @@ MISTAKES = [
     Mistake("merge without paths", ["merge"], "merge takes two paths, and none is given"),
     Mistake("merge without a new folder", ["merge", "{run}"], "merge takes two paths, not 1"),
     Mistake("a folder that is not empty", ["merge", "{run}", "{folder}"], "exists and is not empty; name another"),
+    Mistake("the folder one is in as a new one", ["merge", "{run}", "."], "name a new folder in it"),
+    Mistake("a new folder by an option", ["merge", "{run}", "--out", "out"], "as its second path, without --out"),
     Mistake("a file in the place of a new folder", ["export", "{run}", "{csv}"], "is a file; name a folder"),
     Mistake("neither a run nor an adapter", ["merge", "{folder}", "out"], "is neither the folder of a run"),
     Mistake("a whole model", ["merge", "{base}", "out"], "It is a whole model, with nothing to fold in"),

@@ -62,6 +62,11 @@ def test_the_working_directory_is_refused(tmp_path, monkeypatch):
             check_free(out)
 
 
+def test_where_no_file_can_be_nobody_is_said_to_write():
+    with pytest.raises(PermissionError, match="/proc/x cannot be made"):
+        write(Path("/proc/x"))
+
+
 def test_a_name_may_be_as_long_as_names_may_be(tmp_path):
     write(tmp_path / ("n" * 255))
     assert [path.name for path in tmp_path.iterdir()] == ["n" * 255]

@@ -104,6 +104,8 @@ def _held(lock_file: Path, path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not lock_file.exists():  # where no file can be, the lock waits for one
+            raise PermissionError(f"{path} cannot be made: no file can be written in {lock_file.parent}.") from None
         raise FileExistsError(f"{path}: another process is writing this folder; wait for it, or stop it.") from None
     except NotImplementedError:
         pass
