@@ -62,6 +62,7 @@ class Trainer(pl.Trainer):
         for cls in _classes(self):
             if why := why_not_mergeable(cls):
                 raise ValueError(not_foldable(cls, why))
+
         disable_progress_bar()
         scored = score and is_overridden("test_step", model) and bool(self.limit_test_batches)
         weights: dict[str, Any] = {"ckpt_path": ckpt_path, "weights_only": weights_only}
@@ -70,6 +71,7 @@ class Trainer(pl.Trainer):
             root = find_model(model)
             check_foldable(model)
             tokenizer = find_tokenizer(model, datamodule, root.model)
+
             folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
             report = report_of(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
             logits = LogitsComparison()
@@ -77,6 +79,7 @@ class Trainer(pl.Trainer):
                 report |= _merge_scored(self, model, root, datamodule, logits, **weights)
             else:
                 report |= _merge_asked(model, root.model, tokenizer, logits)
+
             RunReport.running = False  # what may go wrong from here is told in a few lines again
             write_model(root.model, part, tokenizer)
             report["dtype"] = json.loads((part / "config.json").read_text())["dtype"]
@@ -191,8 +194,8 @@ def _scores(
         trainer.callbacks = own
         if model.get_submodule(root.path) is not root.model:  # whatever came of it
             raise ValueError(
-                f"{type(model).__name__} builds its model anew each time a trainer runs it, so that it cannot be scored "
-                "before and after: build it once (`if self.net is None` in setup or configure_model), or --score false."
+                f"{type(model).__name__} builds its model anew each time a trainer runs it, so that it cannot be "
+                "scored before and after: build it once (`if self.net is None` in setup or configure_model), or --score false."
             )
     return {key: float(value) for result in results for key, value in result.items()}
 

@@ -336,7 +336,7 @@ class Named(Numbers):
 
 def test_a_model_that_is_built_for_every_run_is_handed_over_without_scores(tmp_path):
     runs = trainer(LoRA(r=2, target_modules=["query"]))
-    with pytest.raises(ValueError, match="Late builds its model anew each time .*--score false"):
+    with pytest.raises(ValueError, match=r"Late builds its model anew each time .*--score false"):
         runs.merge(Late(), Named(), str(tmp_path / "out"))
     trainer(LoRA(r=2, target_modules=["query"])).merge(Late(), Named(), str(tmp_path / "out"), score=False)
 
