@@ -195,7 +195,8 @@ def _scores(
         if model.get_submodule(root.path) is not root.model:  # whatever came of it
             raise ValueError(
                 f"{type(model).__name__} builds its model anew each time a trainer runs it, so that it cannot be "
-                "scored before and after: build it once (`if self.net is None` in setup or configure_model), or --score false."
+                "scored before and after: build it once (`if self.net is None` in setup or configure_model), or "
+                "--score false."
             )
     return {key: float(value) for result in results for key, value in result.items()}
 
