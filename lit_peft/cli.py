@@ -10,7 +10,7 @@ import sys
 
 from lit_peft import __version__
 from lit_peft.arguments import closest, configs, resolve
-from lit_peft.placed import place
+from lit_peft.handover.paths import place
 
 VERBS = {
     "fit": "train, then validate and test with the best checkpoint",

@@ -25,12 +25,12 @@ from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path
 from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
-from lit_peft.handover import Trainer
+from lit_peft.handover.paths import PLACED
+from lit_peft.handover.trainer import Trainer
 from lit_peft.limits import check_nulls, check_settings
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import available
 from lit_peft.mistakes import FULL, explain, of_built, of_system
-from lit_peft.placed import PLACED
 from lit_peft.quiet import be_quiet, without_notices
 from lit_peft.runs import (
     claim_folder,

@@ -15,8 +15,8 @@ import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import configs, nearest, options, read_config, settings, values
 from lit_peft.class_path import find_fault, raised
+from lit_peft.handover.paths import PLACED
 from lit_peft.methods.registry import available, find
-from lit_peft.placed import PLACED
 
 CLASSES = ("model", "data", "method")
 FIXED = {"trainer": pl.Trainer, "early_stopping": EarlyStopping, "checkpoint": ModelCheckpoint}

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from lit_peft.placed import PLACED
+from lit_peft.handover.paths import PLACED
 
 HERE = f"{Path(__file__).parent}{os.sep}"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import CONFIG_FLAGS, options, settings, take, values
-from lit_peft.placed import PLACED
+from lit_peft.handover.paths import PLACED
 from lit_peft.saving.folder_record import open_folder
 
 ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false", "enable_progress_bar": "false"}

@@ -38,8 +38,8 @@ from lit_peft import (
 )
 from lit_peft.callbacks.logits import LogitsComparison
 from lit_peft.demo import ENCODER
-from lit_peft.handover import Trainer
-from lit_peft.placed import place
+from lit_peft.handover.paths import place
+from lit_peft.handover.trainer import Trainer
 from lit_peft.quiet import be_quiet
 from lit_peft.tasks import TextClassification
 from lit_peft.testing.conformance import perturb

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from lit_peft import LoRA
 from lit_peft.callbacks.logits import LogitsComparison
-from lit_peft.handover import Trainer
+from lit_peft.handover.trainer import Trainer
+from lit_peft.handover.verifying import find_tokenizer, fixed_inputs
 from lit_peft.testing.conformance import perturb
-from lit_peft.verifying import find_tokenizer, fixed_inputs
 
 ROWS = torch.arange(48).reshape(8, 6)
 

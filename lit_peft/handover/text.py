@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from lit_peft.callbacks.tables import summary_panel
-from lit_peft.merge_report import REPORT
+from lit_peft.handover.report import REPORT
 
 
 def print_merged(

@@ -19,8 +19,9 @@ from lit_peft.core import hf_peft
 from lit_peft.core.attach import registry
 from lit_peft.core.merge import merge
 from lit_peft.data.base import TextDataModule
-from lit_peft.handover_text import print_exported, print_merged
-from lit_peft.merge_report import REPORT, finite, report_of
+from lit_peft.handover.report import REPORT, finite, report_of
+from lit_peft.handover.text import print_exported, print_merged
+from lit_peft.handover.verifying import find_tokenizer, fixed_inputs, verify
 from lit_peft.methods.base import Method
 from lit_peft.methods.describe import why_not_mergeable
 from lit_peft.methods.full import FullFineTuning
@@ -31,7 +32,6 @@ from lit_peft.saving.folder_record import open_folder
 from lit_peft.saving.merged import changed, check_foldable, find_model, not_foldable, write_model
 from lit_peft.saving.new_folder import new_folder, resolved
 from lit_peft.training.seam import methods
-from lit_peft.verifying import find_tokenizer, fixed_inputs, verify
 
 _OURS = "The run's adapter folder holds it, for lit_peft.load and `lit-peft predict --adapter`."
 

@@ -1,0 +1,1 @@
+"""What `lit-peft merge` and `lit-peft export` do: a result as a folder that opens elsewhere."""
