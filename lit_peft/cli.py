@@ -67,6 +67,16 @@ def main(argv: list[str] | None = None) -> None:
             LIT_PEFT_TRACEBACK=1 lets the exception through instead.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if arguments[:1] not in (["inspect"], ["methods"], ["configs"]):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+
+
+def _run(arguments: list[str]) -> None:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help", "help"):
         verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())

@@ -220,3 +220,11 @@ def test_an_edited_checkpoint_never_ends_in_a_traceback(tmp_path):
             assert "edited.ckpt" in str(error)
             told += 1
     assert 20 < told < 100
+
+
+def test_who_has_read_enough_sees_no_traceback(folders):
+    command = [sys.executable, "-m", "lit_peft.cli", "inspect", "--json", str(folders["LoRA"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before anything is written
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
