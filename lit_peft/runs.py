@@ -1,11 +1,12 @@
 """Folders of runs: <root>/version_N with config.yaml, checkpoints, adapter and metrics."""
 
-import errno
 import os
 import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from lit_peft.core.locks import try_lock
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Variables in which a launcher says which rank a process is, the first that is set."""
@@ -66,18 +67,12 @@ def lock_folder(folder: Path) -> None:
     Raises:
         ValueError: When another process has it: both would write the same files.
     """
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = try_lock(folder / LOCK)
     except Timeout:
         raise ValueError(f"{folder}: another process is training in this folder; wait for it, or stop it.") from None
-    except NotImplementedError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks
-            raise
-        return
-    _locks.append(lock)
+    if lock is not None:
+        _locks.append(lock)
 
 
 def unlock_folders() -> None:

@@ -1,6 +1,5 @@
 """A folder that appears whole or not at all, whatever becomes of the process that writes it."""
 
-import errno
 import hashlib
 import os
 import shutil
@@ -11,7 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from lit_peft.core.locks import try_lock
 
 LONGEST = 249
 """Bytes of a name beside which there is room for `.NAME.part`."""
@@ -100,23 +101,18 @@ def _sync(path: Path) -> None:
 @contextmanager
 def _held(lock_file: Path, path: str | os.PathLike[str]) -> Iterator[None]:
     """Holds a lock that ends with the process, so that a folder which another one writes is not taken for a rest."""
-    lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
+        lock = try_lock(lock_file)
     except Timeout:
         if not lock_file.exists():  # where no file can be, the lock waits for one
             raise PermissionError(f"{path} cannot be made: no file can be written in {lock_file.parent}.") from None
         raise FileExistsError(f"{path}: another process is writing this folder; wait for it, or stop it.") from None
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks
-            raise
     try:
         yield
     finally:
         lock_file.unlink(missing_ok=True)
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 @contextmanager
