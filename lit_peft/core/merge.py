@@ -59,7 +59,7 @@ def merge(
     except ValueError:
         run_again(module, before)
         raise
-    paths = _paths(state)
+    paths = state.paths()
     kept = module.__dict__[MERGED_KEY] = _Merged(before=before)
     try:
         for path in paths:
@@ -80,12 +80,8 @@ def check_mergeable(module: nn.Module) -> None:
     state = registry(module)
     if state is None:
         raise ValueError(f"{type(module).__name__} has no adapter to merge.")
-    for path in _paths(state):
+    for path in state.paths():
         _check(module, path)
-
-
-def _paths(state: Registry) -> list[str]:
-    return sorted({path for adapter in state.adapters.values() for path in adapter.sites})
 
 
 def unmerge(module: nn.Module) -> None:

@@ -73,6 +73,10 @@ class Registry:
         shadowed = {name: frozenset(self.aside.get(name, ())) for name in self.active}
         return Running(weights, self.head, frozenset(self.frozen), shadowed)
 
+    def paths(self) -> list[str]:
+        """Paths of all adapted modules, in order."""
+        return sorted({path for adapter in self.adapters.values() for path in adapter.sites})
+
     def training(self) -> list[Adapter]:
         """The adapters that train: those that run, but for frozen ones."""
         return [adapter for name, adapter in self.adapters.items() if name in self.active and name not in self.frozen]

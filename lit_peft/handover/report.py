@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lit_peft import __version__
-from lit_peft.core.attach import registry
 from lit_peft.core.hf_peft import Root
+from lit_peft.core.registry import registry
 from lit_peft.saving.merged import left_out
 
 REPORT = "merge_report.json"
@@ -19,9 +19,8 @@ def report_of(module: nn.Module, root: Root) -> dict[str, Any]:
     """What a report says of a module that is about to be merged."""
     state = registry(module)
     assert state is not None
-    folded = sorted(path for path in {p for a in state.adapters.values() for p in a.sites})
-    chains: list[Any] = [module.get_submodule(path) for path in folded]
-    layers = [path for path, layer in zip(folded, chains, strict=True) if layer.peft.chain()]
+    additions: dict[str, Any] = {path: module.get_submodule(path).peft for path in state.paths()}
+    layers = [path for path, here in additions.items() if here.chain()]
     bases = (getattr(module, "backbone", None), getattr(root.model.config, "_name_or_path", None))
     digest = hashlib.sha256(json.dumps(sorted(state.fingerprint.items())).encode()).hexdigest()[:32]
     return {

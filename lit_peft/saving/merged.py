@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lit_peft.core.attach import registry
 from lit_peft.core.checkpoint import umask
 from lit_peft.core.hf_peft import Root, find_models, find_root, has_form, is_inside
 from lit_peft.core.merge import check_mergeable, merge, unmerge
+from lit_peft.core.registry import registry
 from lit_peft.core.swap import MERGED_KEY, CastsParameters
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import method_class
