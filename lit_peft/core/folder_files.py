@@ -89,17 +89,28 @@ def open_files(
     """
     config, stored, metadata = read_files(folder)
     check_config(config, f"{folder}/{CONFIG}")
-    if RECORD not in metadata:
-        if astray := [key for key, value in metadata.items() if value.startswith('{"format_version"')]:
-            raise CheckpointMismatch(f"{folder}/{TENSORS} is damaged: its header names our record {shown(astray[0])}.")
+    mine = _record(metadata, folder)
+    if mine is None:
         return config, stored, None
-    mine = read_record(metadata[RECORD], f"{folder}/{TENSORS}")
     try:
         compare_halves(config, mine["config"])
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{folder}: {error}") from error
     _check_digests(stored, mine["digests"], f"{folder}/{TENSORS}")
     return config, stored, mine
+
+
+def open_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Our record in an adapter folder, or None, while the tensors stay unread; raises as `open_files` does for it."""
+    return _record(read_files(folder)[2], folder)
+
+
+def _record(metadata: Mapping[str, str], folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    if RECORD in metadata:
+        return read_record(metadata[RECORD], f"{folder}/{TENSORS}")
+    if astray := [key for key, value in metadata.items() if value.startswith('{"format_version"')]:
+        raise CheckpointMismatch(f"{folder}/{TENSORS} is damaged: its header names our record {shown(astray[0])}.")
+    return None
 
 
 def _check_digests(stored: Mapping[str, Stored], digests: Mapping[str, str], where: str) -> None:

@@ -217,9 +217,13 @@ def has_form(method: type) -> bool:
 
 def form_of(method: Any, sites: Iterable[tuple[Site, Any]]) -> Any:
     """What maps these additions: the method, or `OwnForm` where HF PEFT lacks it, or lacks it at one of the layers."""
-    if not has_form(type(method)):
-        return OwnForm
-    return method if all(getattr(method, "hf_has", lambda *_: True)(*pair) for pair in sites) else OwnForm
+    return method if has_form(type(method)) and first_lacking(method, sites) is None else OwnForm
+
+
+def first_lacking(method: Any, sites: Iterable[tuple[Site, Any]]) -> Site | None:
+    """The first of these places at which HF PEFT does not have the method, which may be its class; None: it has all."""
+    has = getattr(method, "hf_has", lambda *_: True)
+    return next((site for site, addition in sites if not has(site, addition)), None)
 
 
 def stores_transposed(sites: Iterable[tuple[Site, Any]]) -> bool:

@@ -16,8 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 from lit_peft.callbacks.logits import LogitsComparison
 from lit_peft.callbacks.report import RunReport
 from lit_peft.core import hf_peft
-from lit_peft.core.attach import registry
+from lit_peft.core.folder_files import open_record
 from lit_peft.core.merge import merge
+from lit_peft.core.records import CONFIG
+from lit_peft.core.registry import registry
 from lit_peft.data.base import TextDataModule
 from lit_peft.handover.report import REPORT, finite, report_of
 from lit_peft.handover.text import print_exported, print_merged
@@ -28,10 +30,9 @@ from lit_peft.methods.full import FullFineTuning
 from lit_peft.methods.registry import method_class
 from lit_peft.saving.adapter_folder import AdapterFolder
 from lit_peft.saving.folder import save
-from lit_peft.saving.folder_record import open_folder
 from lit_peft.saving.merged import changed, check_foldable, find_model, not_foldable, write_model
 from lit_peft.saving.new_folder import new_folder, resolved
-from lit_peft.training.seam import methods
+from lit_peft.training.bringing import methods
 
 _OURS = "The run's adapter folder holds it, for lit_peft.load and `lit-peft predict --adapter`."
 
@@ -137,7 +138,7 @@ def _classes(trainer: pl.Trainer) -> list[type[Method]]:
     for method in methods(trainer):
         cls: type[Method] | None = type(method)
         if isinstance(method, AdapterFolder):
-            mine = open_folder(method.path)[2] if Path(method.path).is_dir() else None
+            mine = open_record(method.path) if Path(method.path).is_dir() else None
             cls = None if mine is None else method_class(next(iter(mine["methods"].values()))["class_path"])
         if cls is not None:
             found.append(cls)
@@ -263,8 +264,7 @@ def _why_own_form(module: nn.Module, name: str) -> str:
     adapter = state.adapters[name]
     cls: Any = method_class(adapter.spec["class_path"])
     root = hf_peft.find_root(module, [*adapter.sites, *adapter.base])
-    has: Any = getattr(cls, "hf_has", lambda *_: True)
-    if missing := next((site for site, addition in root.pairs(adapter) if not has(site, addition)), None):
+    if missing := hf_peft.first_lacking(cls, root.pairs(adapter)):
         why = f"HF PEFT does not have it at {missing.path}, a {type(missing.layer).__name__}."
     else:
         why = f"HF PEFT would open it on {type(root.model).__name__} and compute something else"
@@ -273,4 +273,4 @@ def _why_own_form(module: nn.Module, name: str) -> str:
 
 
 def _peft_type(folder: Path) -> str:
-    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+    return json.loads((folder / CONFIG).read_text())["peft_type"]
