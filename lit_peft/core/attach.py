@@ -1,6 +1,5 @@
 """Attaching additions to a module, and the way back."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -14,6 +13,7 @@ from lit_peft.core.buffers import base_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import fingerprint
 from lit_peft.core.owned import switch
 from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, Running, registry
+from lit_peft.core.streams import stream
 from lit_peft.core.swap import (
     cast_parameters,
     check_forward,
@@ -154,8 +154,7 @@ def _add(module: nn.Module, site: Site, name: str, addition: Addition, dtype: to
 
 def _initialise(site: Site, name: str, addition: Addition) -> None:
     """Starting values from a stream of the site's own: equal on every rank, whatever else is attached."""
-    digest = hashlib.sha256(f"{torch.initial_seed()}/{name}/{site.path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = stream(f"{torch.initial_seed()}/{name}/{site.path}")
     with torch.no_grad(), torch.device("cpu"):  # Lightning is in its accelerator's context
         addition.init(site, generator)
 

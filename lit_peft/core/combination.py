@@ -3,12 +3,13 @@
 Pure functions of tensors, computed in their dtype. `lit_peft.combine` applies them to the adapters of a module.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lit_peft.core.streams import stream
 
 MajoritySign = Literal["total", "frequency"]
 
@@ -84,13 +85,9 @@ def drop(change: Tensor, keep: Tensor, density: float) -> Tensor:
     return change * keep / density
 
 
-def draw_keep(shape: Sequence[int], density: float, stream: str) -> Tensor:
-    """Booleans that are True with probability `density`, from a stream of that name.
-
-    Drawn on the host, so that they are the same on every rank and every kind of device.
-    """
-    seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little") >> 1
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), device="cpu") < density
+def draw_keep(shape: Sequence[int], density: float, name: str) -> Tensor:
+    """Booleans that are True with probability `density`, drawn on the host from the stream of that name."""
+    return torch.rand(*shape, generator=stream(name), device="cpu") < density
 
 
 def merge_disjoint(changes: Sequence[Tensor], weights: Sequence[float], method: MajoritySign) -> Tensor:
