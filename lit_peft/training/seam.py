@@ -97,16 +97,16 @@ class AdaptedLightningModule(Swapped):
         state = registry(module)
         if state is None:  # detached since: the whole model
             return
-        if module.trainer.state.fn == "fit":
-            take_average(checkpoint, module.trainer)
-            state.moved |= averaged_moved(module.trainer)
-        keys = adapter_keys(module)
-        leave_base_out(checkpoint, keys)
         if not state.active:
             raise ValueError(
                 f"{type(self).__name__} runs none of its adapters, and a checkpoint holds those that run: "
                 f"lit_peft.set_active(module, {sorted(state.adapters)})."
             )
+        if module.trainer.state.fn == "fit":
+            take_average(checkpoint, module.trainer)
+            state.moved |= averaged_moved(module.trainer)
+        keys = adapter_keys(module)
+        leave_base_out(checkpoint, keys)
         prepared = [name for name in state.active if state.adapters[name].prepared]
         logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
         checkpoint["lit_peft"] = record(module, keys) | {
