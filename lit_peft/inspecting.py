@@ -141,11 +141,11 @@ def _folder(path: Path) -> dict[str, Any]:
         else:
             path_of, _, tensor = name.removesuffix(".weight").rpartition(".")
             additions[path_of, tensor] = part
-    _check_finite(path, stored, {w: n for n, w in wrapped.items()}, parts.keys() - _buffers(base, mine or {}).keys())
+    buffers = _buffers(base, mine or {})
+    _check_finite(path, stored, {w: n for n, w in wrapped.items()}, parts.keys() - buffers.keys())
     told = (mine or {}).get("model") or {}
     ((name, spec),) = mine["methods"].items() if mine else (("default", _theirs(config)),)
     trains = set(mine["base"]) if mine else base.keys()
-    buffers = _buffers(base, mine or {})
     return {
         "kind": "adapter folder",
         "path": str(path),
