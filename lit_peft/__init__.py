@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lit_peft.methods.p_tuning import PTuning
     from lit_peft.methods.prefix_tuning import PrefixTuning
     from lit_peft.methods.prompt_tuning import PromptTuning
+    from lit_peft.methods.qlora import QLoRA
     from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
     from lit_peft.saving.adapter_folder import AdapterFolder
@@ -69,6 +70,7 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "QLoRA",
     "SparseLoRA",
     "TargetedMethod",
     "VeRA",

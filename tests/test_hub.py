@@ -20,7 +20,7 @@ import torch
 from lit_peft import hub
 from lit_peft.data import TextClassificationDataModule
 from lit_peft.data.splits import load_splits
-from lit_peft.tasks.text_classification import load_classifier
+from lit_peft.tasks.loading import load_classifier
 
 
 @pytest.fixture(autouse=True)

@@ -140,12 +140,6 @@ def dropped(x: Tensor, p: float, training: bool) -> Tensor:
     return F.dropout(x, p) if p > 0 and training and x.is_floating_point() else x
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a product with `x` is computed in: autocast's where it is on, else that of `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def difference(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     """`new - old`, where an absent bias is zero."""
     return new if old is None or new is None else new - old

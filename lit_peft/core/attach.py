@@ -12,6 +12,7 @@ from lit_peft.core.addition import Addition
 from lit_peft.core.buffers import base_buffers, moving_buffers, put_back
 from lit_peft.core.fingerprint import fingerprint
 from lit_peft.core.owned import switch
+from lit_peft.core.quantize import recognise
 from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, Running, registry
 from lit_peft.core.streams import stream
 from lit_peft.core.swap import (
@@ -81,6 +82,7 @@ def attach(
         )
     state, buffers = registry(module), set[str]()
     if state is None:
+        recognise(module)
         buffers = set(base_buffers(module))
         state = Registry(
             required_grad={n for n, p in module.named_parameters() if p.requires_grad},

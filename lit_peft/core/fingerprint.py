@@ -1,11 +1,15 @@
 """What tells one base model from another of the same shape."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_peft.core.buffers import base_buffers
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.quantize import stored_as
 
 _SAMPLES = 64
 
@@ -14,12 +18,27 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     """A digest of every parameter and saved floating buffer: name -> "shape:hash of 64 values spread over it".
 
     Values are rounded to bfloat16 first, so that a base gives the same digests whether it was loaded in
-    float32 or bfloat16. Of buffers, running statistics for instance, those of integers are left out: counters and
-    positions do not tell a base. Take it before quantising and sharding; tensors on the meta device have no values
-    and are left out. Cost: one small gather a tensor.
+    float32 or bfloat16. Of a quantised weight it is that of the codes, after what they are: "9x8:int8 by rows:hash".
+    Of buffers, running statistics for instance, those of integers are left out: counters and positions do not tell a
+    base. Take it before sharding; tensors on the meta device have no values and are left out. Cost: one small gather a
+    tensor.
     """
     buffers = ((name, b) for name, b in base_buffers(module).items() if b.is_floating_point())
-    return {name: _digest(tensor) for name, tensor in (*module.named_parameters(), *buffers) if not tensor.is_meta}
+    tensors = {name: tensor for name, tensor in (*module.named_parameters(), *buffers) if not tensor.is_meta}
+    quantised = {f"{path}.weight".lstrip("."): kind for path, kind in stored_as(module).items()}
+    digests = {}
+    for name, tensor in tensors.items():
+        if name in quantised:
+            layer = module.get_submodule(name.rpartition(".")[0])
+            ops = layer_ops(layer)
+            digests[name] = f"{_shape(ops.size(layer))}:{quantised[name]}:{_digest(ops.codes(layer))}"
+        else:
+            digests[name] = f"{_shape(tensor.shape)}:{_digest(tensor)}"
+    return digests
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return "x".join(map(str, sizes)) or "scalar"
 
 
 def _digest(tensor: Tensor) -> str:
@@ -33,24 +52,63 @@ def _digest(tensor: Tensor) -> str:
     values = flat[index]
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
-    return f"{shape}:{hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]}"
+    return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def compare_fingerprints(saved: dict[str, str], found: dict[str, str]) -> str | None:
+def compare_fingerprints(
+    saved: Mapping[str, str], found: Mapping[str, str], *, any_storage: bool = False
+) -> str | None:
     """One sentence on how two bases differ, or None where they are the same.
 
     Args:
         saved: Digests kept in a checkpoint.
         found: Digests of the module it is about to be loaded into; further tensors in it do not matter.
+        any_storage: Whether weights may be quantised in the one and not, or otherwise, in the other: there is then
+            nothing in their digests to compare but shapes, and the tensors that are stored alike tell the base.
     """
     missing = [name for name in saved if name not in found]
     if missing:
         return f"the base has no {missing[0]}" + (f" (nor {len(missing) - 1} more)" if missing[1:] else "")
-    different = [name for name in saved if saved[name] != found[name]]
+    old, new = ({name: _parts(digests[name]) for name in saved} for digests in (saved, found))
+    different = [name for name in saved if old[name] != new[name]]
+    if any_storage:
+        different = [n for n in different if old[n].shape != new[n].shape or old[n].storage == new[n].storage]
     if not different:
         return None
     name = different[0]
-    old_shape, new_shape = (digests[name].partition(":")[0] for digests in (saved, found))
-    what = f"has shape {new_shape}, not {old_shape}" if old_shape != new_shape else "holds other values"
+    before, now = old[name], new[name]
+    if before.shape != now.shape:
+        what = f"has shape {now.shape}, not {before.shape}"
+    elif before.storage != now.storage:
+        what = f"is {_told(now.storage)}, not {_told(before.storage)}"
+    else:
+        what = "holds other values"
     return f"{name} {what}" + (f", and {len(different) - 1} more of {len(saved)} differ" if different[1:] else "")
+
+
+def other_storage(saved: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """One sentence on how the weights of one base are stored otherwise than those of another; None: they are not."""
+    pairs = {name: (_parts(saved[name]).storage, _parts(found[name]).storage) for name in saved if name in found}
+    other = [name for name, (before, now) in pairs.items() if before != now]
+    if not other:
+        return None
+    before, now = pairs[other[0]]
+    more = f" and {len(other) - 1} more are" if other[1:] else " is"
+    return f"{other[0]}{more} {_told(now)} here, and {_told(before)} in training"
+
+
+class _Parts(NamedTuple):
+    shape: str
+    storage: str
+    """What it is quantised to; "" where it is not."""
+    hash: str
+
+
+def _parts(digest: str) -> _Parts:
+    shape, _, rest = digest.partition(":")
+    storage, _, value = rest.rpartition(":")
+    return _Parts(shape, storage, value)
+
+
+def _told(storage: str) -> str:
+    return f"quantised ({storage})" if storage else "not quantised"

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_peft.core import quantized
 from lit_peft.core.swap import Swapped
 
 _REGISTRY: dict[str, "LayerOps"] = {}
@@ -72,8 +73,6 @@ class LayerOps:
     """Whether the layer is given ids and returns columns of its matrix."""
     fan_in_fan_out = False
     """Whether a linear layer stores its weight as [in, out]; HF PEFT's name for it."""
-    writable = True
-    """Whether `store` can write a weight in place."""
     features_last = True
     """Whether the last dimension of an output holds its features."""
 
@@ -93,8 +92,26 @@ class LayerOps:
         """The bias, [out], or None."""
         return getattr(layer, "bias", None)
 
+    def quantization(self, layer: Any) -> str | None:
+        """In what the weight is stored if that is fewer bits than it is computed in, "nf4 in blocks of 64"; else None.
+
+        Layers of one kind and another kind hold other values, whatever they were made from.
+        """
+        return None
+
+    def codes(self, layer: Any) -> Tensor:
+        """The quantised weight as it is stored: what a fingerprint is of."""
+        return layer.weight.detach()
+
+    def stored(self, layer: Any) -> list[Tensor]:
+        """All tensors that a quantised weight is made of, codes first, then its constants: what memory it takes."""
+        return [layer.weight]
+
     def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
-        """Writes a weight [out, in] and a bias [out] into the layer, in its own dtype and layout, if `writable`."""
+        """Writes a weight [out, in] and a bias [out] into the layer, in its own dtype and layout, in place.
+
+        A quantised layer quantises it anew, which rounds.
+        """
         self.matrix(layer).data.copy_(W)
         if b is not None:
             layer.bias.data.copy_(b)
@@ -163,24 +180,64 @@ class Conv1DOps(LayerOps):
 class Linear4bitOps(LayerOps):
     """bitsandbytes' 4-bit linear layer; the matrix is dequantised at each use, never kept."""
 
-    writable = False
-
     def size(self, layer: Any) -> tuple[int, int]:
-        # Read from the quantisation state: the packed weight has another shape, and loses the state when sharded.
-        state = self._state(layer)
+        # Read from the quantisation state: the packed weight has another shape.
+        state = quantized.state_4bit(layer)
         return tuple(state.shape) if state is not None else super().size(layer)
 
     def matrix(self, layer: Any) -> Tensor:
-        state = self._state(layer)
-        if state is None:  # not moved to its device yet: bitsandbytes quantises then
-            return layer.weight
-        import bitsandbytes.functional as bnb
+        return quantized.dense_4bit(layer)
 
-        return bnb.dequantize_4bit(layer.weight.data, state)
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        return quantized.forward_4bit(layer, x)
 
-    @staticmethod
-    def _state(layer: Any) -> Any:
-        return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    def linear_t(self, layer: Any, dy: Tensor) -> Tensor:
+        dtype = layer.compute_dtype or dy.dtype
+        return (dy.to(dtype) @ quantized.dense_4bit(layer, dtype)).to(dy.dtype)
+
+    def quantization(self, layer: Any) -> str | None:
+        state = quantized.state_4bit(layer)
+        if state is None:
+            return None
+        return f"{state.quant_type} in blocks of {state.blocksize}{', double' if state.nested else ''}"
+
+    def codes(self, layer: Any) -> Tensor:
+        return layer.weight.detach().view(torch.uint8)  # whatever they are stored as
+
+    def stored(self, layer: Any) -> list[Tensor]:
+        state = quantized.state_4bit(layer)
+        nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return [layer.weight, state.absmax, state.code, *nested]
+
+    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+        quantized.store_4bit(layer, W)
+        if b is not None:
+            layer.bias.data.copy_(b)
+
+
+@register_layer_ops("bitsandbytes.nn.modules.Linear8bitLt")
+class Linear8bitOps(LayerOps):
+    """bitsandbytes' LLM.int8 linear layer with a weight in int8, one scale a row."""
+
+    def matrix(self, layer: Any) -> Tensor:
+        return quantized.dense_8bit(layer)
+
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        return quantized.forward_8bit(layer, x)
+
+    def linear_t(self, layer: Any, dy: Tensor) -> Tensor:
+        return dy @ quantized.dense_8bit(layer, dy.dtype)
+
+    def quantization(self, layer: Any) -> str | None:
+        return None if quantized.scales_8bit(layer) is None else "int8 by rows"
+
+    def stored(self, layer: Any) -> list[Tensor]:
+        return [layer.weight, quantized.scales_8bit(layer)]
+
+    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+        quantized.store_8bit(layer, W)
+        if b is not None:
+            layer.bias.data.copy_(b)
 
 
 @register_layer_ops("torch.nn.modules.sparse.Embedding")

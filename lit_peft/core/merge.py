@@ -119,8 +119,8 @@ def _check(module: nn.Module, path: str) -> None:
         return
     if why := next((addition.not_mergeable for addition in chain if addition.not_mergeable is not None), None):
         raise ValueError(f"{path} cannot be merged: {why}")
-    if not layer_ops(layer).writable:
-        raise ValueError(f"{path} cannot be merged: a {type(layer).__name__} takes no weight in place.")
+    if (stored := layer_ops(layer).quantization(layer)) is not None:
+        raise ValueError(f"{path} cannot be merged: its weight is quantised, {stored}.")
     holders = (
         (p, own) for p, child in module.named_modules() if child is not layer for own in child._parameters.values()
     )

@@ -259,7 +259,7 @@ def find_parameters(module: nn.Module, patterns: Iterable[str]) -> ParameterMatc
         for name, parameter in named:
             parts = name.split(".")
             paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
-            root = next((path for path in paths if _names_path(pattern, path)), None)
+            root = next((path for path in paths if names_path(pattern, path)), None)
             if root is not None:
                 found = True
                 names.add(canonical[id(parameter)])
@@ -311,10 +311,10 @@ def _matches(pattern: str, site: Site, outputs: set[int]) -> bool:
         return any(role in GROUPS[pattern] for role in site.roles)
     if pattern in ROLES:
         return pattern in site.roles
-    return _names_path(pattern, site.path)
+    return names_path(pattern, site.path)
 
 
-def _names_path(pattern: str, path: str) -> bool:
+def names_path(pattern: str, path: str) -> bool:
     """Whether a name, a path ending, a glob or a regular expression (`re:`) means this path."""
     if pattern.startswith("re:"):
         try:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from lit_peft.methods.p_tuning import PTuning
     from lit_peft.methods.prefix_tuning import PrefixTuning
     from lit_peft.methods.prompt_tuning import PromptTuning
+    from lit_peft.methods.qlora import QLoRA
     from lit_peft.methods.sparse_lora import SparseLoRA
     from lit_peft.methods.vera import VeRA
 
 # Public name -> module; imported on first use, so that listing the methods needs neither torch nor Lightning.
 BUILT_IN = {
     "LoRA": "lora",
+    "QLoRA": "qlora",
     "DoRA": "dora",
     "HiRA": "hira",
     "SparseLoRA": "sparse_lora",
@@ -52,6 +54,7 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "QLoRA",
     "SparseLoRA",
     "TargetedMethod",
     "VeRA",

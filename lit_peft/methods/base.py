@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, attach, check_attachable, detach
 from lit_peft.core.checkpoint import differing
+from lit_peft.core.quantize import Quantize, make_quantizer, parse, quantize_base
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.faults import TrainingFault
@@ -48,6 +49,9 @@ class Method(pl.Callback):
             and a head that the module itself names at `lr`; times the scale. Adapter tensors do not decay. Blocks
             are counted over the whole module, stack after stack. Howard and Ruder 2018 (ULMFiT), section 3.2,
             with 1 / 2.6; Clark et al. 2020 (ELECTRA), appendix B, with .8 for small and base models.
+        quantize: How the frozen base is stored: nf4, fp4, int8 or a mode that another package brings; or its options
+            too, {mode: nf4, double_quant: false}; null: as it is. Heads, what trains, weights that are used twice and
+            the adapters themselves are left alone. See `lit_peft.core.quantize`.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -66,6 +70,7 @@ class Method(pl.Callback):
         name: str = "default",
         update_norm_stats: bool = False,
         layer_decay: float = 1.0,
+        quantize: Quantize = None,
     ) -> None:
         check_choice("adapter_dtype", adapter_dtype, ("auto", *ADAPTER_DTYPES))
         self.train_also = check_patterns(train_also)
@@ -73,6 +78,7 @@ class Method(pl.Callback):
         self.name = name
         self.update_norm_stats = update_norm_stats
         self.layer_decay = check_layer_decay(layer_decay)
+        self.quantize = parse(quantize)
 
     # ------------------------------------------------------------------------------------------ the contract
 
@@ -167,6 +173,8 @@ class Method(pl.Callback):
             self.plan(sites)
             additions = [(site, addition) for site in sites if (addition := self.build(site)) is not None]
         base = {name for name, _ in module.named_parameters() if ".peft." not in f".{name}" and self.trains(name)}
+        weights = (name.rpartition(".") for name in base)
+        self._quantize(module, [*also.roots, *(path for path, _, kind in weights if kind == "weight")])
         return attach(
             module,
             self.name,
@@ -179,6 +187,16 @@ class Method(pl.Callback):
             keep_originals=self.keep_originals,
             update_norm_stats=self.update_norm_stats,
         )
+
+    def base_storage(self) -> dict[str, Any] | None:
+        """How the base is to be stored, all options by name; asked before it is loaded. None: as it comes."""
+        return self.quantize
+
+    def _quantize(self, module: nn.Module, avoid: Iterable[str]) -> None:
+        if self.quantize is not None:
+            trainer = getattr(module, "_trainer", None)
+            device = None if trainer is None else trainer.strategy.root_device
+            quantize_base(module, make_quantizer(self.quantize), avoid, device)
 
     def names_on(self, module: nn.Module) -> list[str]:
         """Names of the adapters that are this method's on a module; none where it is not attached yet."""

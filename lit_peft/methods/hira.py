@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
+from lit_peft.core.addition import Call, Delta, dropped
+from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.hf_peft import stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_peft.core.addition import Call, Delta, compute_dtype, dropped
+from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.hf_peft import match_pattern, stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.targets import Site
@@ -85,6 +86,7 @@ class LoRA(TargetedMethod):
         self.r, self.alpha, self.dropout, self.bias, self.init = r, alpha, dropout, bias, init
         self.use_rslora, self.loraplus_ratio = use_rslora, loraplus_ratio
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+        self._biases: set[str] = set()  # of the adapted layers, once they are known
 
     def plan(self, sites: list[Site]) -> None:
         self._biases = {f"{site.path}.bias".lstrip(".") for site in sites}

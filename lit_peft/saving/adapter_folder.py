@@ -7,8 +7,12 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lit_peft.core.folder_files import open_record
+from lit_peft.core.quantize import Quantize
+from lit_peft.core.records import RECORD
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.base import Method
+from lit_peft.saving.checkpoint_file import AS_TRAINED, read_checkpoint
 from lit_peft.saving.folder import load
 
 
@@ -21,11 +25,13 @@ class AdapterFolder(Method):
     Args:
         path: Folder of ours or of HF PEFT's, or a run's checkpoint; see `lit_peft.load`.
         name: Name of the adapter on the module.
+        quantize: How the base is stored, see `lit_peft.load`; by default as in training.
     """
 
-    def __init__(self, path: str, name: str = "default") -> None:
-        super().__init__(name=name)
+    def __init__(self, path: str, name: str = "default", quantize: Quantize = AS_TRAINED) -> None:
+        super().__init__(name=name, quantize=None if quantize == AS_TRAINED else quantize)
         self.path = path
+        self.as_trained = quantize == AS_TRAINED
         self._spec: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -37,9 +43,16 @@ class AdapterFolder(Method):
         super().setup(trainer, pl_module, stage)
 
     def attach(self, module: nn.Module, dtype: torch.dtype | None = None) -> Adapter:
-        adapter = load(module, self.path, self.name)
+        adapter = load(module, self.path, self.name, quantize=AS_TRAINED if self.as_trained else self.quantize)
         self._spec = adapter.spec
         return adapter
+
+    def base_storage(self) -> dict[str, Any] | None:
+        if not self.as_trained:
+            return self.quantize
+        record = open_record(self.path) if Path(self.path).is_dir() else read_checkpoint(self.path)[RECORD]
+        specs = [] if record is None else record["methods"].values()
+        return next((found for spec in specs if (found := spec["init_args"].get("quantize")) is not None), None)
 
     def names_on(self, module: nn.Module) -> list[str]:
         """Several, where a checkpoint brings several."""

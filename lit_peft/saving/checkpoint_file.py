@@ -15,9 +15,14 @@ from lit_peft.core.attach import check_attachable, detach
 from lit_peft.core.buffers import base_buffers
 from lit_peft.core.checkpoint import CheckpointMismatch, check_tensors, fixed_keys, read_archive
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
+from lit_peft.core.quantize import Quantize, parse
 from lit_peft.core.records import RECORD, check_checkpoint
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.registry import method_class
+from lit_peft.saving.folder_record import warn_of_storage
+
+AS_TRAINED = "as trained"
+"""The `quantize` of `load` that stands for what the file says."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -32,13 +37,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) -> Adapter:
+def load_checkpoint(
+    module: nn.Module, path: str | os.PathLike[str], name: str, quantize: Quantize = AS_TRAINED
+) -> Adapter:
     """Attaches and loads what a checkpoint holds; see `lit_peft.load`.
 
     Args:
         module: The module, of the class that was trained, with its base.
         path: The file.
         name: Name that the adapter gets; several in one file keep theirs.
+        quantize: See `lit_peft.load`.
 
     Returns:
         The registry's record of the adapter, the first of several.
@@ -53,9 +61,8 @@ def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) 
     names = (
         {old: old for old in saved["methods"]} if len(saved["methods"]) > 1 else dict.fromkeys(saved["methods"], name)
     )
-    found = state.fingerprint if state is not None else fingerprint(module)
-    if (difference := compare_fingerprints(saved["fingerprint"], found)) is not None:
-        raise CheckpointMismatch(f"{path} belongs to another base model: {difference}.")
+    _check_base(saved, state.fingerprint if state is not None else fingerprint(module), path)
+    given = {} if quantize == AS_TRAINED else {"quantize": parse(quantize)}
     attached: list[Adapter] = []
     with set_aside(module):
         try:
@@ -63,8 +70,9 @@ def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) 
                 check_attachable(module, names[old])
                 cls = method_class(spec["class_path"])
                 with asked_for(cls, str(path)):
-                    method = cls(**spec["init_args"] | {"name": names[old]})
+                    method = cls(**spec["init_args"] | given | {"name": names[old]})
                     attached.append(method.attach(module))
+                _check_base(saved, found := registry(module).fingerprint, path)  # type: ignore[union-attr]
                 attached[-1].prepared = old in saved.get("prepared", [old])
             run_saved(module, saved, names)
             tensors = {_renamed(key, names): value for key, value in content.get("state_dict", {}).items()}
@@ -73,9 +81,15 @@ def load_checkpoint(module: nn.Module, path: str | os.PathLike[str], name: str) 
             for adapter in attached:
                 detach(module, adapter.name)
             raise
+    warn_of_storage(saved["fingerprint"], found)
     for adapter in attached:
         adapter.source = str(Path(path).resolve())
     return attached[0]
+
+
+def _check_base(saved: Mapping[str, Any], found: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+    if (difference := compare_fingerprints(saved["fingerprint"], found, any_storage=True)) is not None:
+        raise CheckpointMismatch(f"{path} belongs to another base model: {difference}.")
 
 
 @contextmanager

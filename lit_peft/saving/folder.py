@@ -47,6 +47,7 @@ from lit_peft.core.checkpoint import (
     write_folder,
 )
 from lit_peft.core.hf_peft import find_root, is_inside
+from lit_peft.core.quantize import Quantize, parse
 from lit_peft.core.records import compare_halves
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.swap import buffers_beside, check_unmerged
@@ -54,8 +55,8 @@ from lit_peft.core.targets import Site, make_site
 from lit_peft.methods.base import Method
 from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
-from lit_peft.saving.checkpoint_file import asked_for, load_checkpoint
-from lit_peft.saving.folder_record import check_base, differs, make_record, open_folder
+from lit_peft.saving.checkpoint_file import AS_TRAINED, asked_for, load_checkpoint
+from lit_peft.saving.folder_record import check_attached, check_base, differs, make_record, open_folder
 from lit_peft.training import seam
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -216,7 +217,9 @@ def _of_base(
 # ---------------------------------------------------------------------------------------------------- load
 
 
-def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
+def load(
+    module: nn.Module, path: str | os.PathLike[str], name: str = "default", *, quantize: Quantize = AS_TRAINED
+) -> Adapter:
     """Attaches a saved adapter: of a folder of ours, of one that HF PEFT wrote, or of a run's checkpoint.
 
     In float32 the outputs are bit for bit those at `save`. A folder or checkpoint of ours says which method made it
@@ -230,6 +233,8 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
         path: The folder of an adapter, or the file of a checkpoint.
         name: Name that the adapter gets on the module; several in one checkpoint keep their names. It runs alone then:
             `set_active` lets others run again, or several together.
+        quantize: How to quantise the base, as a method's `quantize`; null: not at all, it is taken as it is. By default
+            as in training. An adapter runs on a base that is stored otherwise too, with a warning.
 
     Returns:
         The registry's record: sites, base parameters that train; of several adapters the first.
@@ -246,14 +251,14 @@ def load(module: nn.Module, path: str | os.PathLike[str], name: str = "default")
         check_attachable(module, name)
         try:
             with set_aside(module):
-                adapter = _load_folder(module, *read, name)
+                adapter = _load_folder(module, *read, name, quantize)
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{path}: {error}") from error
         adapter.source = str(Path(path).resolve())
         return adapter
     seam.build(module)
     check_unmerged(module)
-    adapter = load_checkpoint(module, path, name)
+    adapter = load_checkpoint(module, path, name, quantize)
     seam.adapt(module)
     return adapter
 
@@ -264,7 +269,12 @@ def attach(module: nn.Module, method: Method) -> Adapter:
 
 
 def _load_folder(
-    module: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], mine: dict[str, Any] | None, name: str
+    module: nn.Module,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    mine: dict[str, Any] | None,
+    name: str,
+    quantize: Quantize,
 ) -> Adapter:
     root = find_root(module, fits=None if mine is None else lambda root: differs(mine, module, root) is None)
     if mine is not None:
@@ -280,6 +290,8 @@ def _load_folder(
         spec = {"class_path": reader}
         trains, head = hf_peft.trained_names(root.model, config, base)
         arguments = {"train_also": head} if hf_peft.PROMPT in changes else {"target_modules": paths, "train_also": head}
+    if quantize != AS_TRAINED:
+        arguments = {**arguments, "quantize": parse(quantize)}
     parameters = dict(root.model.named_parameters(remove_duplicate=False))
     if missing := [key for key in trains if key not in base or key not in parameters]:
         raise CheckpointMismatch(f"The folder holds no {missing[0]}, which its adapter trains.")
@@ -314,6 +326,8 @@ def _load_folder(
         adapter: Adapter = method.attach(module)
     adapter.spec, adapter.prepared = spec, True
     try:
+        if mine is not None:
+            check_attached(mine, module, root)
         if more := set(adapter.base) - names:
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
         if recorded is not None and reads:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.buffers import moving_buffers
 from lit_peft.core.checkpoint import adapter_keys, record
-from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
+from lit_peft.core.fingerprint import compare_fingerprints, fingerprint, other_storage
 from lit_peft.core.folder_files import open_files
 from lit_peft.core.hf_peft import Root, is_inside
 from lit_peft.core.records import TENSORS, CheckpointMismatch
@@ -73,10 +73,32 @@ def open_folder(
 
 
 def differs(mine: Mapping[str, Any], module: nn.Module, root: Root) -> str | None:
-    """How a model in a module differs from the base of a record; None where it is the same."""
+    """How a model in a module differs from the base of a record, quantised or not; None where it is the same."""
+    return compare_fingerprints(mine["fingerprint"], _found(module, root), any_storage=True)
+
+
+def _found(module: nn.Module, root: Root) -> dict[str, str]:
     state = registry(module)
-    found = _of_model(state.fingerprint, root) if state is not None else fingerprint(root.model)
-    return compare_fingerprints(mine["fingerprint"], found)
+    return _of_model(state.fingerprint, root) if state is not None else fingerprint(root.model)
+
+
+def check_attached(mine: Mapping[str, Any], module: nn.Module, root: Root) -> None:
+    """Once the base is quantised as it will be: refuses another, warns of weights that are stored otherwise.
+
+    Before, those that were quantised in training had nothing to be compared with.
+
+    Raises:
+        CheckpointMismatch: When the base is another than that of the record.
+    """
+    if (difference := differs(mine, module, root)) is not None:
+        raise CheckpointMismatch(f"This adapter belongs to another base model: {difference}.")
+    warn_of_storage(mine["fingerprint"], _found(module, root))
+
+
+def warn_of_storage(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Warns where weights of the base are quantised otherwise than in training: the outputs are not those of then."""
+    if (other := other_storage(saved, found)) is not None:
+        warnings.warn(f"{other}: the adapter's outputs differ by what quantising rounds.", stacklevel=5)
 
 
 def check_base(mine: Mapping[str, Any], module: nn.Module, root: Root) -> None:

@@ -18,6 +18,7 @@ from lit_peft.core.checkpoint import read_archive
 from lit_peft.methods.checks import check_positive, check_range
 from lit_peft.metrics import classification_metrics
 from lit_peft.saving.folder import load
+from lit_peft.tasks.loading import BaseStorage, load_classifier
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 from lit_peft.training.rates import methods_on
 
@@ -113,7 +114,7 @@ class TextClassification(pl.LightningModule):
         if self.label_names is None:
             raise ValueError("The classes are unknown: give label_names when there is no trainer.")
         classes = len(self.label_names)
-        self.model, fresh = load_classifier(self.backbone, self.label_names, self.base_dtype)
+        self.model, fresh = load_classifier(self.backbone, self.label_names, self.base_dtype, BaseStorage.of(self))
         self.train_also = [f"model.{name}" for name in fresh]
         self.val_metrics = classification_metrics(classes, "val/")
         self.test_metrics = classification_metrics(classes, "test/")
@@ -231,39 +232,3 @@ class TextClassification(pl.LightningModule):
         optimizer = build_optimizer(self, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay)
         schedule = warmup_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def load_classifier(backbone: str, label_names: Sequence[str], dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Loads a sequence-classification model in training mode.
-
-    Args:
-        backbone: Hub id, local folder, or demo.
-        label_names: Names of the classes; they go into the model's configuration.
-        dtype: Dtype of the loaded weights.
-
-    Returns:
-        The model, and the names of the parameters that the checkpoint did not hold.
-    """
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    source = hub.locate(backbone)
-    with (
-        hub.explained(backbone),
-        torch.device("cpu"),
-    ):  # Lightning's context would place, and rename the hooks of, what is loaded
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=len(label_names),
-            id2label=dict(enumerate(label_names)),
-            label2id={name: i for i, name in enumerate(label_names)},
-            dtype=dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    if model.config.pad_token_id is None:  # decoders pool the last token before the padding
-        model.config.pad_token_id = model.config.eos_token_id
-    fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    # `from_pretrained` returns evaluation mode, which Lightning keeps: dropout would stay off.
-    return model.train(), sorted(fresh & {name for name, _ in model.named_parameters()})

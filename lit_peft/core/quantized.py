@@ -1,0 +1,210 @@
+"""bitsandbytes' layers in a frozen base: the class swap that they get, and how they are applied and read."""
+
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.core.dtypes import compute_dtype
+from lit_peft.core.swap import Swapped, swap_class
+
+
+# Notices that ask for nothing: an optional kernel that is not there on some CPUs, and a cast before int8 products.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def bitsandbytes() -> ModuleType:
+    """The package, imported when it is first needed."""
+    import bitsandbytes as bnb
+
+    return bnb
+
+
+class FrozenQuantized(Swapped):
+    """What bitsandbytes' two kinds of linear layer have in common here.
+
+    Its own classes cast a bias in place to the dtype of the activations, which would turn one that trains into another
+    parameter than the optimizer holds, and give it a gradient of the wrong shape.
+    """
+
+    def extra_repr(self) -> str:
+        layer: Any = self
+        return f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.bias is not None}"
+
+
+class Frozen4bit(FrozenQuantized):
+    """bitsandbytes' Linear4bit, its weight frozen.
+
+    It computes in its `compute_dtype`, or where it has none in that of each call: bitsandbytes would keep that of the
+    first. It keeps its codes as they are: through `.to(dtype)`, which would cast those that are stored in floating
+    point, and in evaluation, where bitsandbytes packs them anew for CPUs with bfloat16 instructions, after which
+    training loses gradients without a word. It finds its state again after a move or sharding has replaced the weight.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward_4bit(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        layer: Any = self
+        state, weight = state_4bit(layer), layer.weight
+        stored = weight.dtype
+        if state is None:
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        is_cast = stored.is_floating_point and type(weight.data) is Tensor
+        if is_cast:
+            weight.data = weight.data.view(torch.uint8)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if is_cast:
+            layer.weight.data = layer.weight.data.view(stored)
+        if not layer.weight.is_meta:
+            state.to(layer.weight.device)
+        layer.quant_state = layer.weight.quant_state = state
+        return self
+
+
+class Frozen8bit(FrozenQuantized):
+    """bitsandbytes' Linear8bitLt, its weight frozen, in int8.
+
+    On a CPU the weight alone is in 8 bit, in training and in evaluation; on a GPU the product is LLM.int8's. Scales
+    follow the weight to another device.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward_8bit(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        layer: Any = self
+        scales = scales_8bit(layer)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if scales is not None:
+            _keep_8bit(layer, scales.to(layer.weight.device))
+        return self
+
+
+def adopt(layer: Any) -> None:
+    """Gives a layer of bitsandbytes that is quantised the class it needs in a frozen base; nothing to any other."""
+    kinds = {base.__qualname__ for base in type(layer).__mro__ if base.__module__ == "bitsandbytes.nn.modules"}
+    if isinstance(layer, FrozenQuantized):
+        return
+    if "Linear4bit" in kinds and (state := state_4bit(layer)) is not None:
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+        layer.support_avx512bf16_for_cpu = False
+        layer.quant_state = layer.weight.quant_state = state
+        _freeze(layer, Frozen4bit)
+    elif "Linear8bitLt" in kinds and not layer.state.has_fp16_weights and (scales := scales_8bit(layer)) is not None:
+        _keep_8bit(layer, scales)
+        _freeze(layer, Frozen8bit)
+
+
+def _freeze(layer: nn.Module, mixin: type[Swapped]) -> None:
+    layer._parameters["weight"].requires_grad_(False)  # type: ignore[union-attr]
+    swap_class(layer, mixin)
+
+
+# ---------------------------------------------------------------------------------------------------- 4 bit
+
+
+def state_4bit(layer: Any) -> Any:
+    """Bitsandbytes' quantisation state of a 4-bit layer; None where it is not quantised yet."""
+    # The weight's own is lost where the layer was sharded.
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def dense_4bit(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of a 4-bit layer, [out, in]; by default in the dtype that it was quantised from."""
+    state = state_4bit(layer)
+    if state is None:  # not moved to its device yet: bitsandbytes quantises then
+        return layer.weight
+    absmax = state.absmax
+    ops = bitsandbytes().functional
+    if state.nested:
+        absmax = ops.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        layer.weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype or state.dtype
+    )
+
+
+def forward_4bit(layer: Any, x: Tensor) -> Tensor:
+    """`W x + b` of a 4-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
+    state = state_4bit(layer)
+    if state is None:
+        raise RuntimeError(
+            f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
+        )
+    own, dtype = compute_dtype(x), layer.compute_dtype or compute_dtype(x)
+    inside, outside = _bias(layer.bias, dtype)
+    y = bitsandbytes().matmul_4bit(x.to(dtype), layer.weight, quant_state=state, bias=inside)
+    return (y if outside is None else y + outside).to(own)
+
+
+def store_4bit(layer: Any, W: Tensor) -> None:
+    """Quantises a weight, [out, in], as the layer's is, and puts it in its place."""
+    old, state, packed = layer.weight, state_4bit(layer), layer.weight.data
+    codes, new = bitsandbytes().functional.quantize_4bit(
+        W.detach().to(packed.device, state.dtype).contiguous(),
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+    )
+    packed.copy_(codes)
+    layer.quant_state = old.quant_state = new
+
+
+# ---------------------------------------------------------------------------------------------------- 8 bit
+
+
+def scales_8bit(layer: Any) -> Tensor | None:
+    """Largest magnitude of each row of an 8-bit layer's weight, [out], float32; None where it is not quantised yet."""
+    found = getattr(layer.weight, "SCB", None)
+    return layer.state.SCB if found is None else found
+
+
+def _keep_8bit(layer: Any, scales: Tensor) -> None:
+    """Keeps the scales with the layer, since an int8 weight that is moved or copied loses what hangs on it."""
+    layer.state.SCB, layer.state.CB = scales, None
+    layer.weight.SCB = layer.weight.CB = None
+
+
+def dense_8bit(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight of an 8-bit layer, [out, in]."""
+    scales = scales_8bit(layer)
+    if scales is None:
+        return layer.weight
+    return layer.weight.data.to(dtype).mul_((scales * (1 / 127)).unsqueeze(1))
+
+
+def store_8bit(layer: Any, W: Tensor) -> None:
+    """Quantises a weight, [out, in], and puts it in the place of the layer's."""
+    half = W.detach().to(layer.weight.device, torch.float16)
+    codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(half)
+    layer.weight.data.copy_(codes)
+    _keep_8bit(layer, scales)
+
+
+def forward_8bit(layer: Any, x: Tensor) -> Tensor:
+    """`W x + b` of an 8-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
+    bnb, dtype, state = bitsandbytes(), compute_dtype(x), layer.state
+    if scales_8bit(layer) is None:
+        raise RuntimeError(
+            f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
+        )
+    state.CB, state.SCB, state.is_training = layer.weight.data, scales_8bit(layer), layer.training or x.is_cpu
+    inside, outside = _bias(layer.bias, dtype)
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    y = bnb.matmul(rows, layer.weight, bias=inside, state=state, threshold=state.threshold)
+    return (y if outside is None else y + outside).to(dtype).view(*x.shape[:-1], -1)
+
+
+def _bias(b: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A bias for bitsandbytes, and one to be added outside: the gradient that it gives to a bias is none."""
+    if b is None:
+        return None, None
+    return (None, b.to(dtype)) if b.requires_grad and torch.is_grad_enabled() else (b.to(dtype), None)

@@ -1,0 +1,168 @@
+"""bitsandbytes: nf4, fp4 and int8."""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from lit_peft.core.dtypes import DTYPES
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.quantize import Quantizer, StoredSize
+from lit_peft.core.quantized import adopt, bitsandbytes
+from lit_peft.methods.checks import check_choice
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_STORAGE = {**DTYPES, "uint8": torch.uint8}
+_NESTED_BLOCK = 256
+
+
+class _FourBit(Quantizer):
+    """Blocks of a weight in 4 bits each, with one scale a block: `W ~ absmax[block] * code[index]`.
+
+    Args:
+        double_quant: Whether the scales are quantised too, to 8 bit in blocks of 256, which takes .5 bit a weight down
+            to .127 (Dettmers et al. 2023, QLoRA, section 3).
+        compute_dtype: Dtype of the products with the base. float16 where a GPU has no bfloat16; auto: that of the
+            activations.
+        block_size: Weights that share a scale. Smaller ones round less and take more memory.
+        storage_dtype: Dtype of the tensor that holds the codes. FSDP wants that of the other parameters of a block.
+        **common: See `Quantizer`.
+    """
+
+    quant_type: ClassVar[str]
+
+    def __init__(
+        self,
+        double_quant: bool = True,
+        compute_dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16",
+        block_size: int = 64,
+        storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if not isinstance(double_quant, bool):
+            raise ValueError(f"double_quant is {double_quant!r}, expected true or false.")
+        check_choice("compute_dtype", compute_dtype, (*DTYPES, "auto"))
+        check_choice("storage_dtype", storage_dtype, tuple(_STORAGE))
+        if block_size not in _BLOCKS:
+            raise ValueError(f"block_size is {block_size!r}, expected one of {', '.join(map(str, _BLOCKS))}.")
+        self.double_quant, self.block_size = double_quant, block_size
+        self.compute_dtype, self.storage_dtype = DTYPES.get(compute_dtype), _STORAGE[storage_dtype]
+
+    @property
+    def stored_as(self) -> str:
+        return f"{self.quant_type} in blocks of {self.block_size}{', double' if self.double_quant else ''}"
+
+    def quantize(self, layer: Any, device: torch.device) -> None:
+        bnb, W = bitsandbytes(), _matrix(layer)
+        new = bnb.nn.Linear4bit(
+            W.shape[1], W.shape[0], layer.bias is not None, self.compute_dtype, device=torch.device("meta")
+        )
+        new.quant_storage = self.storage_dtype
+        new.weight = bnb.nn.Params4bit(
+            W.to(device),
+            requires_grad=False,
+            blocksize=self.block_size,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+            quant_storage=self.storage_dtype,
+            module=new,
+        ).to(device)
+        new.weight.module = None  # it would keep the layer alive that was made for the weight
+        _become(layer, new)
+
+    def size(self, out_features: int, in_features: int) -> StoredSize:
+        n = out_features * in_features
+        blocks, unit = math.ceil(n / self.block_size), self.storage_dtype.itemsize
+        codes = math.ceil(n / 2 / unit) * unit
+        if not self.double_quant:
+            return StoredSize(codes, 4 * blocks + 4 * 16)
+        return StoredSize(codes, blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + 4 * 256 + 4 * 16 + 4)
+
+    def loading_config(self, left_alone: list[str]) -> Any | None:
+        if self.block_size != 64:
+            return None  # transformers has no word for it
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.compute_dtype or torch.float32,
+            bnb_4bit_quant_storage=self.storage_dtype,
+            llm_int8_skip_modules=left_alone,
+        )
+
+
+class NF4(_FourBit):
+    """4-bit NormalFloat: the 16 values are quantiles of a normal distribution (Dettmers et al. 2023, section 3)."""
+
+    quant_type = "nf4"
+
+
+class FP4(_FourBit):
+    """4-bit floating point: sign, two bits of exponent and one of mantissa."""
+
+    quant_type = "fp4"
+
+
+class Int8(Quantizer):
+    """LLM.int8 (Dettmers et al. 2022): weights in 8 bit with a scale a row, products in int8 but for outliers.
+
+    On a GPU the activations are quantised too, row by row, and columns with a value above `threshold` are multiplied in
+    floating point. On a CPU the weight alone is.
+
+    Args:
+        threshold: Magnitude from which a column of activations counts as an outlier; 6 is the paper's.
+        **common: See `Quantizer`.
+    """
+
+    def __init__(self, threshold: float = 6.0, **common: Any) -> None:
+        super().__init__(**common)
+        if not threshold >= 0:
+            raise ValueError(f"threshold is {threshold!r}, expected a number from 0.")
+        self.threshold = float(threshold)
+
+    @property
+    def stored_as(self) -> str:
+        return "int8 by rows"
+
+    def quantize(self, layer: Any, device: torch.device) -> None:
+        bnb, W = bitsandbytes(), _matrix(layer)
+        new = bnb.nn.Linear8bitLt(
+            W.shape[1],
+            W.shape[0],
+            layer.bias is not None,
+            has_fp16_weights=False,
+            threshold=self.threshold,
+            device=torch.device("meta"),
+        )
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(W.to(device, torch.float16))
+        new.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+        _become(layer, new)
+
+    def size(self, out_features: int, in_features: int) -> StoredSize:
+        return StoredSize(out_features * in_features, 4 * out_features)
+
+    def loading_config(self, left_alone: list[str]) -> Any | None:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=left_alone
+        )
+
+
+def _matrix(layer: Any) -> torch.Tensor:
+    """The weight [out, in] of a dense layer, contiguous."""
+    return layer_ops(layer).matrix(layer).detach().contiguous()
+
+
+def _become(layer: Any, new: nn.Module) -> None:
+    """Makes a layer what another one is, but for its bias, its hooks and its mode; whoever holds it still does."""
+    layer.__class__ = type(new)
+    layer._parameters["weight"] = new._parameters["weight"]
+    for key, value in new.__dict__.items():
+        layer.__dict__.setdefault(key, value)
+    layer._load_state_dict_pre_hooks.update(new._load_state_dict_pre_hooks)
+    adopt(layer)

@@ -1,0 +1,110 @@
+"""Loading the models of tasks, straight into 4 or 8 bit where a method asks for that."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lit_peft import hub
+from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer
+from lit_peft.core.targets import find_parameters
+from lit_peft.methods.base import Method
+from lit_peft.training.bringing import methods_of
+
+
+@dataclass(frozen=True)
+class BaseStorage:
+    """How the base of a task is to be stored, as the methods of its trainer say.
+
+    Attributes:
+        quantize: A method's `quantize`; None: in its own dtype.
+        methods: The methods, whose trained weights are left alone.
+        root: Name of the model in the task.
+        device: Where weights are quantised, and stay.
+    """
+
+    quantize: Quantize
+    methods: Sequence[Method]
+    root: str
+    device: torch.device
+
+    @classmethod
+    def of(cls, task: pl.LightningModule, root: str = "model") -> "BaseStorage | None":
+        """What the methods of a task's trainer ask for; None where it has no trainer or none of them quantises."""
+        methods = methods_of(task)
+        quantize = next((found for method in methods if (found := method.base_storage()) is not None), None)
+        return None if quantize is None else cls(quantize, methods, root, task.trainer.strategy.root_device)
+
+    def arguments(self, skeleton: nn.Module) -> dict[str, Any]:
+        """Arguments of `from_pretrained` with which it quantises each weight as it reads it.
+
+        None, and the whole model is quantised afterwards, where transformers cannot store weights in this way, or they
+        are quantised already.
+
+        Args:
+            skeleton: The model on the meta device.
+        """
+        if getattr(skeleton.config, "quantization_config", None) is not None:
+            return {}
+        quantizer, holder = make_quantizer(self.quantize), nn.ModuleDict({self.root: skeleton})
+        avoid = set[str]()
+        for method in self.methods:
+            avoid.update(find_parameters(holder, method.train_also).roots)
+            names = (name for name, _ in holder.named_parameters())
+            avoid.update(name.rpartition(".")[0] for name in names if name.endswith(".weight") and method.trains(name))
+        chosen = choose_layers(holder, quantizer, avoid)
+        left_alone = [path.removeprefix(f"{self.root}.") for path, why in chosen.items() if why is not None]
+        config = quantizer.loading_config(left_alone)
+        if config is None:
+            return {}
+        # Without a device_map transformers takes the first GPU; on a CPU it needs none.
+        return {"quantization_config": config} | (
+            {} if self.device.type == "cpu" else {"device_map": {"": self.device}}
+        )
+
+
+def load_classifier(
+    backbone: str, label_names: Sequence[str], dtype: torch.dtype, storage: BaseStorage | None = None
+) -> tuple[Any, list[str]]:
+    """Loads a sequence-classification model in training mode.
+
+    Args:
+        backbone: Hub id, local folder, or demo.
+        label_names: Names of the classes; they go into the model's configuration.
+        dtype: Dtype of the loaded weights; of quantised ones, the one that they are quantised from.
+        storage: How the base is to be stored; None: in that dtype.
+
+    Returns:
+        The model, and the names of the parameters that the checkpoint did not hold.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = hub.locate(backbone)
+    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    # Lightning's context would place, and rename the hooks of, what is loaded.
+    with hub.explained(backbone), torch.device("cpu"):
+        quantised: dict[str, Any] = {}
+        if storage is not None:
+            config = AutoConfig.from_pretrained(source, num_labels=len(label_names), **names)
+            with torch.device("meta"):
+                skeleton = AutoModelForSequenceClassification.from_config(config)
+            quantised = storage.arguments(skeleton)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(label_names),
+            **names,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **quantised,
+        )
+    if model.config.pad_token_id is None:  # decoders pool the last token before the padding
+        model.config.pad_token_id = model.config.eos_token_id
+    fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    # `from_pretrained` returns evaluation mode, which Lightning keeps: dropout would stay off.
+    return model.train(), sorted(fresh & {name for name, _ in model.named_parameters()})
