@@ -13,8 +13,8 @@ from lit_peft.data import TextClassificationDataModule
 from lit_peft.demo import ENCODER
 from lit_peft.methods import BitFit, FullFineTuning, LoRA
 from lit_peft.tasks import TextClassification
-from lit_peft.tasks.optim import warmup_schedule
 from lit_peft.tasks.loading import load_classifier
+from lit_peft.tasks.optim import warmup_schedule
 
 
 def data(**options) -> TextClassificationDataModule:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.swap import Swapped, swap_class
 
-
 # Notices that ask for nothing: an optional kernel that is not there on some CPUs, and a cast before int8 products.
 for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
