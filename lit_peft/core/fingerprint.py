@@ -91,7 +91,7 @@ def compare_fingerprints(
     if before.shape != now.shape:
         what = f"has shape {now.shape}, not {before.shape}"
     elif before.storage != now.storage:
-        what = f"is {_told(now.storage)}, not {_told(before.storage)}"
+        what = f"is {_told(now.storage)} here, and {_told(before.storage)} there"
     else:
         what = "holds other values"
     return f"{name} {what}" + (f", and {len(different) - 1} more of {len(saved)} differ" if different[1:] else "")

@@ -23,25 +23,15 @@ def bitsandbytes() -> ModuleType:
     return bnb
 
 
-class FrozenQuantized(Swapped):
-    """What bitsandbytes' two kinds of linear layer have in common here.
-
-    Its own classes cast a bias in place to the dtype of the activations, which would turn one that trains into another
-    parameter than the optimizer holds, and give it a gradient of the wrong shape.
-    """
-
-    def extra_repr(self) -> str:
-        layer: Any = self
-        return f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.bias is not None}"
-
-
-class Frozen4bit(FrozenQuantized):
+class Frozen4bit(Swapped):
     """bitsandbytes' Linear4bit, its weight frozen.
 
-    It computes in its `compute_dtype`, or where it has none in that of each call: bitsandbytes would keep that of the
-    first. It keeps its codes as they are: through `.to(dtype)`, which would cast those that are stored in floating
-    point, and in evaluation, where bitsandbytes packs them anew for CPUs with bfloat16 instructions, after which
-    training loses gradients without a word. It finds its state again after a move or sharding has replaced the weight.
+    bitsandbytes' own forward casts a bias in place to the dtype of the activations, which would turn one that trains
+    into another parameter than the optimizer holds, and gives it a gradient of the wrong shape. This one computes in
+    its `compute_dtype`, or where it has none in that of each call: bitsandbytes would keep that of the first. It keeps
+    its codes as they are: through `.to(dtype)`, which would cast those that are stored in floating point, and in
+    evaluation, where bitsandbytes packs them anew for CPUs with bfloat16 instructions, after which training loses
+    gradients without a word. It finds its state again after a move or sharding has replaced the weight.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,8 +55,8 @@ class Frozen4bit(FrozenQuantized):
         return self
 
 
-class Frozen8bit(FrozenQuantized):
-    """bitsandbytes' Linear8bitLt, its weight frozen, in int8.
+class Frozen8bit(Swapped):
+    """bitsandbytes' Linear8bitLt, its weight frozen, in int8; of biases the same holds as in 4 bit.
 
     On a CPU the weight alone is in 8 bit, in training and in evaluation; on a GPU the product is LLM.int8's. Scales
     follow the weight to another device.
@@ -87,7 +77,7 @@ class Frozen8bit(FrozenQuantized):
 def adopt(layer: Any) -> None:
     """Gives a layer of bitsandbytes that is quantised the class it needs in a frozen base; nothing to any other."""
     kinds = {base.__qualname__ for base in type(layer).__mro__ if base.__module__ == "bitsandbytes.nn.modules"}
-    if isinstance(layer, FrozenQuantized):
+    if isinstance(layer, Frozen4bit | Frozen8bit):
         return
     if "Linear4bit" in kinds and (state := state_4bit(layer)) is not None:
         if getattr(state, "packing_format_for_cpu", False):
