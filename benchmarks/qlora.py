@@ -1,0 +1,259 @@
+"""Training on a Llama in NF4: step, static and peak memory, ours beside HF PEFT with bitsandbytes, in alternation.
+
+    python benchmarks/qlora.py --out runs/qlora.jsonl              # 8 B, all rows; needs a GPU with 40 GiB, and Liger
+    python benchmarks/qlora.py --rows "*bfloat16*" --rounds 5      # some, as globs
+    python benchmarks/qlora.py --skip "*offload" --no-liger
+    python benchmarks/qlora.py --shape 65b                         # 10 steps of ours at 1 x 512; needs a GPU with 80 GB
+    python benchmarks/qlora.py --shape tiny --device cpu --no-liger --rounds 1 --steps 1
+
+Random weights in NF4 with double quantisation, random tokens, LoRA on all seven linear layers without dropout. One base
+serves all rows: in each round every row puts its adapters on, warms up, is timed and takes them off again, in an order
+that rotates. A step is zero_grad, forward, backward and fused AdamW, or, for 65 B, bitsandbytes' paged AdamW in 32 bit;
+on a GPU it is timed by its events. Liger's kernels are in all rows unless --no-liger says otherwise.
+
+A row is named library-dtype: the dtype is that of the adapters. "-autocast" runs the forward under bfloat16 autocast.
+"hf-float32" is HF PEFT as it comes; its rows run on bitsandbytes' own layers, and so does "floor": the frozen base
+through which the gradient of the embeddings flows, below which no adapter can be. "+checkpointing" is the non-reentrant
+kind on both sides, "+offload" moves what that keeps to the host. "x floor" is a row's time by that of the floor without
+checkpointing, or with it for rows that have it. Static memory is what is allocated before the first step: the base and
+the adapters; the peak is that of all steps, not of building, which is told apart.
+
+Before the rows, loss and gradients of both libraries with equal adapters are compared on one text, beside HF PEFT's
+distance from itself when its adapters compute in float32. Prints tables, then one line of JSON; --out takes a line of
+JSON a measurement and that one. Needs the dev extra (peft, bitsandbytes).
+"""
+
+import argparse
+import fnmatch
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+from llama_nf4 import SHAPES, build, gib
+from qlora_rows import ROWS, THEIRS, Row, adapted, agreement, autocast, checkpointed, tokens
+from torch import nn
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "8b": {"batch": 4, "length": 1024, "r": 16, "alpha": 32, "rounds": 3, "warmup": 2, "steps": 5, "paged": False},
+    "65b": {"batch": 1, "length": 512, "r": 64, "alpha": 16, "rounds": 1, "warmup": 0, "steps": 10, "paged": True}
+    | {"rows": ["ours-float32+checkpointing"]},
+    "tiny": {"batch": 2, "length": 32, "r": 4, "alpha": 8, "rounds": 1, "warmup": 1, "steps": 2, "paged": False},
+}
+"""Arguments of each shape that are not given."""
+
+BARS: list[tuple[str, str, str, str | None, float]] = [
+    ("8b", "step_ms", "ours-float32", THEIRS, 0.90),
+    ("8b", "step_ms", "ours-bfloat16", "hf-bfloat16", 0.95),
+    ("8b", "static_gib", "ours-float32", None, 5.6),
+    ("8b", "peak_gib", "ours-float32", None, 22.0),
+    ("8b", "peak_gib", "ours-bfloat16", None, 22.0),
+    ("8b", "step_ms", "ours-float32+checkpointing", f"{THEIRS}+checkpointing", 0.92),
+    ("8b", "step_ms", "ours-bfloat16+checkpointing", "hf-bfloat16+checkpointing", 0.92),
+    ("8b", "peak_gib", "ours-float32+checkpointing", None, 7.4),
+    ("8b", "peak_gib", "ours-bfloat16+checkpointing", None, 7.4),
+    ("8b", "peak_gib", "ours-float32+offload", None, 7.0),
+    ("8b", "peak_gib", "ours-bfloat16+offload", None, 7.0),
+    ("65b", "peak_gib", "ours-float32+checkpointing", None, 48.0),
+]
+"""Shape, figure, row, the row that it is divided by, and the most that it may be."""
+
+
+class Clock:
+    """Times what lies between its ticks, on a GPU by events, so that the host need not wait."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.ticks: list[Any] = []
+
+    def tick(self) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ticks.append(event)
+        else:
+            self.ticks.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        pairs = list(zip(self.ticks, self.ticks[1:], strict=False))
+        if not self.on_gpu:
+            return [1000 * (b - a) for a, b in pairs]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairs]
+
+
+def optimizer_of(trainable: list[nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
+    if args.paged:
+        return bitsandbytes.optim.PagedAdamW32bit(trainable, lr=args.rate)
+    return torch.optim.AdamW(trainable, lr=args.rate, fused=True)
+
+
+def paged_bytes(optimizer: Any) -> int:
+    """Bytes of an optimizer's state in unified memory, which torch's allocator knows nothing of."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if getattr(t, "is_paged", False)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of each step after the first ones, the losses of all, and memory in GiB."""
+    on_gpu, device = args.device == "cuda", args.device
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    with adapted(model, row, args) as outer, checkpointed(model, row):
+        trainable = [p for p in outer.parameters() if p.requires_grad]
+        optimizer = optimizer_of(trainable, args) if trainable else None
+        ids, losses, clock = tokens(args), [], Clock(device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        static = torch.cuda.memory_allocated() if on_gpu else 0
+        clock.tick()
+        for _ in range(args.warmup + args.steps):
+            if optimizer is not None:
+                optimizer.zero_grad()
+            with autocast(row, args):
+                loss = outer(input_ids=ids, labels=ids).loss
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+            losses.append(loss.detach())
+            clock.tick()
+        times = clock.milliseconds()[args.warmup :]
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        return {
+            "step_ms": times,
+            "static_gib": gib(static, device),
+            "peak_gib": gib(peak, device),
+            "paged_gib": gib(paged_bytes(optimizer), device) if args.paged else None,
+            "loss": [float(loss) for loss in losses],
+            "trainable": sum(p.numel() for p in trainable),
+        }
+
+
+def figure(results: list[dict[str, Any]], name: str, key: str) -> float | None:
+    """The median step of a row, or the most of another figure; None where it was not measured."""
+    values = [result[key] for result in results if result["row"] == name and result[key] is not None]
+    if not values:
+        return None
+    return statistics.median(t for times in values for t in times) if key == "step_ms" else max(values)
+
+
+def show(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The rows, in Markdown."""
+    yield "| row | adapters | ms a step | min to max | x floor | static GiB | peak GiB | paged GiB | loss |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name in dict.fromkeys(result["row"] for result in results):
+        times = [t for result in results if result["row"] == name for t in result["step_ms"]]
+        floor = figure(results, "floor+checkpointing" if "+" in name else "floor", "step_ms")
+        losses = next(result["loss"] for result in results if result["row"] == name)
+        cells = [
+            *(name, ROWS[name].dtype or "none", f"{statistics.median(times):.1f}"),
+            *(f"{min(times):.1f} to {max(times):.1f}", show(floor and statistics.median(times) / floor)),
+            *(show(figure(results, name, key)) for key in ("static_gib", "peak_gib", "paged_gib")),
+            f"{losses[0]:.4f} to {losses[-1]:.4f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def bars(results: list[dict[str, Any]], shape: str) -> Iterator[str]:
+    """The figures that are to be reached, in Markdown; ratios round by round, with their least and largest."""
+    yield "| figure | measured | min to max | at most | reached |\n|---|---|---|---|---|"
+    for of, key, name, other, most in BARS:
+        value, spread, what = figure(results, name, key), "", f"{key} of {name}"
+        if of != shape or value is None:
+            continue
+        if other is not None:
+            if figure(results, other, key) is None:
+                continue
+            rounds = sorted({result["round"] for result in results})
+            each = [[r for r in results if r["round"] == i] for i in rounds]
+            ratios = [figure(part, name, key) / figure(part, other, key) for part in each]
+            value, spread, what = (
+                statistics.median(ratios),
+                f"{min(ratios):.3f} to {max(ratios):.3f}",
+                f"{what} / {other}",
+            )
+        yield f"| {what} | {value:.3f} | {spread} | {most:.2f} | {'yes' if value <= most else 'no'} |"
+
+
+def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Names of the rows to run."""
+    for glob in [*args.rows, *args.skip]:
+        if not fnmatch.filter(ROWS, glob):
+            parser.error(f"no row {glob!r}; there are {', '.join(ROWS)}")
+    wanted = {name for glob in args.rows for name in fnmatch.filter(ROWS, glob)}
+    wanted -= {name for glob in args.skip for name in fnmatch.filter(ROWS, glob)}
+    return [name for name in ROWS if name in wanted]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--rows", nargs="+", default=None, help="globs; default: all, for 65b one")
+    parser.add_argument("--skip", nargs="+", default=[], help="globs of rows to leave out")
+    for name, what in (
+        ("batch", "texts"),
+        ("length", "tokens"),
+        ("r", "rank"),
+        ("rounds", ""),
+        ("warmup", ""),
+        ("steps", ""),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=None, help=what or None)
+    parser.add_argument("--alpha", type=float, default=None)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--paged", action=argparse.BooleanOptionalAction, default=None, help="paged AdamW")
+    parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help="compare gradients first")
+    parser.add_argument("--out", type=Path, default=None, help="file for lines of JSON")
+    args = parser.parse_args(argv)
+    defaults = {"rows": ["*"], "check": args.shape != "65b", **DEFAULTS[args.shape]}
+    vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
+    names = chosen(args, parser)
+
+    transformers.utils.logging.set_verbosity_error()
+    built = build(args.shape, args.length, args.device, args.liger)
+    packages = {"torch": torch, "transformers": transformers, "peft": peft, "bitsandbytes": bitsandbytes}
+    setting = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "versions": {name: package.__version__ for name, package in packages.items()},
+        "build": built._replace(model=None)._asdict(),
+        "arguments": {**vars(args), "out": str(args.out)},
+    }
+    peak = f", peak {built.peak_gib:.2f} GiB" if built.peak_gib is not None else ""
+    print(f"built in {built.seconds:.1f} s{peak}; {built.layers} layers in 4 bit", flush=True)
+    if args.check:
+        setting["agreement"] = agreement(built.model, args)
+        print("| equal adapters | loss differs by | gradients by |\n|---|---|---|")
+        for what, (loss, gradient) in setting["agreement"].items():
+            print(f"| {what} | {loss:.2e} | {gradient:.2e} |", flush=True)
+    results: list[dict[str, Any]] = []
+    for i in range(args.rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            results.append({"row": name, "round": i, **measure(built.model, ROWS[name], args)})
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    print(*table(sorted(results, key=lambda result: names.index(result["row"]))), sep="\n")
+    print(*bars(results, args.shape), sep="\n")
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(json.dumps(setting) + "\n")
+    print(json.dumps(setting))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The GPU benchmarks on a toy, so that they run when they are needed."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from lit_peft.methods.lora import LoRADelta
+
+
+@pytest.fixture()
+def qlora(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("qlora")
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning", "ignore:.*not supported on CPU.*")
+def test_rows_of_qlora_share_one_base_and_train(qlora, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(LoRADelta, "fused_from", 0)  # what a large layer takes
+    out = tmp_path / "rows.jsonl"
+    rows = [
+        "floor",
+        "hf-float32",
+        "hf-bfloat16*",
+        "ours-float32",
+        "ours-float32-autocast",
+        "ours-float32+c*",
+        "ours-bfloat16",
+    ]
+    qlora.main(
+        ["--shape", "tiny", "--device", "cpu", "--no-liger", "--rows", *rows, "--rounds", "2", "--out", str(out)]
+    )
+    *lines, setting = [json.loads(line) for line in out.read_text().splitlines()]
+    names = {line["row"] for line in lines}
+    assert {"hf-bfloat16+checkpointing", "ours-float32-autocast"} <= names
+    assert len(lines) == 2 * len(names)
+    assert len({line["loss"][0] for line in lines}) == 1  # B is 0, and what stood there before is off again
+    trained = {line["row"]: line for line in lines if line["row"] != "floor"}
+    assert all(line["loss"][-1] < line["loss"][0] for line in trained.values())
+    assert len({line["trainable"] for line in trained.values()}) == 1
+    assert len(setting["agreement"]) == 3 and setting["build"]["layers"] == 14
+    assert "| ours-bfloat16 | bfloat16 |" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning", "ignore:.*not supported on CPU.*")
+def test_the_paged_run_of_a_large_shape(qlora, monkeypatch, capsys):
+    monkeypatch.setitem(qlora.SHAPES, "65b", qlora.SHAPES["tiny"])
+    qlora.main(["--shape", "65b", "--device", "cpu", "--no-liger", "--length", "16", "--steps", "3", "--r", "8"])
+    setting = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert setting["arguments"]["paged"] and setting["arguments"]["alpha"] == 16
+
+
+def test_an_unknown_row_is_told(qlora, capsys):
+    with pytest.raises(SystemExit):
+        qlora.main(["--rows", "theirs"])
+    assert "no row 'theirs'; there are floor, hf-float32" in capsys.readouterr().err
