@@ -3,12 +3,14 @@
     python benchmarks/make_minilm.py models/minilm
     python benchmarks/sst2.py --backbone models/minilm --data data/sst2 --parallel 8 --precision bf16-mixed
     python benchmarks/sst2.py ... --methods sparse_lora:sparsity=l1,strength=.1 --at 1e-3   # with arguments of a method
+    python benchmarks/sst2.py ... --methods lora lora:quantize=nf4 --rates 5e-4 1e-3        # with rates to try
 
 Ours run through `lit-peft fit --config sst2/lora --config methods/NAME` as a user would run them; HF PEFT's adapter
-is put into the same task, data and trainer. The sweep trains on --sweep-train sentences with seed 0 and takes the rate
-of the highest validation accuracy (on a part cut from train); the runs that count train on all, with the seeds given,
-and are scored once on the official validation set (872 sentences) with the checkpoint of the lowest validation NLL.
-What follows `--` goes to every run of ours. Each run keeps log.txt and metrics.json in a folder of its own under --out.
+is put into the same task, data and trainer. The sweep trains on --sweep-train sentences with seed 0 and takes the
+rate of the highest validation accuracy (on a part cut from train); the runs that count train on all, with the seeds
+given, and are scored once on the official validation set (872 sentences) with the checkpoint of the lowest validation
+NLL. Memory is the peak of each process; times say little where several share the GPU. What follows `--` goes to every
+run of ours. Each run keeps log.txt and metrics.json in a folder of its own under --out.
 Prints two tables, then one line of JSON. Needs the dev extra (peft).
 """
 
@@ -25,7 +27,7 @@ from sst2_peft import comparison
 METRICS = ("acc", "ece", "brier", "nll")
 RATES = {"full_fine_tuning": (2e-5, 5e-5, 1e-4, 2e-4), "prompt_tuning": (1e-3, 2e-3, 5e-3, 1e-2, 3e-2)}
 COMMON_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-SEVERAL_SEEDS = ("lora", "full_fine_tuning", "bitfit", "hira", "dora", "sparse_lora", "ia3", "adalora", "vera")
+SEVERAL_SEEDS = ("lora", "full_fine_tuning", "bitfit", "hira", "dora", "qlora", "sparse_lora", "ia3", "adalora", "vera")
 WORKER = Path(__file__).with_name("sst2_peft.py")
 
 
@@ -81,13 +83,17 @@ def row(name: str, rate: float, runs: list[dict[str, float]]) -> str:
         cells.append(f"{statistics.mean(values):.4f}{spread}")
     size = runs[0].get("adapter/bytes")
     cells += [f"{runs[0]['params/trainable']:,}", f"{runs[0]['params/trainable_share']:.2%}"]
-    return "| " + " | ".join([*cells, f"{size / 1000:,.0f}" if size else ""]) + " |"
+    cells.append(f"{size / 1000:,.0f}" if size else "")
+    cells.append(f"{max(run['memory/peak_bytes'] for run in runs) / 2**20:,.0f}")
+    cells.append(f"{statistics.median(run['time/train_s'] for run in runs):,.0f}")
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = comparison(__doc__)
     parser.add_argument("--sweep-train", type=int, default=8000)
     parser.add_argument("--at", type=float, default=None, help="the rate of all runs; no sweep")
+    parser.add_argument("--rates", nargs="+", type=float, default=None, help="rates to try; default: each method's")
     several = "default: 0 1 2 for the methods that are compared closely, 0 for the rest; none: the sweep alone"
     parser.add_argument("--seeds", nargs="*", type=int, default=None, help=several)
     parser.add_argument("--parallel", type=int, default=1)
@@ -97,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def rates(method: str) -> tuple[float, ...]:
-        return RATES.get(method.partition(":")[0], COMMON_RATES)
+        return tuple(args.rates or RATES.get(method.partition(":")[0], COMMON_RATES))
 
     def seeds(method: str) -> list[int]:
         if args.seeds is not None:
@@ -127,7 +133,7 @@ def main() -> None:
                 jobs[f"HF PEFT {method}", seed] = pool.submit(theirs, method, seed, rate, args, None)
     failed = {job: error for job, future in jobs.items() if (error := future.exception())}
     results = {job: future.result() for job, future in jobs.items() if job not in failed}
-    head = ["method", "rate", "seeds", *METRICS, "trainable", "share", "adapter kB"]
+    head = ["method", "rate", "seeds", *METRICS, "trainable", "share", "adapter kB", "peak MiB", "train s"]
     print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name in dict.fromkeys(name for name, _ in results):
         runs = [run for (other, _), run in results.items() if other == name and run]

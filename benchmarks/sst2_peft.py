@@ -13,12 +13,17 @@ import peft
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import AdamW
+from transformers import BitsAndBytesConfig
 
+from lit_peft import hub
 from lit_peft.arguments import configs
+from lit_peft.callbacks.speed import SpeedMonitor
 from lit_peft.data import SST2DataModule
 from lit_peft.tasks import TextClassification
 
-THEIRS = ("lora", "dora", "hira", "adalora", "ia3", "vera", "prompt_tuning", "p_tuning")
+THEIRS = ("lora", "qlora", "dora", "hira", "adalora", "ia3", "vera", "prompt_tuning", "p_tuning")
+
+HEAD = ["pre_classifier", "classifier"]
 
 
 class Theirs(TextClassification):
@@ -27,22 +32,51 @@ class Theirs(TextClassification):
     def __init__(self, method: str, **task: Any) -> None:
         super().__init__(**task)
         self.method = method
+        # bitsandbytes' layers save the constants of their frozen codes, and cannot load them into a live model.
+        self.strict_loading = method != "qlora"
 
     def configure_model(self) -> None:
         if self.model is None:
             super().configure_model()
+            if self.method == "qlora":
+                self.model = self.in_4_bit()
             with torch.device("cpu"):  # in Lightning's context, the GPU's, VeRA's generator would not fit its tensors
                 self.model = peft.get_peft_model(self.model, self.configuration(self.model.config))
 
+    def in_4_bit(self) -> Any:
+        """The model again, as transformers loads it with bitsandbytes."""
+        storage = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=HEAD,
+        )
+        device = self.trainer.strategy.root_device
+        model = type(self.model).from_pretrained(
+            hub.locate(self.backbone),
+            config=self.model.config,
+            dtype=self.base_dtype,
+            quantization_config=storage,
+            device_map=None if device.type == "cpu" else {"": device},
+        )
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False  # evaluation on a CPU would pack weights, and training end
+        return model.train()
+
     def configuration(self, base: Any) -> Any:
         attention = ["q_lin", "k_lin", "v_lin", "out_lin"]
-        common: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["pre_classifier", "classifier"]}
+        common: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": HEAD}
         lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": attention, **common}
         shape = {"token_dim": base.hidden_size, "num_layers": base.num_hidden_layers}
         prompt = {"num_virtual_tokens": 20, "num_attention_heads": base.num_attention_heads, "task_type": "SEQ_CLS"}
         steps = int(self.trainer.estimated_stepping_batches)
         return {
             "lora": lambda: peft.LoraConfig(**lora),
+            "qlora": lambda: peft.LoraConfig(
+                r=64, lora_alpha=16, lora_dropout=0.1, target_modules=[*attention, "lin1", "lin2"], **common
+            ),
             "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
             "hira": lambda: peft.HiraConfig(r=32, target_modules=attention, **common),
             "adalora": lambda: peft.AdaLoraConfig(
@@ -121,7 +155,8 @@ def main() -> None:
 
     pl.seed_everything(args.seed, verbose=False)
     best = ModelCheckpoint(args.out, "best", monitor="val/nll", save_on_train_epoch_end=False)
-    loop, sentences = trainer(args, callbacks=[best], max_epochs=3), data(args, args.limit_train)
+    speed = SpeedMonitor()
+    loop, sentences = trainer(args, callbacks=[best, speed], max_epochs=3), data(args, args.limit_train)
     rates = {"learning_rate": args.rate, "adapter_weight_decay": args.adapter_decay}
     model = Theirs(args.method, backbone=args.backbone, **rates)
     loop.fit(model, sentences)
@@ -131,6 +166,7 @@ def main() -> None:
     Path(best.best_model_path).unlink()  # holds the whole base
     scores["params/trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     scores["params/trainable_share"] = scores["params/trainable"] / sum(p.numel() for p in model.parameters())
+    scores |= {"time/train_s": speed.train_s, "memory/peak_bytes": speed.peak_bytes}
     Path(args.out, "metrics.json").write_text(json.dumps(scores))
 
 
