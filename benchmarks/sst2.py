@@ -3,7 +3,7 @@
     python benchmarks/make_minilm.py models/minilm
     python benchmarks/sst2.py --backbone models/minilm --data data/sst2 --parallel 8 --precision bf16-mixed
     python benchmarks/sst2.py ... --methods sparse_lora:sparsity=l1,strength=.1 --at 1e-3   # with arguments of a method
-    python benchmarks/sst2.py ... --methods lora lora:quantize=nf4 --rates 5e-4 1e-3        # with rates to try
+    python benchmarks/sst2.py ... --methods lora@1e-3 qlora --rates 5e-4 1e-3   # one at its rate, one with rates to try
 
 Ours run through `lit-peft fit --config sst2/lora --config methods/NAME` as a user would run them; HF PEFT's adapter
 is put into the same task, data and trainer. The sweep trains on --sweep-train sentences with seed 0 and takes the
@@ -16,6 +16,7 @@ Prints two tables, then one line of JSON. Needs the dev extra (peft).
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,11 @@ RATES = {"full_fine_tuning": (2e-5, 5e-5, 1e-4, 2e-4), "prompt_tuning": (1e-3, 2
 COMMON_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 SEVERAL_SEEDS = ("lora", "full_fine_tuning", "bitfit", "hira", "dora", "qlora", "sparse_lora", "ia3", "adalora", "vera")
 WORKER = Path(__file__).with_name("sst2_peft.py")
+
+
+def base_name(method: str) -> str:
+    """Of `name:argument=value,...@rate` the name."""
+    return re.split("[:@]", method)[0]
 
 
 def run(command: list[str], root: Path) -> dict[str, float]:
@@ -48,7 +54,7 @@ def run(command: list[str], root: Path) -> dict[str, float]:
 def ours(method: str, seed: int, rate: float, args: argparse.Namespace, limit: int | None) -> dict[str, float]:
     """One run of a method through the command line."""
     root = Path(args.out, f"{method}_{rate:g}_{limit or 'all'}", f"seed_{seed}")
-    name, _, extra = method.partition(":")
+    name, _, extra = method.partition("@")[0].partition(":")
     command = [
         *(sys.executable, "-m", "lit_peft.cli", "fit", "--config", "sst2/lora", "--config", f"methods/{name}"),
         *(f"--method.{argument}" for argument in extra.split(",") if argument),
@@ -66,7 +72,17 @@ def theirs(method: str, seed: int, rate: float, args: argparse.Namespace, limit:
     """The same with HF PEFT's adapter."""
     root = Path(args.out, f"peft_{method}_{rate:g}_{limit or 'all'}", f"seed_{seed}")
     command = [
-        *(sys.executable, str(WORKER), method, "--seed", str(seed), "--rate", str(rate), "--backbone", args.backbone),
+        *(
+            sys.executable,
+            str(WORKER),
+            base_name(method),
+            "--seed",
+            str(seed),
+            "--rate",
+            str(rate),
+            "--backbone",
+            args.backbone,
+        ),
         *("--precision", args.precision, "--out", str(root), "--adapter-decay", str(args.adapter_decay)),
         *(["--data", args.data] if args.data else []),
         *(["--limit-train", str(limit)] if limit else []),
@@ -103,22 +119,25 @@ def main() -> None:
     args = parser.parse_args()
 
     def rates(method: str) -> tuple[float, ...]:
-        return tuple(args.rates or RATES.get(method.partition(":")[0], COMMON_RATES))
+        if method in best:
+            return ()
+        return tuple(args.rates or RATES.get(base_name(method), COMMON_RATES))
 
     def seeds(method: str) -> list[int]:
         if args.seeds is not None:
             return args.seeds
-        return [0, 1, 2] if method.partition(":")[0] in SEVERAL_SEEDS else [0]
+        return [0, 1, 2] if base_name(method) in SEVERAL_SEEDS else [0]
 
+    best: dict[str, float] = dict.fromkeys(args.methods, args.at) if args.at else {}
+    best |= {method: float(method.partition("@")[2]) for method in args.methods + args.theirs if "@" in method}
     with ThreadPoolExecutor(args.parallel) as pool:
-        best: dict[str, float] = dict.fromkeys(args.methods, args.at) if args.at else {}
         swept = {
             (method, rate): pool.submit(ours, method, 0, rate, args, args.sweep_train)
             for method in args.methods
-            for rate in ([] if args.at else rates(method))
+            for rate in rates(method)
         }
         print("| method | validation accuracy at each rate | best |\n|---|---|---|")
-        for method in [] if args.at else args.methods:
+        for method in [method for method in args.methods if method not in best]:
             found = {rate: swept[method, rate].result().get("val/acc", 0.0) for rate in rates(method)}
             best[method] = max(found, key=lambda rate: found[rate])
             shown = ", ".join(f"{rate:g}: {f'{acc:.4f}' if acc else 'diverged'}" for rate, acc in found.items())
