@@ -72,18 +72,9 @@ def theirs(method: str, seed: int, rate: float, args: argparse.Namespace, limit:
     """The same with HF PEFT's adapter."""
     root = Path(args.out, f"peft_{method}_{rate:g}_{limit or 'all'}", f"seed_{seed}")
     command = [
-        *(
-            sys.executable,
-            str(WORKER),
-            base_name(method),
-            "--seed",
-            str(seed),
-            "--rate",
-            str(rate),
-            "--backbone",
-            args.backbone,
-        ),
-        *("--precision", args.precision, "--out", str(root), "--adapter-decay", str(args.adapter_decay)),
+        *(sys.executable, str(WORKER), base_name(method), "--seed", str(seed), "--rate", str(rate)),
+        *("--backbone", args.backbone, "--precision", args.precision, "--out", str(root)),
+        *("--adapter-decay", str(args.adapter_decay)),
         *(["--data", args.data] if args.data else []),
         *(["--limit-train", str(limit)] if limit else []),
     ]
