@@ -1,11 +1,16 @@
 """The GPU benchmarks on a toy, so that they run when they are needed."""
 
+import argparse
 import importlib
 import json
 from pathlib import Path
 
+import bitsandbytes as bnb
+import peft
 import pytest
+import torch
 
+from lit_peft.core.quantized import Frozen4bit
 from lit_peft.methods.lora import LoRADelta
 
 
@@ -55,3 +60,18 @@ def test_an_unknown_row_is_told(qlora, capsys):
     with pytest.raises(SystemExit):
         qlora.main(["--rows", "theirs"])
     assert "no row 'theirs'; there are floor, hf-float32" in capsys.readouterr().err
+
+
+def test_rows_of_hf_peft_run_on_the_layers_of_bitsandbytes(qlora):
+    model = qlora.build("tiny", 16, "cpu", liger=False).model
+    args = argparse.Namespace(r=4, alpha=8)
+
+    def classes():
+        return {type(layer) for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)}
+
+    with qlora.adapted(model, qlora.ROWS["hf-bfloat16"], args) as outer:
+        assert classes() == {bnb.nn.Linear4bit}
+        wrapped = [m for m in outer.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        assert len(wrapped) == 14 and {type(m) for m in wrapped} == {peft.tuners.lora.bnb.Linear4bit}
+        assert {p.dtype for p in outer.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert all(issubclass(cls, Frozen4bit) for cls in classes())
