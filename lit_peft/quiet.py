@@ -46,6 +46,9 @@ def be_quiet(verb: str, answers_only: bool) -> None:
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     if verb != "fit":
         warnings.filterwarnings("ignore", ".*dirpath has changed.*")  # where checkpoints would go, if any were written
+    logging.getLogger("transformers.modeling_layers").addFilter(  # a classifier has no use for a cache
+        lambda record: "Caching is incompatible" not in record.getMessage()
+    )
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
         if answers_only:
