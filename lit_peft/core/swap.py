@@ -47,10 +47,14 @@ def swapped_class(mixin: type, base: type) -> type:
     return type(base.__name__, (mixin, base), names)
 
 
-def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Gives `module` the cached subclass that puts `mixin` before its class; nothing if it has it already."""
+def swap_class(module: nn.Module, mixin: type[Swapped], innermost: bool = False) -> None:
+    """Gives `module` the cached subclass that puts `mixin` before its class; nothing if it has it already.
+
+    `innermost` puts it behind the mixins that the class has.
+    """
     if not isinstance(module, mixin):
-        module.__class__ = swapped_class(mixin, type(module))  # type: ignore[arg-type]
+        mixins, base = _unswapped(type(module)) if innermost else ((), type(module))
+        module.__class__ = _swapped((mixin, *mixins), base)
 
 
 def restore_class(module: nn.Module, mixin: type[Swapped]) -> None:

@@ -21,6 +21,7 @@ from lit_peft.saving.folder import load
 from lit_peft.tasks.loading import BaseStorage, load_classifier
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 from lit_peft.training.checkpointing import checkpoint_activations
+from lit_peft.training.liger import use_liger
 from lit_peft.training.rates import methods_on
 
 Batch = dict[str, Tensor]
@@ -52,6 +53,8 @@ class TextClassification(pl.LightningModule):
         compile: Compile the model in place for training; pays off when batches are large or epochs many.
         gradient_checkpointing: Compute each block again in the backward pass and keep its input alone: less memory for
             a third more time, at the same gradients. offload keeps those inputs in host memory.
+        kernels: liger trains with Liger's kernels, on a GPU and for the architectures that Liger knows; it needs the
+            extra of that name. null: with torch's.
     """
 
     def __init__(
@@ -68,9 +71,11 @@ class TextClassification(pl.LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
         gradient_checkpointing: bool | Literal["offload"] = False,
+        kernels: Literal["liger"] | None = None,
     ) -> None:
         super().__init__()
         check_choice("model.gradient_checkpointing", str(gradient_checkpointing).lower(), ("false", "true", "offload"))
+        check_choice("model.kernels", "null" if kernels is None else kernels, ("liger", "null"))
         if compile and gradient_checkpointing == "offload":
             raise ValueError(
                 "model.gradient_checkpointing: offload copies beside the computation, which a compiled model does not; "
@@ -93,6 +98,7 @@ class TextClassification(pl.LightningModule):
         self.base_dtype = getattr(torch, dtype)
         self.compiles = compile
         self.gradient_checkpointing = gradient_checkpointing
+        self.kernels = kernels
         self.model: Any = None
         self.train_also: list[str] = []
         self.loss_weights: Tensor | None = None
@@ -120,8 +126,12 @@ class TextClassification(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        if self.model is not None:
-            return
+        if self.model is None:
+            self._build()
+        if self.kernels is not None and self._trainer is not None and self.trainer.state.fn == "fit":
+            use_liger(self.model, self.trainer.strategy.root_device)  # elsewhere a run may be used without a GPU
+
+    def _build(self) -> None:
         if self.label_names is None:
             raise ValueError("The classes are unknown: give label_names when there is no trainer.")
         classes = len(self.label_names)

@@ -1,0 +1,118 @@
+"""Liger's kernels in a transformers model, in the place of what it computes with.
+
+Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training". Norms, gated feed-forward layers, rotary
+embeddings and, where a model computes its own loss, the last layer with it run as one kernel each. What they compute is
+the same but for rounding; norms keep less for the backward pass, and the loss no logits.
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from inspect import signature
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_peft.core.swap import Swapped, swap_class
+
+_BOUND = ("forward", "extra_repr", "_get_name")
+"""What Liger binds to a layer: what it computes, and how it is printed."""
+
+
+def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
+    """Lets a transformers model run on Liger's kernels, in place, before or after adapters are attached.
+
+    Liger binds forwards to instances, and replaces classes and functions of transformers. Here layers change their
+    class instead, so that adapters stand around them whatever comes first, and models can be copied and pickled. Other
+    models of the architecture are as before, on a GPU but for rotary embeddings. A head that is adapted, quantised or
+    trains in another dtype makes the logits itself, since the fused loss reads its weight past all that.
+
+    Args:
+        model: The model.
+        device: Where it will run; by default torch's accelerator.
+
+    Raises:
+        ValueError: When the package is missing, there is no GPU, or Liger does not know the architecture.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("kernels: liger needs a package that is not there: pip install 'lit-peft[liger]'.")
+    device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type == "cpu":
+        raise ValueError("kernels: liger needs a GPU, and this model runs on a CPU; leave kernels out.")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+
+    architecture = getattr(getattr(model, "config", None), "model_type", None)
+    if architecture not in KNOWN:
+        raise ValueError(
+            f"kernels: Liger has none for {architecture or type(model).__name__}; it knows {', '.join(sorted(KNOWN))}. "
+            "Leave kernels out."
+        )
+    modeling = sys.modules[type(model).__module__]
+    before = dict(vars(modeling))
+    try:
+        KNOWN[architecture](model=model, **_options(model, KNOWN[architecture]))
+    finally:
+        _give_back(modeling, before)
+    for module in model.modules():
+        _take_over(module)
+
+
+def _options(model: Any, apply: Callable[..., None]) -> dict[str, bool]:
+    """No loss in the place of torch's, for all that runs; and none where the model has no tokens to score."""
+    losses = ["cross_entropy"]
+    if model.get_output_embeddings() is None:
+        losses.append("fused_linear_cross_entropy")
+    return dict.fromkeys(set(losses) & signature(apply).parameters.keys(), False)
+
+
+def _give_back(modeling: ModuleType, before: dict[str, Any]) -> None:
+    """Leaves a module of transformers its classes, and functions that run Liger's kernel on a GPU alone."""
+    for name, plain in before.items():
+        new = getattr(modeling, name)
+        if new is not plain:
+            is_done = isinstance(plain, type) or hasattr(plain, "_lit_peft")
+            setattr(modeling, name, plain if is_done else _on_gpu(new, plain))
+
+
+def _on_gpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (plain if x.device.type == "cpu" else kernel)(x, *args, **kwargs)
+
+    run._lit_peft = True  # type: ignore[attr-defined]
+    return run
+
+
+class LigerLayer(Swapped):
+    """A layer that computes with one of Liger's forwards."""
+
+    liger_forward: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.liger_forward(self, *args, **kwargs)
+
+
+class LigerModel(Swapped):
+    """A model that computes its loss with Liger, unless something stands around its head, or is done to its weight."""
+
+    liger_forward: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.get_output_embeddings(), Swapped):  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.liger_forward(self, *args, **kwargs)
+
+
+def _take_over(module: nn.Module) -> None:
+    """Makes what Liger has bound to an instance a matter of its class, behind all that is there."""
+    own = module.__dict__
+    bound = {key: own[key] for key in _BOUND if isinstance(own.get(key), MethodType)}
+    if not any(method.__func__.__module__.startswith("liger_kernel.") for method in bound.values()):
+        return
+    for key in bound:
+        del own[key]
+    own["liger_forward"] = bound["forward"].__func__
+    swap_class(module, LigerModel if hasattr(module, "get_output_embeddings") else LigerLayer, innermost=True)
