@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,6 +46,7 @@ from lit_peft.runs import (
     unlock_folders,
 )
 from lit_peft.start import find_files, given_options, knowledge, starting_checkpoint
+from lit_peft.training import paged
 from lit_peft.trying import TextPrinter, take_texts, use_adapter
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -353,6 +355,8 @@ def run(arguments: list[str]) -> None:
             getattr(package, name)
     for entry in available().values():
         entry.load()
+    if any(name in str(setting.init_args) for setting in settings(arguments, "model") for name in paged.NAMES):
+        import_module("bitsandbytes.optim")  # takes two seconds
     RunReport.running = False
     if is_first_rank():
         os.environ.pop("LIT_PEFT_RUN", None)

@@ -56,6 +56,8 @@ class Method(pl.Callback):
 
     learning_rate: ClassVar[float] = 1e-3
     """The rate that a task uses when none is given."""
+    optimizer: ClassVar[str] = "torch.optim.AdamW"
+    """Path of the optimizer's class that a task uses when none is given."""
     may_change: ClassVar[frozenset[str]] = frozenset()
     """Arguments that may differ between a checkpoint and the method it is loaded into. Rates may always, the scales
     of `train_also` and `layer_decay`, except in a fit that resumes: they are the optimizer's, which is restored."""

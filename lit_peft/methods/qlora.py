@@ -11,8 +11,9 @@ class QLoRA(LoRA):
     """LoRA on a base that is stored in 4-bit NormalFloat: `W' = dequantise(codes) + s B A`.
 
     Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3: NF4 with double quantisation,
-    adapters at all linear layers, products in bfloat16, paged optimizer. It is `LoRA(quantize="nf4")` with the defaults
-    of the paper and no code of its own; every other method takes `quantize` too.
+    adapters at all linear layers, products in bfloat16, paged AdamW (which our tasks then take). It is
+    `LoRA(quantize="nf4")` with the defaults of the paper and no code of its own; every other method takes `quantize`
+    too.
 
     Args:
         r: Rank; 64 is the paper's (appendix B.2).
@@ -24,7 +25,7 @@ class QLoRA(LoRA):
     """
 
     learning_rate: ClassVar[float] = 2e-4
-    optimizer: ClassVar[str] = "paged_adamw"
+    optimizer: ClassVar[str] = "bitsandbytes.optim.PagedAdamW"
 
     def __init__(
         self,

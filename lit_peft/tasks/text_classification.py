@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lit_peft import hub
+from lit_peft.class_path import imported
 from lit_peft.core.checkpoint import read_archive
 from lit_peft.methods.checks import check_choice, check_positive, check_range
 from lit_peft.metrics import classification_metrics
@@ -42,7 +43,9 @@ class TextClassification(pl.LightningModule):
         backbone: Model to start from: a hub id, a local folder, or demo for the bundled encoder.
         label_names: Names of the classes in the order of their codes; null: the data module's.
         learning_rate: Peak learning rate; null: the method's own (1e-3; full fine-tuning 5e-5).
-        optimizer: Optimizer, called with the parameter groups; its rate and decay are set by the arguments here.
+        optimizer: Optimizer, called with the parameter groups; its rate and decay are set by the arguments here. null:
+            the method's own, AdamW, of QLoRA PagedAdamW. bitsandbytes' AdamW8bit, PagedAdamW and PagedAdamW8bit keep
+            their state in 8 bit, or let it move to host memory where a GPU is full.
         weight_decay: Decay of base weights that train (the head, or the whole model); never of biases and norms.
         adapter_weight_decay: Decay of adapter tensors, which are small by construction.
         schedule: How the rate falls after the warm-up: linear, cosine, or constant.
@@ -62,7 +65,7 @@ class TextClassification(pl.LightningModule):
         backbone: str = hub.DEMO,
         label_names: Sequence[str] | None = None,
         learning_rate: float | None = None,
-        optimizer: OptimizerCallable = AdamW,
+        optimizer: OptimizerCallable | None = None,
         weight_decay: float = 0.01,
         adapter_weight_decay: float = 0.0,
         schedule: Schedule = "linear",
@@ -248,10 +251,12 @@ class TextClassification(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self._scheduled = self._schedule_key()
-        lr = self.learning_rate
+        lr, make = self.learning_rate, self.optimizer
+        method = next(iter(methods_on(self)), None)
         if lr is None:
-            attached = methods_on(self)
-            lr = attached[0].learning_rate if attached else 5e-5
-        optimizer = build_optimizer(self, self.optimizer, lr, self.weight_decay, self.adapter_weight_decay)
+            lr = 5e-5 if method is None else method.learning_rate
+        if make is None:
+            make = AdamW if method is None else imported(method.optimizer)
+        optimizer = build_optimizer(self, make, lr, self.weight_decay, self.adapter_weight_decay)
         schedule = warmup_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from lit_peft.core.registry import registry
 from lit_peft.faults import TrainingFault
 from lit_peft.training import rates
+from lit_peft.training.paged import adopt
 
 BUILT, BEGAN = "_lit_peft_built", "_lit_peft_began"
 """Where a module keeps the settings of its optimizers as they were built, and as they were when its run began."""
@@ -76,6 +77,8 @@ def check_began(module: Any) -> None:
 
 
 def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Notes what the optimizers are built with when training begins, unless it goes on; what a finder found, too."""
+    """Prepares the optimizers, and notes what they are built with, unless the run goes on; what a finder found, too."""
+    for optimizer in trainer.optimizers:
+        adopt(optimizer)
     if module.__dict__.get(BEGAN) is None:
         module.__dict__[BEGAN] = rates.settings(trainer) if rates.finds_rate(trainer) else module.__dict__.get(BUILT)

@@ -199,13 +199,20 @@ def settings(trainer: pl.Trainer) -> list[dict[str, Any]]:
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             rate = group.get("initial_lr", group.get("lr"))
-            kept = {k: v for k, v in group.items() if k not in FREE and isinstance(v, bool | int | float | tuple)}
+            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k not in FREE}
+            kept = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | tuple)}
             kind: dict[str, Any] = {
-                "optimizer": type(optimizer).__name__,
+                "optimizer": _class_name(type(optimizer)),
                 "learning rate": None if rate is None else float(rate),
             }
             found.append(kind | kept)
     return found
+
+
+def _class_name(cls: type) -> str:
+    """Name of an optimizer's class, with its package where that is not torch: bitsandbytes has an AdamW too."""
+    package = cls.__module__.partition(".")[0]
+    return cls.__name__ if package == "torch" else f"{package}'s {cls.__name__}"
 
 
 def check_settings(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
