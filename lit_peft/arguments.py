@@ -248,6 +248,28 @@ def _mapping(value: str) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------- a changed method
 
 
+def join_quantize(arguments: Sequence[str]) -> list[str]:
+    """Adds each `--method.quantize.OPTION VALUE` to the `quantize` that is in force where it stands.
+
+    The parser has only the value itself to add to, and a mode may stand there as a name, or by default.
+    """
+    words, shift = list(arguments), 0
+    given: Any = None
+    default: Any = None
+    for setting in settings(arguments, "method"):
+        if setting.class_path is not None and (method := _method(setting.class_path)) is not None:
+            default = method.parameters()["quantize"].default
+        given = setting.init_args.get("quantize", given)
+        options = {k.removeprefix("quantize."): v for k, v in setting.init_args.items() if k.startswith("quantize.")}
+        if options:
+            now = default if given is None else given
+            given = ({"mode": now} if isinstance(now, str) else dict(now or {})) | options
+            insert = ["--method.quantize", json.dumps(given)]
+            words[setting.start + shift : setting.end + shift] = insert
+            shift += len(insert) - (setting.end - setting.start)
+    return words
+
+
 def change_method(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Gives a method that takes the place of a configuration's its own defaults, not the other one's leftovers.
 

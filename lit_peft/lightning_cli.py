@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lit_peft.data
 import lit_peft.tasks
-from lit_peft.arguments import change_method, settings
+from lit_peft.arguments import change_method, join_quantize, settings
 from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, ReproducibleSteps, RunReport, SpeedMonitor
 from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selection
 from lit_peft.callbacks.report import shown, unlogged
@@ -362,7 +362,7 @@ def run(arguments: list[str]) -> None:
         os.environ.pop("LIT_PEFT_RUN", None)
     try:
         words, texts, pairs = take_texts(arguments)
-        words, changes = change_method(words)
+        words, changes = change_method(join_quantize(words))
         if is_first_rank():
             print("\n".join(changes), end="\n" * bool(changes))
         sys.argv[1:] = use_adapter(words, texts)  # not handed over: further ranks start with the command line

@@ -7,6 +7,7 @@ from typing import Any, Union, get_args, get_origin
 
 from lit_peft.methods.base import Method
 from lit_peft.methods.checks import check_positive, check_range
+from lit_peft.training.seam import NO_PLUGIN
 
 LEAST = {
     "trainer.accumulate_grad_batches": 1,
@@ -36,6 +37,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
             check_range(key, value, least)
     if isinstance(interval := given("trainer.val_check_interval"), int | float):
         check_positive("trainer.val_check_interval", interval)
+    plugins = given("trainer.plugins")
+    for plugin in plugins if isinstance(plugins, list) else [plugins]:
+        if str(getattr(plugin, "class_path", plugin)).rpartition(".")[2] == "BitsandbytesPrecision":
+            raise ValueError(f"trainer.plugins: {NO_PLUGIN}")  # before it is built, which asks for a GPU
     if given("trainer.default_root_dir") is None:
         raise ValueError("trainer.default_root_dir is null, expected a folder.")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -17,6 +18,7 @@ from lit_peft.arguments import configs, nearest, options, read_config, settings,
 from lit_peft.class_path import find_fault, raised
 from lit_peft.handover.paths import PLACED
 from lit_peft.methods.registry import available, find
+from lit_peft.training import paged
 
 CLASSES = ("model", "data", "method")
 FIXED = {"trainer": pl.Trainer, "early_stopping": EarlyStopping, "checkpoint": ModelCheckpoint}
@@ -29,6 +31,7 @@ OF_VERB = {"merge": ("score",), "export": ("format",)}
 OPTIMIZER = ("optimizer", "lr_scheduler")
 """Sections that LightningCLI has by default."""
 ELSEWHERE = {"rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning_rate"}
+ELSEWHERE |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "quantization_config"), "quantize")
 """What other libraries call our arguments."""
 TYPES = {
     "int": "a whole number",
@@ -109,7 +112,10 @@ def _not_accepted(arguments: Sequence[str], name: str) -> str:
     full = f"{section}.{name}" if section else name
     shown = _class_name(arguments, section) if section else "the class"
     meant = ELSEWHERE.get(name)
+    homes = [f"--{s}.{n}" for s in CLASSES for n in (meant or name, name) if n in _parameters(arguments, s)]
     hint = f" Here it is {meant!r}." if meant in known else nearest(name, known)
+    if meant not in known and homes:
+        hint = f" It belongs to another section: {homes[0]}."
     if name in known:
         return f"{source}{full} stands before what names its class: put it behind --config and --{section}."
     return f"{source}{full}: {shown} has no argument {name!r}.{hint}{_listed(known)}"
@@ -131,6 +137,9 @@ def _unrecognized(arguments: Sequence[str], words: str) -> str:
         known = _parameters(arguments, section)
         return f"unknown option {flag}.{_nearest_option(section, rest, known)}{_listed(known)}"
     sections = [*OF_VERB.get(arguments[0], ()), *FLAGS, *CLASSES, *FIXED]
+    homes = [f"--{s}.{name}" for s in CLASSES if name in _parameters(arguments, s)]
+    if homes:
+        return f"unknown option {flag}. It is an argument of the {homes[0][2:].partition('.')[0]}: {homes[0]}."
     if rest and (close := nearest(section, [*CLASSES, *FIXED])):
         return f"unknown option {flag}.{close.replace('?', '')}, as in --{close.split(chr(39))[1]}.{rest}?"
     return f"unknown option {flag}.{nearest(name, sections)} There are: {', '.join(sections)}."
@@ -224,6 +233,8 @@ def _class(key: str, text: str) -> str:
 
 
 def _short_names(key: str) -> list[str]:
+    if key == "optimizer":
+        return [*paged.NAMES, *torch.optim.__all__]
     if key == "trainer.callbacks":
         return [name for name, cls in vars(pl.callbacks).items() if inspect.isclass(cls)]
     return {"model": lit_peft.tasks.__all__, "data": lit_peft.data.__all__, "method": list(available())}.get(key, [])

@@ -240,7 +240,8 @@ def test_tensorboard_holds_curves_diagram_and_hyperparameters(quick):
 
 @pytest.mark.parametrize("name", [name for name in configs() if name != "offline"])
 def test_every_configuration_trains_two_steps_offline(name, tmp_path):
-    recipe = ["--config", "sst2/lora"] if name.startswith("methods/") else []  # one section, for any recipe
+    section = name.startswith(("methods/", "quantize/"))  # for any recipe
+    recipe = ["--config", "sst2/lora"] if section else []
     folder = fit(tmp_path, *recipe, "--config", name, "--config", "offline", *SMALL, "--trainer.max_steps", "2")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["test/acc"] is not None

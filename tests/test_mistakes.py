@@ -50,6 +50,28 @@ MISTAKES = [
     quick("a choice misspelt", "--method.bias al", "method.bias: expected one of none, all, lora_only, not 'al'"),
     quick("Llama's names on DistilBERT", "--method.target_modules [q_proj]", "here named q_lin: use 'query'"),
     quick("HF PEFT's name of an argument", "--method.lora_alpha 8", "no argument 'lora_alpha'. Here it is 'alpha'"),
+    # the base in 4 or 8 bit
+    quick("4 bit by another name", "--method.quantize 4bit", "no mode '4bit'. Did you mean nf4 or fp4?"),
+    quick("HF's name of 8 bit", "--method.load_in_8bit true", "Here it is 'quantize'"),
+    quick("quantize at the model", "--model.quantize nf4", "It belongs to another section: --method.quantize"),
+    quick("quantize without its section", "--quantize nf4", "an argument of the method: --method.quantize"),
+    quick("an unknown option of 4 bit", "--method.quantize.mode nf4 --method.quantize.blocks 64", "mean block_size?"),
+    quick("text for a block size", "--method.quantize nf4 --method.quantize.block_size big", "expected one of 32, 64"),
+    quick("an option of another mode", "--config quantize/nf4 --method.quantize.mode int8", "no option 'double_quant'"),
+    quick("an option without a mode", "--method.quantize.double_quant true", "names no mode; modes: fp4, int8, nf4"),
+    quick(
+        "layers to leave alone that are not there",
+        "--config quantize/nf4 --method.quantize.skip_modules [lm_head]",
+        "skip_modules 'lm_head' matches nothing. Layers: classifier, k_lin",
+    ),
+    quick("4 bit with nothing frozen", "--method FullFineTuning --method.quantize nf4", "no linear layer that"),
+    quick(
+        "Lightning's plugin for 4 bit",
+        "--trainer.plugins BitsandbytesPrecision --trainer.plugins.mode nf4",
+        "Leave the plugin out and let the method quantise the base",
+    ),
+    quick("16-true", "--trainer.precision 16-true --method.quantize nf4", "float16 adapters underflow; use 16-mixed"),
+    quick("an optimizer misspelt", "--model.optimizer PagedAdam8bits", "Did you mean 'PagedAdamW8bit'?"),
     # options, verbs and configurations
     quick("an unknown argument", "--data.batchsize 8", "no argument 'batchsize'. Did you mean 'batch_size'?"),
     quick("an optimizer beside the model's", "--optimizer.lr 1e-3", "--model.learning_rate"),

@@ -265,7 +265,7 @@ def test_bf16_mixed_trains_in_float32():
     [
         ({"precision": "16-true"}, lora(), "16-true has no loss scaling"),
         ({"precision": "bf16-true"}, lora(adapter_dtype="float32"), "adapter_dtype float32 included; use bf16-mixed"),
-        ({"plugins": []}, lora(), "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights"),
+        ({"plugins": []}, lora(), r"adapters and head included.* LoRA\(quantize='nf4'\)"),
     ],
 )
 def test_precisions_that_cannot_train_are_refused(arguments, method, message):

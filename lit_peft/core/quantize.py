@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
@@ -44,7 +45,10 @@ class Quantizer:
     """Qualified names of the classes of layer that it takes; exactly these, since a subclass may read its weight."""
 
     def __init__(self, skip_modules: str | Sequence[str] = ()) -> None:
-        self.skip_modules = [skip_modules] if isinstance(skip_modules, str) else list(skip_modules)
+        names = [skip_modules] if isinstance(skip_modules, str) else skip_modules
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"skip_modules is {skip_modules!r}, expected names, [a, b].")
+        self.skip_modules = list(names)
 
     @property
     def stored_as(self) -> str:
@@ -59,6 +63,9 @@ class Quantizer:
             device: Where to do it, and where the quantised weight is afterwards.
         """
         raise NotImplementedError(f"{type(self).__name__} must define quantize(layer, device).")
+
+    def check_device(self, device: torch.device) -> None:
+        """Warns of what a device does badly, before anything is quantised for it."""
 
     def size(self, out_features: int, in_features: int) -> StoredSize:
         """Bytes of a weight [out, in] once it is quantised."""
@@ -85,7 +92,8 @@ def parse(quantize: Quantize) -> dict[str, Any] | None:
     """What `quantize` means, with every option by name; None for None.
 
     Raises:
-        ValueError: For a mode or an option that is not known, with the nearest ones, or a value that cannot be.
+        ValueError: For a mode or an option that is not known, with the nearest ones, a value that cannot be, or a
+            package that is missing.
     """
     if quantize is None:
         return None
@@ -96,20 +104,26 @@ def parse(quantize: Quantize) -> dict[str, Any] | None:
     for option in given:
         if option not in known:
             raise ValueError(f"quantize: {mode} has no option {option!r}.{_near(option, known, 'Options')}")
-    return {"mode": mode, **known, **given}
+    options = {**known, **given}
+    options["skip_modules"] = _made(mode, options).skip_modules  # a wrong value is told before anything is loaded
+    return {"mode": mode, **options}
 
 
 def make_quantizer(quantize: Quantize) -> Quantizer:
     """The quantiser that a `quantize` which is not None means.
 
     Raises:
-        ValueError: As `parse`; or when a package that it needs is missing.
+        ValueError: As `parse`.
     """
     options = parse(quantize)
     assert options is not None
-    mode = options.pop("mode")
+    return _made(options.pop("mode"), options)
+
+
+def _made(mode: str, options: Mapping[str, Any]) -> Quantizer:
+    cls = _quantizer_class(mode)
     try:
-        return _quantizer_class(mode)(**options)
+        return cls(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"quantize: {error}") from error
 
@@ -117,7 +131,9 @@ def make_quantizer(quantize: Quantize) -> Quantizer:
 def _quantizer_class(mode: str) -> type[Quantizer]:
     found = [point for point in entry_points(group=GROUP) if point.name == mode]
     if not found:
-        raise ValueError(f"quantize: there is no mode {mode!r}.{_near(mode, modes(), 'Modes')}")
+        known, bits = modes(), re.findall("[48]", mode)  # "4bit", "int4", "8-bit", as others call them
+        alike = [name for name in reversed(known) if bits and re.findall("[48]", name) == bits]
+        raise ValueError(f"quantize: there is no mode {mode!r}.{_near(mode, known, 'Modes', alike)}")
     try:
         return found[0].load()
     except ImportError as error:
@@ -135,8 +151,9 @@ def _options(mode: str) -> dict[str, Any]:
     return found
 
 
-def _near(word: str, known: Iterable[str], what: str) -> str:
-    close = difflib.get_close_matches(word.lower(), list(known), n=2, cutoff=0.5)
+def _near(word: str, known: Iterable[str], what: str, alike: Sequence[str] = ()) -> str:
+    close = alike or difflib.get_close_matches(word.lower(), list(known), n=2, cutoff=0.5)
+    close = [word.lower()] if word.lower() in close else close
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"{hint} {what}: {', '.join(known)}."
 

@@ -196,9 +196,10 @@ class Method(pl.Callback):
 
     def _quantize(self, module: nn.Module, avoid: Iterable[str]) -> None:
         if self.quantize is not None:
-            trainer = getattr(module, "_trainer", None)
+            trainer, quantizer = getattr(module, "_trainer", None), make_quantizer(self.quantize)
             device = None if trainer is None else trainer.strategy.root_device
-            quantize_base(module, make_quantizer(self.quantize), avoid, device)
+            quantizer.check_device(device or next(module.parameters()).device)
+            quantize_base(module, quantizer, avoid, device)
 
     def names_on(self, module: nn.Module) -> list[str]:
         """Names of the adapters that are this method's on a module; none where it is not attached yet."""

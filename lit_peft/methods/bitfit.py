@@ -31,6 +31,7 @@ class BitFit(Method):
     def __init__(self, biases: str | Sequence[str] = ALL, **common: Any) -> None:
         super().__init__(**common)
         self.biases = biases if isinstance(biases, str) else list(biases)
+        self._chosen: set[str] = set()  # names of them, once the module is known
         if not self.biases:
             raise ValueError("biases is empty: name at least one role, group, name or pattern, or all.")
 

@@ -1,16 +1,21 @@
 """bitsandbytes: nf4, fp4 and int8."""
 
+import importlib.util
 import math
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_peft.core.dtypes import DTYPES
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import Quantizer, StoredSize
 from lit_peft.core.quantized import adopt, bitsandbytes
-from lit_peft.methods.checks import check_choice
+from lit_peft.methods.checks import check_choice, check_range
+
+if importlib.util.find_spec("bitsandbytes") is None:  # imported when the first layer is quantised: it takes seconds
+    raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STORAGE = {**DTYPES, "uint8": torch.uint8}
@@ -23,8 +28,8 @@ class _FourBit(Quantizer):
     Args:
         double_quant: Whether the scales are quantised too, to 8 bit in blocks of 256, which takes .5 bit a weight down
             to .127 (Dettmers et al. 2023, QLoRA, section 3).
-        compute_dtype: Dtype of the products with the base. float16 where a GPU has no bfloat16; auto: that of the
-            activations.
+        compute_dtype: Dtype of the products with the base; auto: that of the activations. Where a GPU has no bfloat16
+            (compute capability below 8), which is warned of, float16.
         block_size: Weights that share a scale. Smaller ones round less and take more memory.
         storage_dtype: Dtype of the tensor that holds the codes. FSDP wants that of the other parameters of a block.
         **common: See `Quantizer`.
@@ -45,7 +50,7 @@ class _FourBit(Quantizer):
             raise ValueError(f"double_quant is {double_quant!r}, expected true or false.")
         check_choice("compute_dtype", compute_dtype, (*DTYPES, "auto"))
         check_choice("storage_dtype", storage_dtype, tuple(_STORAGE))
-        if block_size not in _BLOCKS:
+        if type(block_size) is not int or block_size not in _BLOCKS:
             raise ValueError(f"block_size is {block_size!r}, expected one of {', '.join(map(str, _BLOCKS))}.")
         self.double_quant, self.block_size = double_quant, block_size
         self.compute_dtype, self.storage_dtype = DTYPES.get(compute_dtype), _STORAGE[storage_dtype]
@@ -53,6 +58,17 @@ class _FourBit(Quantizer):
     @property
     def stored_as(self) -> str:
         return f"{self.quant_type} in blocks of {self.block_size}{', double' if self.double_quant else ''}"
+
+    def check_device(self, device: torch.device) -> None:
+        if self.compute_dtype != torch.bfloat16 or device.type != "cuda":
+            return
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not native:
+            rank_zero_warn(
+                f"quantize: {self.quant_type} computes in bfloat16, which {torch.cuda.get_device_name(device)} has no "
+                "units for and emulates slowly: set compute_dtype to float16, and train in 16-mixed or 32-true."
+            )
 
     def quantize(self, layer: Any, device: torch.device) -> None:
         bnb, W = bitsandbytes(), _matrix(layer)
@@ -120,8 +136,7 @@ class Int8(Quantizer):
 
     def __init__(self, threshold: float = 6.0, **common: Any) -> None:
         super().__init__(**common)
-        if not threshold >= 0:
-            raise ValueError(f"threshold is {threshold!r}, expected a number from 0.")
+        check_range("threshold", threshold, 0)
         self.threshold = float(threshold)
 
     @property

@@ -86,14 +86,14 @@ def load_classifier(
     logging.disable_progress_bar()
     source = hub.locate(backbone)
     names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    quantised: dict[str, Any] = {}
+    if storage is not None:
+        with hub.explained(backbone), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, num_labels=len(label_names), **names)
+            skeleton = AutoModelForSequenceClassification.from_config(config)
+        quantised = storage.arguments(skeleton)
     # Lightning's context would place, and rename the hooks of, what is loaded.
     with hub.explained(backbone), torch.device("cpu"):
-        quantised: dict[str, Any] = {}
-        if storage is not None:
-            config = AutoConfig.from_pretrained(source, num_labels=len(label_names), **names)
-            with torch.device("meta"):
-                skeleton = AutoModelForSequenceClassification.from_config(config)
-            quantised = storage.arguments(skeleton)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=len(label_names),

@@ -44,6 +44,12 @@ from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_
 from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
 
+NO_PLUGIN = (
+    "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head included, so that "
+    "nothing trains. Leave the plugin out and let the method quantise the base: LoRA(quantize='nf4'), on the command "
+    "line --method.quantize nf4."
+)
+
 
 class AdaptedLightningModule(Swapped):
     """What a LightningModule becomes when a trainer brings it a method; its own hooks run inside these."""
@@ -209,10 +215,7 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             )
     plugin = trainer.strategy.precision_plugin
     if is_a(plugin, "BitsandbytesPrecision"):
-        raise ValueError(
-            "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head "
-            "included, so that nothing trains. Remove the plugin and load the base itself in 4 bit."
-        )
+        raise ValueError(NO_PLUGIN)
     if plugin.precision == "16-true":
         raise ValueError("precision 16-true has no loss scaling, and float16 adapters underflow; use 16-mixed.")
     if plugin.precision == "bf16-true" and any(m.adapter_dtype == "float32" for m in methods(trainer)):
