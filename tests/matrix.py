@@ -109,5 +109,7 @@ class Matrix:
 def title(suite: type[MethodConformance]) -> str:
     """The method with the arguments that are not its defaults."""
     method, plain = suite.method, type(suite.method)().arguments()
-    changed = [f"{name}={value!r}" for name, value in method.arguments().items() if value != plain[name]]
-    return f"{type(method).__name__}({', '.join(changed)})"
+    changed = {name: value for name, value in method.arguments().items() if value != plain[name]}
+    if isinstance(options := changed.get("quantize"), dict):  # of which every one is named
+        changed["quantize"] = {name: value for name, value in options.items() if value != plain["quantize"].get(name)}
+    return f"{type(method).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"

@@ -22,6 +22,7 @@ from lit_peft import (
     PrefixTuning,
     PromptTuning,
     PTuning,
+    QLoRA,
     SparseLoRA,
     VeRA,
 )
@@ -55,6 +56,20 @@ def _matrix(request: pytest.FixtureRequest) -> Iterator[None]:
 
 class TestLoRA(MethodConformance):
     method = LoRA(r=4, dropout=0.0)
+
+    def count(self, out_features, in_features):
+        return 4 * (out_features + in_features)
+
+
+class TestQLoRA(MethodConformance):
+    method = QLoRA(
+        r=4,
+        dropout=0.0,
+        target_modules=["attention", "ffn"],  # heads of two classes are narrower than r
+        # Computing in float32, so that equal is equal; stored in it, so that the codes are sharded with the rest.
+        quantize={"mode": "nf4", "compute_dtype": "float32", "storage_dtype": "float32"},
+    )
+    layers = ("linear", "conv1d", "nf4")
 
     def count(self, out_features, in_features):
         return 4 * (out_features + in_features)

@@ -61,7 +61,9 @@ def test_counts_of_full_size(make, method, count):
 def test_a_device_context_does_not_reach_starting_values(name):
     """A trainer's accelerator is the default device while it configures the model, and the values are the host's."""
     plain, inside = (MODELS["distilbert"].build() for _ in range(2))
-    arguments = {"train_also": ["classifier"]} | ({"r": 4} if name == "HiRA" else {})  # its default is too much here
+    arguments = {"train_also": ["classifier"]} | (
+        {"r": 4} if name in ("HiRA", "QLoRA") else {}
+    )  # defaults are too much here
     torch.manual_seed(1)
     getattr(methods, name)(**arguments).attach(plain)
     with torch.device("meta"):
@@ -236,7 +238,7 @@ def test_every_built_in_method_loads(name):
 
 @pytest.mark.parametrize(("name", "hint"), [("lora", "LoRA"), ("LORA", "LoRA"), ("bit_fit", "BitFit")])
 def test_a_near_miss_is_answered_with_the_name(name, hint):
-    with pytest.raises(ValueError, match=rf"no method named '{name}'\. Did you mean {hint}\b.*Methods: LoRA, DoRA"):
+    with pytest.raises(ValueError, match=rf"no method named '{name}'\. Did you mean {hint}\b.*Methods: LoRA, QLoRA"):
         registry.find(name)
     with pytest.raises(ValueError, match=r"no method named 'xyzzy'\. Methods: LoRA"):
         registry.find("xyzzy")

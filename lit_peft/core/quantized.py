@@ -37,6 +37,17 @@ class Frozen4bit(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         return forward_4bit(self, x)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the constants with their codes; bitsandbytes would read new codes with its old constants."""
+        layer: Any = self
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        found = {key: state_dict[key].clone() for key in state_dict if key.startswith(f"{prefix}weight.")}
+        if found:
+            unexpected = args[3]
+            unexpected[:] = [key for key in unexpected if key not in found]
+            state = bitsandbytes().functional.QuantState.from_dict(found, layer.weight.device)
+            layer.quant_state = layer.weight.quant_state = state
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer: Any = self
         state, weight = state_4bit(layer), layer.weight
@@ -64,6 +75,12 @@ class Frozen8bit(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         return forward_8bit(self, x)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        layer: Any = self
+        layer.weight.SCB = scales_8bit(layer)  # where bitsandbytes looks for them
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        _keep_8bit(layer, layer.weight.SCB)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer: Any = self

@@ -22,7 +22,7 @@ class Swapped:
 def _unswapped(cls: type) -> tuple[tuple[type, ...], type]:
     """The mixins that a class was swapped with, first one first, and the class that it was before."""
     mixins: list[type] = []
-    while Swapped in cls.__bases__[0].__bases__:
+    while issubclass(cls.__bases__[0], Swapped):
         mixin, cls = cls.__bases__
         mixins.insert(0, mixin)
     return tuple(mixins), cls

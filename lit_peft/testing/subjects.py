@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.quantize import make_quantizer
+
 OUT, IN = 32, 64  # what bitsandbytes' 4-bit blocks divide
 
 
 # ------------------------------------------------------------------------------------------------ layers
 
 
-def _nf4() -> nn.Module:
-    import bitsandbytes as bnb
+def _quantised(**quantize: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        layer = nn.Linear(IN, OUT)
+        make_quantizer(quantize).quantize(layer, torch.device("cpu"))
+        return layer
 
-    dense = nn.Linear(IN, OUT)
-    layer = bnb.nn.Linear4bit(IN, OUT, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict(dense.state_dict())
-    layer.support_avx512bf16_for_cpu = False  # repacks the weight in evaluation, after which training breaks
-    return layer.to("cpu")
+    return make
 
 
 def _conv1d() -> nn.Module:
@@ -35,7 +36,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Embedding(IN, OUT),
     "conv2d": lambda: nn.Conv2d(8, OUT, (2, 4), padding=1),
     "grouped_conv2d": lambda: nn.Conv2d(16, OUT, (2, 2), groups=2),
-    "nf4": _nf4,
+    # In float32, so that what is compared differs by rounding alone: both sides see the same dequantised weight.
+    "nf4": _quantised(mode="nf4", compute_dtype="float32"),
+    "int8": _quantised(mode="int8"),
 }
 """Layer type -> a layer of it; the weight of the linear ones is [32, 64]."""
 
