@@ -8,7 +8,6 @@ from torch import nn
 
 import lit_peft
 from lit_peft import IA3, DoRA, HiRA, LoRA
-from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import make_quantizer
 from lit_peft.methods.dora import DoRADelta
 from lit_peft.methods.lora import LoRADelta

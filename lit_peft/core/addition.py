@@ -173,12 +173,20 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
+        trains = any(p is not None and p.requires_grad for p in self.layer._parameters.values())
+        return self.is_base and self.can_read_again and not trains
+
+    @property
+    def can_read_again(self) -> bool:
+        """Whether a node may read the weight again in the backward pass instead of keeping it: linear, frozen, eager.
+
+        Whatever stands below, and also where the layer's bias trains.
+        """
         return (
-            self.is_base
-            and self.ops.is_linear
+            self.ops.is_linear
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not any(p is not None and p.requires_grad for p in self.layer._parameters.values())
+            and not self.layer._parameters["weight"].requires_grad  # type: ignore[union-attr]
         )
 
     @property

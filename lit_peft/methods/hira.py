@@ -102,12 +102,14 @@ class HiRADelta(Delta):
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         ops, d = layer_ops(layer), dropped(x, self.dropout, self.training)
-        if d is not x:
-            W = ops.matrix(layer)
-            return call(x) + ops.apply(layer, d, self.weight(W) - W)
-        if not call.is_fusible:
+        if d is x and call.is_fusible:
+            return HiRAFunction.apply(x.to(compute_dtype(x)), self.hira_A, self.hira_B, layer, ops, True)
+        if call.can_read_again:
+            return call(x) + HiRAFunction.apply(d.to(compute_dtype(d)), self.hira_A, self.hira_B, layer, ops, False)
+        if d is x:
             return super().forward(layer, call, x)
-        return HiRAFunction.apply(x.to(compute_dtype(x)), self.hira_A, self.hira_B, layer, ops)
+        W = ops.matrix(layer)
+        return call(x) + ops.apply(layer, d, self.weight(W) - W)
 
 
 def _changed(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -116,24 +118,31 @@ def _changed(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 class HiRAFunction(torch.autograd.Function):
-    """`y = (W * (1 + B A)) x + b` as one node, which keeps `x` and the factors and computes the product again.
+    """`y = (W * (1 + B A)) x + b` as one node, or the change `(W * B A) x` alone.
 
-    Autograd would keep the changed weight of every layer for the gradient of `x`.
+    It keeps `x` and the factors and computes the product again: autograd would keep the changed weight of every layer
+    for the gradient of `x`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps) -> Tensor:
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps, whole: bool) -> Tensor:
         ctx.save_for_backward(x, A, B)
-        ctx.layer, ctx.ops = layer, ops
-        W, b = ops.matrix(layer).to(x.dtype), ops.bias(layer)
-        return F.linear(x, _changed(W, A.to(x.dtype), B.to(x.dtype)), None if b is None else b.to(x.dtype))
+        ctx.layer, ctx.ops, ctx.whole = layer, ops, whole
+        W, b = ops.matrix(layer).to(x.dtype), ops.bias(layer) if whole else None
+        V = HiRAFunction.weight(W, A.to(x.dtype), B.to(x.dtype), whole)
+        return F.linear(x, V, None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    def weight(W: Tensor, A: Tensor, B: Tensor, whole: bool) -> Tensor:
+        """What `x` is multiplied by."""
+        return _changed(W, A, B) if whole else W * (B @ A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
         dy, W = grads[0], ctx.ops.matrix(ctx.layer).to(x.dtype)
         a, b = A.to(x.dtype), B.to(x.dtype)
-        dx = dy @ _changed(W, a, b) if ctx.needs_input_grad[0] else None
+        dx = dy @ HiRAFunction.weight(W, a, b, ctx.whole) if ctx.needs_input_grad[0] else None
         dM = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         dM *= W
-        return dx, (b.t() @ dM).to(A.dtype), (dM @ a.t()).to(B.dtype), None, None
+        return dx, (b.t() @ dM).to(A.dtype), (dM @ a.t()).to(B.dtype), None, None, None
