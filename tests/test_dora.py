@@ -76,7 +76,7 @@ def test_gradients_are_the_numerical_ones(bias, dropout, monkeypatch):
     )
 
     def function(x, d, A, B, m):
-        return dora.DoRAFunction.apply(x, d if dropout else None, A, B, layer, layer_ops(layer), 0.7, m)
+        return dora.DoRAFunction.apply(x, d if dropout else None, A, B, layer, layer_ops(layer), 0.7, None, m)
 
     if not dropout:
         d = d.detach()

@@ -15,11 +15,13 @@ from transformers.models.llama import modeling_llama
 
 from lit_peft.core.active import Adapted
 from lit_peft.core.attach import detach
+from lit_peft.core.remake import NotesInput
+from lit_peft.core.swap import BorrowsForward, restore_class
 from lit_peft.data import TextClassificationDataModule
 from lit_peft.methods import BottleneckAdapter, LoRA
 from lit_peft.tasks import TextClassification
 from lit_peft.training import liger
-from lit_peft.training.liger import LigerLayer, LigerModel, use_liger
+from lit_peft.training.liger import LigerModel, use_liger
 
 GPU = torch.device("cuda")
 """Where the models are said to run; nothing here does."""
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 
 calls = []
 
-class RMSNorm:
+class LigerRMSNorm:
     def forward(self, x):
         calls.append("norm")
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
@@ -54,7 +56,7 @@ def lce_forward(self, input_ids, labels=None, **kwargs):
 MONKEY_PATCH = """
 from types import MethodType
 
-from liger_kernel.transformers.kernels import MLP, RMSNorm, lce_forward, rope
+from liger_kernel.transformers.rms_norm import MLP, LigerRMSNorm, lce_forward, rope
 
 def bind(layer, name, function):
     layer.__dict__[name] = MethodType(function, layer)
@@ -62,11 +64,11 @@ def bind(layer, name, function):
 def apply(rope_=True, cross_entropy=False, fused_linear_cross_entropy=True, model=None):
     assert not cross_entropy
     from transformers.models.llama import modeling_llama
-    modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP = rope, RMSNorm, MLP
+    modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP = rope, LigerRMSNorm, MLP
     if fused_linear_cross_entropy:
         model.forward = MethodType(lce_forward, model)
     for layer in model.model.layers:
-        for name, kind in (("mlp", MLP), ("input_layernorm", RMSNorm), ("post_attention_layernorm", RMSNorm)):
+        for name, kind in (("mlp", MLP), ("input_layernorm", LigerRMSNorm), ("post_attention_layernorm", LigerRMSNorm)):
             bind(getattr(layer, name), "forward", kind.forward)
             bind(getattr(layer, name), "_get_name", lambda self: "Liger")
 
@@ -77,7 +79,7 @@ MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply, "olmo2": apply}
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """What of the stand-in was called."""
-    for name, code in (("", ""), (".transformers", ""), (".transformers.kernels", KERNELS)):
+    for name, code in (("", ""), (".transformers", ""), (".transformers.rms_norm", KERNELS)):
         module = ModuleType(f"liger_kernel{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
         exec(code, module.__dict__)
@@ -87,7 +89,7 @@ def calls(monkeypatch) -> list[str]:
     monkeypatch.setitem(sys.modules, last.__name__, last)
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    return sys.modules["liger_kernel.transformers.kernels"].calls
+    return sys.modules["liger_kernel.transformers.rms_norm"].calls
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -135,7 +137,7 @@ def test_adapters_stand_around_it_whichever_comes_first(order, method, calls):
     assert {name: calls.count(name) for name in sorted({*calls})} == {"loss": 1, "mlp": 2, "norm": 4}
     assert not any("forward" in module.__dict__ for module in model.modules())
     block = model.model.layers[0]
-    assert isinstance(block.mlp, LigerLayer) and isinstance(model, LigerModel)
+    assert isinstance(block.mlp, BorrowsForward) and isinstance(model, LigerModel)
     assert type(block.mlp).__name__ == "LlamaMLP" and isinstance(block.mlp.gate_proj, Adapted) is (method() is None)
 
 
@@ -164,6 +166,20 @@ def test_detaching_leaves_the_kernels(calls):
     use_liger(plain, GPU)
     detach(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_its_norms_are_made_again(order, calls, monkeypatch):
+    monkeypatch.setattr("lit_peft.methods.lora.LoRADelta.fused_from", 1)
+    model = applied(order)
+    norms = [path for path, layer in model.named_modules() if isinstance(layer, NotesInput)]
+    assert len(norms) == 4 and norms[0] == "model.layers.0.input_layernorm"
+    expected = step(model)
+    assert calls.count("norm") == 7  # the first one's input needs no gradient, and is not kept
+    for path in norms:
+        restore_class(model.get_submodule(path), NotesInput)
+    found = step(model)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_other_models_are_as_they_were(calls):
@@ -203,7 +219,7 @@ def test_an_architecture_that_liger_does_not_know_is_refused_with_those_that_it_
 def test_a_cpu_is_refused(calls, monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU, and this model runs on a CPU"):
         use_liger(tiny("llama"), torch.device("cpu"))
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     with pytest.raises(ValueError, match="needs a GPU"):
         use_liger(tiny("llama"))
 

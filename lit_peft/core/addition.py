@@ -23,6 +23,11 @@ class Addition(nn.Module):
     not_mergeable: ClassVar[str | None] = "it adds a computation, not a change of a weight."
     """Why it cannot be folded into the layer's weight; None where it can."""
 
+    @property
+    def remakes_input(self) -> bool:
+        """Whether it has its input made again in the backward pass where it can, see `lit_peft.core.remake`."""
+        return False
+
     def forward(self, layer: nn.Module, call: "Call", *args: Any, **kwargs: Any) -> Any:
         """Runs in the place of `layer`'s own forward.
 

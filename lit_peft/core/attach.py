@@ -14,6 +14,7 @@ from lit_peft.core.fingerprint import fingerprint
 from lit_peft.core.owned import switch
 from lit_peft.core.quantize import recognise
 from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, Running, registry
+from lit_peft.core.remake import note_inputs
 from lit_peft.core.streams import stream
 from lit_peft.core.swap import (
     cast_parameters,
@@ -105,6 +106,7 @@ def attach(
         state.active += (name,)
         freeze(module)
         run_again(module, state.running())
+        note_inputs(module)
     except BaseException:
         detach(module, name)
         raise
@@ -192,6 +194,7 @@ def detach(module: nn.Module, name: str | None = None) -> None:
     restore_parameters(module, {n for adapter in gone for n in adapter.base} - kept, state.originals)
     if state.adapters:
         freeze(module)
+        note_inputs(module)
     else:
         put_back(module, state.originals, state.originals)  # of buffers alone by now
         close(module)
@@ -232,6 +235,7 @@ def close(module: nn.Module) -> Registry:
         restore_fast_path(child)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in state.required_grad)
+    note_inputs(module)
     return state
 
 
@@ -239,3 +243,4 @@ def reopen(module: nn.Module, state: Registry) -> None:
     """Undoes `close`, once the additions are back."""
     module.__dict__[REGISTRY_KEY] = state
     freeze(module)
+    note_inputs(module)

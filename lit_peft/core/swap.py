@@ -94,6 +94,15 @@ class CastsParameters(Swapped):
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
+class BorrowsForward(Swapped):
+    """A layer that computes as one of another class does, whose forward it has borrowed."""
+
+    borrowed: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.borrowed(self, *args, **kwargs)
+
+
 class FrozenStatistics(Swapped):
     """A normalisation layer that stays in evaluation mode: its statistics belong to the frozen base."""
 

@@ -89,7 +89,7 @@ class DoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *low_rank, m = inputs  # what `LoRAFunction` takes, and `m`
-        x, _, A, B, layer, ops, s = low_rank
+        x, _, A, B, layer, ops, s, _ = low_rank
         W, b = ops.matrix(layer), ops.bias(layer)
         z, norm = ops.apply(layer, x, W, b), row_norms(W, A, B, s)
         kept = LoRAFunction.add_change(ctx, z, *low_rank)
@@ -101,4 +101,4 @@ class DoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, m, norm, b, *kept = ctx.saved_tensors
         dz, dm, _ = scale_backward(grads[0], z, m, norm, b)
-        return *LoRAFunction.gradients(ctx, dz, *kept), None, None, None, dm.to(m.dtype)
+        return *LoRAFunction.gradients(ctx, dz, *kept), None, None, None, None, dm.to(m.dtype)

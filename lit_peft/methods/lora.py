@@ -13,6 +13,7 @@ from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.hf_peft import match_pattern, stores_transposed
 from lit_peft.core.layers import LayerOps, layer_ops
+from lit_peft.core.remake import Remade, remade
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod
 from lit_peft.methods.checks import by_pattern, check_choice, check_pattern, check_positive, check_range, check_rank
@@ -213,6 +214,10 @@ class LoRADelta(Delta):
     def weight(self, W: Tensor) -> Tensor:
         return W + self.change()
 
+    @property
+    def remakes_input(self) -> bool:
+        return self.lora_A.shape[1] * self.lora_B.shape[0] >= self.fused_from
+
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         if self.fuses(call):
             return LoRAFunction.apply(*self.node_inputs(layer, x))
@@ -221,34 +226,43 @@ class LoRADelta(Delta):
 
     def fuses(self, call: Call) -> bool:
         """Whether one node is to stand for the layer and this."""
-        return self.lora_A.shape[1] * self.lora_B.shape[0] >= self.fused_from and call.is_fusible
+        return self.remakes_input and call.is_fusible
 
     def node_inputs(self, layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
         """What `LoRAFunction` is given."""
         dtype, d = compute_dtype(x), dropped(x, self.dropout, self.training)
         apart = None if d is x else d.to(dtype)
-        return x.to(dtype), apart, *self.factors(), layer, layer_ops(layer), self.scaling
+        again = remade(x) if apart is None else None
+        return x.to(dtype), apart, *self.factors(), layer, layer_ops(layer), self.scaling, again
 
 
 class LoRAFunction(torch.autograd.Function):
     """`y = W x + b + s B A d` as one node, `d` being `x` or its dropout.
 
-    Keeps `d`, `A d` and the factors, and of a quantised weight only what is packed. Computes in the dtype of `x`, in
-    which it returns the factors' gradients too; autograd casts them.
+    Keeps `d`, or what it can be made from again, `A d` and the factors, and of a quantised weight only what is packed.
+    Computes in the dtype of `x`, in which it returns the factors' gradients too; autograd casts them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, layer: nn.Module, ops: LayerOps, s: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        layer: nn.Module,
+        ops: LayerOps,
+        s: float,
+        again: Remade | None,
     ) -> Tensor:
         y = ops.linear(layer, x)
-        ctx.save_for_backward(*LoRAFunction.add_change(ctx, y, x, dropped, A, B, layer, ops, s))
+        ctx.save_for_backward(*LoRAFunction.add_change(ctx, y, x, dropped, A, B, layer, ops, s, again))
         return y
 
     @staticmethod
     @once_differentiable  # its casts have no gradient of their own
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None
+        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None, None
 
     @staticmethod
     def add_change(
@@ -261,27 +275,34 @@ class LoRAFunction(torch.autograd.Function):
         layer: nn.Module,
         ops: LayerOps,
         s: float,
+        again: Remade | None,
     ) -> tuple[Tensor, ...]:
         """Adds `s B A d` to `y`, in place, which must not be seen elsewhere. Returns what `gradients` wants kept."""
         d, A, B = x if dropped is None else dropped, A.to(x.dtype), B.to(x.dtype)
         h = _rows(d) @ A.t()
         y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=s)
         ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
-        return d, A, B, h
+        ctx.recipe = None if again is None else again.recipe
+        return A, B, h, *((d,) if again is None else again.sources)
 
     @staticmethod
-    def gradients(ctx: Any, dy: Tensor, d: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, dy: Tensor, A: Tensor, B: Tensor, h: Tensor, *of_d: Tensor) -> tuple[Tensor | None, ...]:
         """Those of `x`, `dropped`, `A` and `B`, as far as they are needed, from that of `y`."""
-        of_x, of_d, of_A, of_B = ctx.needs_input_grad[:4]
+        needs_x, needs_d, needs_A, needs_B = ctx.needs_input_grad[:4]
         dy_rows, s = _rows(dy), ctx.s
         dh = dy_rows @ B
-        dx = ctx.ops.linear_t(ctx.layer, dy) if of_x else None
+        dx = ctx.ops.linear_t(ctx.layer, dy) if needs_x else None
         if dx is not None and not ctx.apart:
             dx.view(-1, dx.shape[-1]).addmm_(dh, A, alpha=s)
-        dd = _product(dh, A, s).view_as(d) if of_d else None
-        dA = _product(dh.t(), _rows(d), s) if of_A else None
-        dB = _product(dy_rows.t(), h, s) if of_B else None
+        dd = _product(dh, A, s).view_as(of_d[0]) if needs_d else None
+        dA = _product(dh.t(), _rows(LoRAFunction.input(ctx, of_d, A.dtype)), s) if needs_A else None
+        dB = _product(dy_rows.t(), h, s) if needs_B else None
         return dx, dd, dA, dB
+
+    @staticmethod
+    def input(ctx: Any, of_d: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """`d`, which was kept or is made again."""
+        return of_d[0] if ctx.recipe is None else ctx.recipe.again(of_d, dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

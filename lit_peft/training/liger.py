@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.core.swap import Swapped, swap_class
+from lit_peft.core.remake import note_inputs
+from lit_peft.core.swap import BorrowsForward, Swapped, swap_class
 
 _BOUND = ("forward", "extra_repr", "_get_name")
 """What Liger binds to a layer: what it computes, and how it is printed."""
@@ -39,7 +40,7 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise ValueError("kernels: liger needs a package that is not there: pip install 'lit-peft[liger]'.")
-    device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type == "cpu":
         raise ValueError("kernels: liger needs a GPU, and this model runs on a CPU; leave kernels out.")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
@@ -58,6 +59,7 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
         _give_back(modeling, before)
     for module in model.modules():
         _take_over(module)
+    note_inputs(model)
 
 
 def _options(model: Any, apply: Callable[..., None]) -> dict[str, bool]:
@@ -86,24 +88,15 @@ def _on_gpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[.
     return run
 
 
-class LigerLayer(Swapped):
-    """A layer that computes with one of Liger's forwards."""
-
-    liger_forward: Callable[..., Any]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.liger_forward(self, *args, **kwargs)
-
-
 class LigerModel(Swapped):
     """A model that computes its loss with Liger, unless something stands around its head, or is done to its weight."""
 
-    liger_forward: Callable[..., Any]
+    borrowed: Callable[..., Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.get_output_embeddings(), Swapped):  # type: ignore[attr-defined]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self.liger_forward(self, *args, **kwargs)
+        return self.borrowed(self, *args, **kwargs)
 
 
 def _take_over(module: nn.Module) -> None:
@@ -114,5 +107,5 @@ def _take_over(module: nn.Module) -> None:
         return
     for key in bound:
         del own[key]
-    own["liger_forward"] = bound["forward"].__func__
-    swap_class(module, LigerModel if hasattr(module, "get_output_embeddings") else LigerLayer, innermost=True)
+    own["borrowed"] = bound["forward"].__func__
+    swap_class(module, LigerModel if hasattr(module, "get_output_embeddings") else BorrowsForward, innermost=True)
