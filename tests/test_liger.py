@@ -38,10 +38,22 @@ class LigerRMSNorm:
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * y.to(x.dtype)
 
-class MLP:
-    def forward(self, x):
+class LigerSiLUMulFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
         calls.append("mlp")
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    def backward(ctx, dc):
+        a, b = ctx.saved_tensors
+        s = a.sigmoid()
+        return dc * b * s * (1 + a * (1 - s)), dc * a * s
+
+class LigerSwiGLUMLP:
+    def forward(self, x):
+        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 def rope(q, k, cos, sin, *args):
     calls.append("rope")
@@ -56,7 +68,7 @@ def lce_forward(self, input_ids, labels=None, **kwargs):
 MONKEY_PATCH = """
 from types import MethodType
 
-from liger_kernel.transformers.rms_norm import MLP, LigerRMSNorm, lce_forward, rope
+from liger_kernel.transformers.rms_norm import LigerSwiGLUMLP, LigerRMSNorm, lce_forward, rope
 
 def bind(layer, name, function):
     layer.__dict__[name] = MethodType(function, layer)
@@ -64,11 +76,13 @@ def bind(layer, name, function):
 def apply(rope_=True, cross_entropy=False, fused_linear_cross_entropy=True, model=None):
     assert not cross_entropy
     from transformers.models.llama import modeling_llama
-    modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP = rope, LigerRMSNorm, MLP
+    modeling_llama.apply_rotary_pos_emb = rope
+    modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP = LigerRMSNorm, LigerSwiGLUMLP
     if fused_linear_cross_entropy:
         model.forward = MethodType(lce_forward, model)
     for layer in model.model.layers:
-        for name, kind in (("mlp", MLP), ("input_layernorm", LigerRMSNorm), ("post_attention_layernorm", LigerRMSNorm)):
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            kind = LigerSwiGLUMLP if name == "mlp" else LigerRMSNorm
             bind(getattr(layer, name), "forward", kind.forward)
             bind(getattr(layer, name), "_get_name", lambda self: "Liger")
 
@@ -84,6 +98,7 @@ def calls(monkeypatch) -> list[str]:
         module.__spec__ = ModuleSpec(module.__name__, None)
         exec(code, module.__dict__)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", sys.modules["liger_kernel.transformers.rms_norm"])
     last = ModuleType("liger_kernel.transformers.monkey_patch")
     exec(MONKEY_PATCH, last.__dict__)
     monkeypatch.setitem(sys.modules, last.__name__, last)
@@ -168,18 +183,31 @@ def test_detaching_leaves_the_kernels(calls):
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
+def kept_by(model: nn.Module) -> int:
+    """Bytes that the nodes of a forward pass keep."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ids = TINY["llama"].inputs()["input_ids"]
+        model(input_ids=ids, labels=ids)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_its_norms_are_made_again(order, calls, monkeypatch):
+def test_what_its_norms_and_its_gated_products_return_is_made_again(order, calls, monkeypatch):
     monkeypatch.setattr("lit_peft.methods.lora.LoRADelta.fused_from", 1)
     model = applied(order)
     norms = [path for path, layer in model.named_modules() if isinstance(layer, NotesInput)]
     assert len(norms) == 4 and norms[0] == "model.layers.0.input_layernorm"
-    expected = step(model)
-    assert calls.count("norm") == 7  # the first one's input needs no gradient, and is not kept
+    expected, kept = step(model), kept_by(model)
+    assert calls.count("norm") - 4 == 4 + 3  # the first one's input needs no gradient, and is not kept
+    assert calls.count("mlp") - 2 == 4
     for path in norms:
         restore_class(model.get_submodule(path), NotesInput)
+    monkeypatch.setattr(liger, "remakable", lambda y, *_: y)
     found = step(model)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tokens, config = TINY["llama"].inputs()["input_ids"].numel(), model.config
+    assert kept_by(model) - kept == 4 * tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
 
 
 def test_other_models_are_as_they_were(calls):

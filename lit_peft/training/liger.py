@@ -6,6 +6,7 @@ the same but for rounding; norms keep less for the backward pass, and the loss n
 """
 
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from types import MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lit_peft.core.remake import note_inputs
+from lit_peft.core.remake import note_inputs, remakable
 from lit_peft.core.swap import BorrowsForward, Swapped, swap_class
 
 _BOUND = ("forward", "extra_repr", "_get_name")
@@ -99,6 +100,25 @@ class LigerModel(Swapped):
         return self.borrowed(self, *args, **kwargs)
 
 
+def _swiglu(layer: Any, x: Tensor) -> Tensor:
+    return _gated(layer, x, "LigerSiLUMulFunction")
+
+
+def _geglu(layer: Any, x: Tensor) -> Tensor:
+    return _gated(layer, x, "LigerGELUMulFunction")
+
+
+_GATED = {"LigerSwiGLUMLP.forward": _swiglu, "LigerGEGLUMLP.forward": _geglu}
+"""Forwards of Liger's that are written out here, so that an adapter of `down_proj` need not keep its input."""
+
+
+def _gated(layer: Any, x: Tensor, product: str) -> Tensor:
+    """`down(f(gate x) * up x)`, whose product can be made again from its factors, which it keeps."""
+    multiply = getattr(importlib.import_module("liger_kernel.ops"), product).apply
+    gate, up = layer.gate_proj(x), layer.up_proj(x)
+    return layer.down_proj(remakable(multiply(gate, up), multiply, gate, up))
+
+
 def _take_over(module: nn.Module) -> None:
     """Makes what Liger has bound to an instance a matter of its class, behind all that is there."""
     own = module.__dict__
@@ -107,5 +127,6 @@ def _take_over(module: nn.Module) -> None:
         return
     for key in bound:
         del own[key]
-    own["borrowed"] = bound["forward"].__func__
+    function = bound["forward"].__func__
+    own["borrowed"] = _GATED.get(function.__qualname__, function)
     swap_class(module, LigerModel if hasattr(module, "get_output_embeddings") else BorrowsForward, innermost=True)
