@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+STAND_IN: Any = None
+"""What is called in the place of the Triton kernels, on every device, while `lit_peft.planning` measures a step."""
 
 
 def scale_features(z: Tensor, v: Tensor, norm: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -24,15 +26,13 @@ def scale_features(z: Tensor, v: Tensor, norm: Tensor | None = None, bias: Tenso
     Returns:
         [..., n] in the dtype of `z`.
     """
-    return ScaleFeatures.apply(z, v, norm, bias) if _uses_triton(z) else scale(z, v, norm, bias)
+    return ScaleFeatures.apply(z, v, norm, bias) if _kernels(z) is not None else scale(z, v, norm, bias)
 
 
 def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
     """`scale_features` as a node's forward pass has it; on a GPU, outside autograd."""
-    if _uses_triton(z):
-        from lit_peft.core import triton_kernels
-
-        return triton_kernels.scale(z, v, norm, bias)
+    if (fast := _kernels(z)) is not None:
+        return fast.scale(z, v, norm, bias)
     f = _factor(v, norm)
     scaled = f.to(z.dtype)
     return z * scaled if bias is None else torch.addcmul((bias * (1 - f)).to(z.dtype), z, scaled)
@@ -42,10 +42,8 @@ def scale_backward(
     dy: Tensor, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of `scale`: of `z` in its dtype, of `v` and `bias`, [n], in at least float32."""
-    if _uses_triton(dy):
-        from lit_peft.core import triton_kernels
-
-        return triton_kernels.scale_backward(dy, z, v, norm, bias)
+    if (fast := _kernels(dy)) is not None:
+        return fast.scale_backward(dy, z, v, norm, bias)
     f, wide = _factor(v, norm), torch.promote_types(z.dtype, torch.float32)
     rows, z_rows = (t.reshape(-1, t.shape[-1]).to(wide) for t in (dy, z))
     of_f = (rows * (z_rows if bias is None else z_rows - bias)).sum(0)
@@ -71,10 +69,8 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     Returns:
         [out], float32.
     """
-    if _uses_triton(W) and len(A) <= 128:
-        from lit_peft.core import triton_kernels
-
-        return triton_kernels.row_norms(W, A, B, s)
+    if len(A) <= 128 and (fast := _kernels(W)) is not None:
+        return fast.row_norms(W, A, B, s)
     with torch.no_grad():
         A, B = A.float(), B.float()
         cross = (W @ A.to(W.dtype).t()).float()
@@ -83,8 +79,15 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
 
 
-def _uses_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and HAS_TRITON and not torch.compiler.is_compiling()
+def _kernels(tensor: Tensor) -> Any:
+    """The kernels that are written in Triton; None where there are none for a tensor."""
+    if STAND_IN is not None:
+        return STAND_IN
+    if not (tensor.is_cuda and HAS_TRITON) or torch.compiler.is_compiling():
+        return None
+    from lit_peft.core import triton_kernels
+
+    return triton_kernels
 
 
 class ScaleFeatures(torch.autograd.Function):

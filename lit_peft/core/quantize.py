@@ -60,7 +60,8 @@ class Quantizer:
 
         Args:
             layer: A layer of one of `kinds`; its bias stays as it is.
-            device: Where to do it, and where the quantised weight is afterwards.
+            device: Where to do it, and where the quantised weight is afterwards; meta for the shapes alone, of a layer
+                that is there itself.
         """
         raise NotImplementedError(f"{type(self).__name__} must define quantize(layer, device).")
 
@@ -199,7 +200,8 @@ def quantize_base(
         module: The module, before anything is attached to it.
         quantizer: How.
         avoid: Paths of modules or parameters that train, or will be replaced.
-        device: Where to quantise, and where the quantised weights are then; by default where each layer is.
+        device: Where to quantise, and where the quantised weights are then; by default where each layer is. meta, named
+            here, quantises the shapes of layers without values, to see what memory they take.
 
     Returns:
         Paths of the layers that were quantised, none where they were already, in the same way.
@@ -227,7 +229,7 @@ def quantize_base(
         )
     for path in paths:
         layer: Any = module.get_submodule(path)
-        if layer.weight.is_meta:
+        if layer.weight.is_meta and (device is None or device.type != "meta"):
             raise ValueError(f"quantize: {path} has no values yet; load the base first.")
         quantizer.quantize(layer, device or layer.weight.device)
         leave_fast_path(module, path)

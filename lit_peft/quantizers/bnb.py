@@ -76,7 +76,7 @@ class _FourBit(Quantizer):
             W.shape[1], W.shape[0], layer.bias is not None, self.compute_dtype, device=torch.device("meta")
         )
         new.quant_storage = self.storage_dtype
-        new.weight = bnb.nn.Params4bit(
+        weight = bnb.nn.Params4bit(
             W.to(device),
             requires_grad=False,
             blocksize=self.block_size,
@@ -84,7 +84,9 @@ class _FourBit(Quantizer):
             quant_type=self.quant_type,
             quant_storage=self.storage_dtype,
             module=new,
-        ).to(device)
+        )
+        # `.to` leaves a weight on the meta device as it is.
+        new.weight = weight._quantize(device) if device.type == "meta" else weight.to(device)
         new.weight.module = None  # it would keep the layer alive that was made for the weight
         _become(layer, new)
 

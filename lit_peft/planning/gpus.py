@@ -1,0 +1,57 @@
+"""How much memory a GPU has: by its name, by a size, or of the one that is here."""
+
+import re
+
+import torch
+
+from lit_peft.arguments import nearest
+
+GIB = 1 << 30
+CONTEXT = GIB // 2
+"""What CUDA itself takes of a GPU, its kernels and libraries, and torch's allocator does not see."""
+SIZES = {
+    "T4": 16,
+    "V100": 16,
+    "V100-32GB": 32,
+    "L4": 24,
+    "A10G": 24,
+    "RTX3090": 24,
+    "RTX4090": 24,
+    "A100-40GB": 40,
+    "L40S": 48,
+    "A100": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 192,
+}
+"""GPU -> memory as its maker gives it; of 80, about 79 GiB can be used."""
+
+
+def gpu_bytes(gpu: str | None) -> tuple[str, int] | None:
+    """Name and bytes of the GPU named, or of the one that is present; None where there is neither.
+
+    Args:
+        gpu: A name of `SIZES`, in any case, or a size, "24GiB" or "24GB"; None: what is here.
+
+    Raises:
+        ValueError: For another name, with the nearest one.
+    """
+    if gpu is None:
+        if not torch.cuda.is_available():
+            return None
+        here = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return here.name, here.total_memory
+    if size := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB)\s*", gpu, re.IGNORECASE):
+        unit = GIB if size[2].lower().startswith("g") else 1 << 20
+        return gpu.strip(), int(float(size[1]) * unit)
+    folded = {_folded(name): name for name in SIZES}
+    name = folded.get(_folded(gpu)) or folded.get(_folded(gpu).removeprefix("nvidia"))
+    if name is None:
+        raise ValueError(
+            f"gpu: {gpu!r} is not known.{nearest(gpu, SIZES)} Known: {', '.join(SIZES)}; or a size, 24GiB."
+        )
+    return name, SIZES[name] * GIB
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()

@@ -1,0 +1,75 @@
+"""The memory of an optimizer: asked of itself, by a step on fake tensors."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import AdamW, Optimizer
+
+from lit_peft.planning.live import LiveBytes, allocated
+
+MakeOptimizer = Callable[[Any], Optimizer]
+
+_PAGED_FROM = 100_000
+"""Values of a tensor from which bitsandbytes pages its state; smaller ones stay on the GPU."""
+
+
+class OptimizerBytes(NamedTuple):
+    """What an optimizer takes.
+
+    Attributes:
+        state: Bytes of its state on the GPU.
+        host: Bytes of its state that may be paged out to the host, and that torch's allocator does not see.
+        scratch: What a step takes beside its state while it runs.
+    """
+
+    state: int = 0
+    host: int = 0
+    scratch: int = 0
+
+
+def optimizer_bytes(
+    parameters: Sequence[nn.Parameter], make: MakeOptimizer | None, live: LiveBytes, fake: FakeTensorMode
+) -> OptimizerBytes:
+    """Memory of an optimizer from its first step on, which is made: torch's and bitsandbytes' run on fake tensors.
+
+    Args:
+        parameters: Fake parameters with gradients.
+        make: Called with the parameters; null: AdamW.
+        live: Counts what the step makes.
+        fake: The mode of the parameters. The optimizer is built outside of it, since bitsandbytes keeps its tables
+            for all that are built later.
+
+    Raises:
+        ValueError: For an optimizer whose step depends on values.
+    """
+    optimizer: Any = (make or AdamW)(list(parameters))
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True  # torch's own choice on a GPU: all parameters at once
+    live.restart()
+    before = live.now
+    try:
+        with warnings.catch_warnings(), fake, live:
+            warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+            optimizer.step()
+    except RuntimeError as error:  # what fake tensors raise of values that they have not
+        raise ValueError(
+            f"{type(optimizer).__name__} looks at values in its step, so that its memory cannot be told beforehand "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    state = host = 0
+    seen = set[int]()
+    for p, tensors in optimizer.state.items():
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or key == "step" or tensor.untyped_storage()._cdata in seen:
+                continue
+            seen.add(tensor.untyped_storage()._cdata)
+            size = allocated(tensor.untyped_storage().nbytes())
+            if getattr(optimizer, "is_paged", False) and p.numel() >= _PAGED_FROM and key in ("state1", "state2"):
+                host += size
+            else:
+                state += size
+    return OptimizerBytes(state, host, max(0, live.peak - before - state - host))
