@@ -10,13 +10,14 @@ import sys
 
 from lit_peft import __version__
 from lit_peft.arguments import closest, configs, resolve
-from lit_peft.handover.paths import place
+from lit_peft.handover.paths import here_and_alone, place
 
 VERBS = {
     "fit": "train, then validate and test with the best checkpoint",
     "validate": "score the validation set with a checkpoint",
     "test": "score the test set with a checkpoint",
     "predict": "write the labels of a data set to predictions.jsonl",
+    "plan": "tell what memory training takes, and whether it fits a GPU, before it is run",
     "merge": "write the model with its adapter folded in, for plain transformers",
     "export": "write the adapter as a folder that Hugging Face PEFT opens",
     "inspect": "tell what a checkpoint, an adapter folder or a run is; --json for programs",
@@ -26,6 +27,8 @@ VERBS = {
 
 SYNONYMS = {
     "train": "fit",
+    "estimate": "plan",
+    "memory": "plan",
     "finetune": "fit",
     "evaluate": "test",
     "infer": "predict",
@@ -48,6 +51,7 @@ usage: lit-peft VERB [--config NAME_OR_FILE ...] [--KEY VALUE ...]
   lit-peft fit --config sst2/lora --config offline        a recipe, on the bundled model and data
   lit-peft fit --config sst2/lora --method BitFit --data.limit_train 2000
   lit-peft fit --run runs/sst2/lora/version_0             go on where a run was killed
+  lit-peft plan --config sst2/lora --gpu T4                what a step takes, beside other methods; no weights needed
   lit-peft predict --run runs/sst2/lora/version_0 --text "a great movie"
   lit-peft test --run runs/sst2/lora/version_0 --adapter FOLDER
   lit-peft merge runs/sst2/lora/version_0 FOLDER          a plain model, for transformers alone
@@ -106,7 +110,7 @@ def _run(arguments: list[str]) -> None:
         fail(f"unknown verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.")
     else:
         try:
-            arguments = resolve(place(arguments))
+            arguments = resolve(here_and_alone(place(arguments)))
         except (OSError, ValueError) as error:
             if os.environ.get("LIT_PEFT_TRACEBACK") == "1":
                 raise

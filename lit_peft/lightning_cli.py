@@ -113,7 +113,7 @@ class LitPeftCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verb that is asked for, or all; verb -> arguments of the trainer's method that are no options."""
-        verbs = LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in PLACED}
+        verbs = LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in (*PLACED, "plan")}
         asked = {verb: skipped for verb, skipped in verbs.items() if verb in sys.argv[1:2]}
         return asked or verbs  # the parser of each takes a tenth of a second
 
@@ -363,7 +363,7 @@ def run(arguments: list[str]) -> None:
     try:
         words, texts, pairs = take_texts(arguments)
         words, changes = change_method(join_quantize(words))
-        if is_first_rank():
+        if is_first_rank() and "--json=true" not in words:
             print("\n".join(changes), end="\n" * bool(changes))
         sys.argv[1:] = use_adapter(words, texts)  # not handed over: further ranks start with the command line
         be_quiet(words[0], bool(texts))

@@ -53,7 +53,7 @@ def be_quiet(verb: str, answers_only: bool) -> None:
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
         if answers_only:
             logging.getLogger(name).setLevel(logging.ERROR)
-        elif verb in PLACED:  # which restore and score again by themselves
+        elif verb in (*PLACED, "plan"):  # which say what they have found themselves
             logging.getLogger(name).setLevel(logging.WARNING)
             logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     if answers_only:

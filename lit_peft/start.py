@@ -44,7 +44,7 @@ def starting_checkpoint(verb: str, config: Any) -> str | None:
             if RECORD in content:
                 check_checkpoint(content[RECORD], str(given))
         return str(given)
-    if verb == "fit" or _takes_adapter(config):
+    if verb in ("fit", "plan") or _takes_adapter(config):
         return None
     best = next((b for b in (run / "checkpoints" / "best.ckpt" for run in _runs(config)) if b.exists()), None)
     if best is None:

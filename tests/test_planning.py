@@ -91,6 +91,12 @@ def test_the_parts_of_lora_are_the_arithmetic():
     assert found.static + found.activations <= found.peak <= found.total
 
 
+def test_activations_are_those_alone():
+    """However much larger the weights are."""
+    found = plan(llama(width=1024), LoRA(r=4, target_modules="all-linear"), texts(batch=1, length=8))
+    assert 0 < found.activations < 0.2 * found.base
+
+
 def test_four_bit_leaves_activations_and_shrinks_the_base():
     plain, four, eight = (
         plan(llama(width=1024), LoRA(r=4, target_modules="all-linear", quantize=mode), texts())
@@ -237,6 +243,7 @@ def test_a_live_module_is_planned_as_it_stands():
 
 def test_planning_leaves_nothing_fake_behind():
     """bitsandbytes keeps tables for all layers, which must not become those of a step without values."""
+    bnb.functional.name2qmap.clear()
     plan(llama(), QLoRA(r=4), texts(), optimizer=bnb.optim.AdamW8bit)
     layer = nn.Linear(128, 128)
     make_quantizer("nf4").quantize(layer, torch.device("cpu"))

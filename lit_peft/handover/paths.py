@@ -17,6 +17,7 @@ _IN_PYTHON = {
     "merge": "lit_peft.saving.merged.save_merged(model, NEW_FOLDER)",
     "export": "lit_peft.save(model, NEW_FOLDER)",
 }
+_BOOLS = (["true"], ["false"])
 _USAGE = "Usage: lit-peft {verb} RUN_OR_ADAPTER NEW_FOLDER [--KEY VALUE …]"
 
 
@@ -48,6 +49,16 @@ def place(arguments: Sequence[str]) -> list[str]:
     check_free(out)
     alone = [word for key, value in ALONE.items() for word in (f"--trainer.{key}", value)]
     return [verb, *words, *alone, "--out", out]
+
+
+def here_and_alone(arguments: Sequence[str]) -> list[str]:
+    """Lets `plan` need none of the devices that its configuration names; a bare `--json` means true."""
+    verb, *words = arguments
+    if verb != "plan" or {"-h", "--help"}.intersection(words):
+        return list(arguments)
+    words = ["--json=true" if w == "--json" and words[i + 1 : i + 2] not in _BOOLS else w for i, w in enumerate(words)]
+    alone = [f"--trainer.{key}={value}" for key, value in (ALONE | {"accelerator": "cpu"}).items()]
+    return [verb, *words, *alone]
 
 
 def _source(verb: str, path: Path, words: Sequence[str]) -> list[str]:

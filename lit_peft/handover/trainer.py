@@ -1,15 +1,20 @@
-"""The verbs `merge` and `export`: what a run trained as a plain model, or as HF PEFT's adapter, in a new folder."""
+"""The verbs `merge` and `export`: what a run trained as a plain model, or as HF PEFT's adapter, in a new folder.
+
+And `plan`, which needs a trainer as little as they do, and its settings as much.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,6 +33,9 @@ from lit_peft.methods.base import Method
 from lit_peft.methods.describe import why_not_mergeable
 from lit_peft.methods.full import FullFineTuning
 from lit_peft.methods.registry import method_class
+from lit_peft.planning.gpus import gpu_bytes
+from lit_peft.planning.run import plan_run, title
+from lit_peft.planning.text import as_json, table
 from lit_peft.saving.adapter_folder import AdapterFolder
 from lit_peft.saving.folder import save
 from lit_peft.saving.merged import changed, check_foldable, find_model, not_foldable, write_model
@@ -38,7 +46,7 @@ _OURS = "The run's adapter folder holds it, for lit_peft.load and `lit-peft pred
 
 
 class Trainer(pl.Trainer):
-    """Lightning's trainer with two verbs more, of which the command line makes subcommands."""
+    """Lightning's trainer with three verbs more, of which the command line makes subcommands."""
 
     def merge(
         self,
@@ -123,6 +131,32 @@ class Trainer(pl.Trainer):
                     raise ValueError(_why_own_form(model, name))
             place = resolved(out)
         print_exported(place, names, root.model)
+
+    def plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: Any = None,
+        gpu: str | None = None,
+        alternatives: bool = True,
+        json: bool = False,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Tell what memory a training step will take, by part, and whether it fits a GPU.
+
+        Args:
+            model: The module.
+            datamodule: Its data.
+            gpu: H100, A100-40GB, T4, ..., or a size, 24GiB; null: the one that is here.
+            alternatives: Whether to plan other methods and storages of the base beside it.
+            json: Whether to print JSON instead of a table.
+            ckpt_path: A run's checkpoint, as `--run FOLDER` names it; it is not read.
+        """
+        found_gpu = gpu_bytes(gpu)
+        found, about = plan_run(self, model, datamodule, found_gpu, alternatives)
+        if json:
+            print(dumps(as_json(found, about, found_gpu), indent=2))
+        else:
+            Console().print(table(found, title(about), found_gpu), highlight=False)
 
 
 _STAGES = {

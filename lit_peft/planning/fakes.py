@@ -1,7 +1,7 @@
 """Copies of a module that hold no values."""
 
 import copy
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ def on_meta(module: nn.Module) -> Any:
     return _copy(module, "meta")
 
 
-def faked(module: nn.Module) -> Any:
-    """A copy of fake tensors, for use under the `fake_mode` that is active."""
-    return _copy(module, "cpu")
+def faked(module: nn.Module, fake: FakeTensorMode) -> Any:
+    """A copy of fake tensors, but for what is neither parameter nor buffer: metrics count on."""
+    return _copy(module, "cpu", fake)
 
 
 def fake_batch(batch: Any, dtype: torch.dtype | None = None) -> Any:
@@ -43,19 +43,16 @@ def stored(module: nn.Module) -> dict[str, list[Tensor]]:
     return {path: layer_ops(layer).stored(layer) for path, layer in layers.items()}
 
 
-def _copy(module: nn.Module, device: str) -> Any:
-    like = _like(device)
+def _copy(module: nn.Module, device: str, fake: FakeTensorMode | None = None) -> Any:
     tensors = [*module.parameters(), *module.buffers()]
     tensors += [t for parts in stored(module).values() for t in parts]
-    memo: dict[int, Any] = {id(t): like(t) for t in tensors}
+    with fake or nullcontext():
+        memo: dict[int, Any] = {id(t): _like(t, device) for t in tensors}
     if (state := registry(module)) is not None:  # host copies for `detach`
         memo[id(state.originals)] = {}
     return copy.deepcopy(module, memo)
 
 
-def _like(device: str) -> Callable[[Tensor], Tensor]:
-    def like(t: Tensor) -> Tensor:
-        new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-        return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
-
-    return like
+def _like(t: Tensor, device: str) -> Tensor:
+    new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -55,3 +55,15 @@ def gpu_bytes(gpu: str | None) -> tuple[str, int] | None:
 
 def _folded(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
+
+
+def workspaces(gpu: tuple[str, int] | None) -> int:
+    """Bytes that cuBLAS keeps once products have run: for the thread of the forward pass and that of the backward pass.
+
+    32 MiB each from Hopper on, which is also what is taken of an unknown GPU, a little over 8 MiB each before.
+    """
+    if gpu is None or gpu[0] not in SIZES:
+        older = gpu is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
+    else:
+        older = not gpu[0].startswith(("H", "B"))
+    return 2 * (8_519_680 if older else 32 << 20)

@@ -38,6 +38,7 @@ class LiveBytes(TorchDispatchMode):
     def restart(self) -> None:
         """Takes what lives now for what is there at the start."""
         self._start = self.peak = self.now
+        self.peak_rest = 0
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
         """Counts tensors that were made elsewhere; returns the bytes of those that did not count yet."""

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lit_peft.core import kernels
 from lit_peft.core.quantized import bitsandbytes
@@ -40,6 +41,8 @@ def as_on_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(kernels, "STAND_IN", _KERNELS))
         if (masks := sys.modules.get("transformers.masking_utils")) and hasattr(masks, _PACKED):
             stack.enter_context(mock.patch.object(masks, _PACKED, lambda *args, **kwargs: None))
+        if offload := getattr(sys.modules.get("lit_peft.training.checkpointing"), "Offload", None):
+            stack.enter_context(mock.patch.object(offload, "__call__", _offloaded))
         for (home, name), function in _taken().items():
             stack.enter_context(mock.patch.object(home, name, function))
         yield
@@ -125,6 +128,20 @@ def _taken() -> dict[tuple[Any, str], Callable[..., Any]]:
         (F, "dropout"): _dropout,
         (torch, "dropout"): _dropout,
     }
+
+
+def _offloaded(self: Any, block: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoints a block whose input waits on the host: on the meta device, where nothing is counted."""
+    place = hidden.untyped_storage()._cdata
+
+    def put(x: Tensor) -> Tensor:
+        return x.to("meta") if x.untyped_storage()._cdata == place and x.requires_grad else x
+
+    def get(x: Tensor) -> Tensor:
+        return torch.empty_like(x, device="cpu") if x.device.type == "meta" else x
+
+    with torch.autograd.graph.saved_tensors_hooks(put, get):
+        return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
 
 
 def _matmul_8bit(

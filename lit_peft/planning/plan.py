@@ -14,13 +14,10 @@ from lit_peft.core.registry import registry
 from lit_peft.core.targets import find_parameters
 from lit_peft.methods.base import Method
 from lit_peft.planning.fakes import fake_batch, fake_mode, faked, on_meta, stored
+from lit_peft.planning.gpus import workspaces as _workspaces
 from lit_peft.planning.live import LiveBytes, allocated
 from lit_peft.planning.on_gpu import as_on_gpu
 from lit_peft.planning.optimizer import MakeOptimizer, OptimizerBytes, optimizer_bytes
-
-WORKSPACES = 64 << 20
-"""What cuBLAS keeps on an H100 once products have run: 32 MiB for the thread of the forward pass, and as much for that
-of the backward pass. GPUs before it have 8 MiB each."""
 
 Step = Callable[[Any, Any], Tensor]
 """Module and batch -> loss."""
@@ -86,9 +83,11 @@ def plan(
     precision: str = "32-true",
     step: Step | None = None,
     keeps_gradients: bool = True,
+    accumulates: bool = False,
     prepare: Callable[[Any], object] | None = None,
     name: str | None = None,
-    workspaces: int = WORKSPACES,
+    workspaces: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """The memory of a training step of a model with a method, without its weights and without a GPU.
 
@@ -105,10 +104,12 @@ def plan(
         precision: Lightning's: 32-true, bf16-mixed, 16-mixed or bf16-true.
         step: Module and batch -> loss; null: `training_step(batch, 0)`, or `module(**batch)`'s loss.
         keeps_gradients: Whether gradients of the step before live through a forward pass: so in Lightning, which sets
-            them to None before the backward pass, and where they are accumulated.
+            them to None before the backward pass, and not in a loop that does so at its end.
+        accumulates: Whether gradients of several batches are accumulated, and live through backward passes too.
         prepare: Called with the copy before its step, to switch on checkpointing for instance.
         name: What the plan is called; null: the method's.
-        workspaces: Bytes that cuBLAS keeps for itself.
+        workspaces: Bytes that cuBLAS keeps for itself; null: as on an H100.
+        notes: Kept with the plan.
 
     Raises:
         ValueError: When nothing would train, the method does not fit the model, or the step depends on values.
@@ -125,8 +126,8 @@ def plan(
         prepare(module)
 
     fake, live = fake_mode(), LiveBytes()
+    module = faked(module, fake)
     with fake:
-        module = faked(module)
         inputs = fake_batch(batch, true)
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
@@ -150,9 +151,10 @@ def plan(
     weights = base + constants + adapters
     state = optimizer_bytes(trained, optimizer, live, fake) if gradients else OptimizerBytes()
 
+    own = _workspaces(None) if workspaces is None else workspaces
     peak = max(
-        forward + state.state + (gradients if keeps_gradients else 0),
-        backward + state.state,
+        forward + state.state + (gradients if keeps_gradients or accumulates else 0),
+        (weights + gradients + rest if accumulates else backward) + state.state,
         weights + gradients + state.state + state.scratch,
     )
     return Plan(
@@ -163,9 +165,10 @@ def plan(
         gradients,
         state.state,
         rest,
-        workspaces,
-        peak + workspaces,
+        own,
+        peak + own,
         state.host,
+        notes,
     )
 
 

@@ -85,8 +85,13 @@ class _FourBit(Quantizer):
             quant_storage=self.storage_dtype,
             module=new,
         )
-        # `.to` leaves a weight on the meta device as it is.
-        new.weight = weight._quantize(device) if device.type == "meta" else weight.to(device)
+        if device.type == "meta":  # as which `.to` would leave the weight
+            bnb.functional.quantize_blockwise(
+                torch.zeros(1, device="cpu")
+            )  # makes the table that all layers then share
+            new.weight = weight._quantize(device)
+        else:
+            new.weight = weight.to(device)
         new.weight.module = None  # it would keep the layer alive that was made for the weight
         _become(layer, new)
 

@@ -11,6 +11,7 @@ from torch import nn
 from lit_peft import hub
 from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer
 from lit_peft.core.targets import find_parameters
+from lit_peft.core.weightless import is_weightless
 from lit_peft.methods.base import Method
 from lit_peft.training.bringing import methods_of
 
@@ -69,7 +70,7 @@ class BaseStorage:
 def load_classifier(
     backbone: str, label_names: Sequence[str], dtype: torch.dtype, storage: BaseStorage | None = None
 ) -> tuple[Any, list[str]]:
-    """Loads a sequence-classification model in training mode.
+    """Loads a sequence-classification model in training mode; under `without_weights` its shapes alone.
 
     Args:
         backbone: Hub id, local folder, or demo.
@@ -87,10 +88,13 @@ def load_classifier(
     source = hub.locate(backbone)
     names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     quantised: dict[str, Any] = {}
-    if storage is not None:
+    if storage is not None or is_weightless():
         with hub.explained(backbone), torch.device("meta"):
             config = AutoConfig.from_pretrained(source, num_labels=len(label_names), **names)
             skeleton = AutoModelForSequenceClassification.from_config(config)
+        if is_weightless():
+            return skeleton.to(dtype).train(), _new_heads(skeleton)
+        assert storage is not None
         quantised = storage.arguments(skeleton)
     # Lightning's context would place, and rename the hooks of, what is loaded.
     with hub.explained(backbone), torch.device("cpu"):
@@ -108,3 +112,11 @@ def load_classifier(
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     # `from_pretrained` returns evaluation mode, which Lightning keeps: dropout would stay off.
     return model.train(), sorted(fresh & {name for name, _ in model.named_parameters()})
+
+
+def _new_heads(skeleton: Any) -> list[str]:
+    """Names of the parameters that a checkpoint will not hold, by what its configuration says that it is of."""
+    if type(skeleton).__name__ in (skeleton.config.architectures or ()):
+        return []
+    body = f"{skeleton.base_model_prefix}."
+    return sorted(name for name, _ in skeleton.named_parameters() if not name.startswith(body))

@@ -145,6 +145,12 @@ class TextClassification(pl.LightningModule):
         self.val_metrics = classification_metrics(classes, "val/")
         self.test_metrics = classification_metrics(classes, "test/")
 
+    def sample(self, size: int, length: int) -> Batch:
+        """A batch of so many texts of that length, or of the longest that the model takes; on the meta device."""
+        length = min(length, getattr(self.model.config, "max_position_embeddings", length))
+        ids = torch.empty(size, length, dtype=torch.int64, device="meta")
+        return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": ids[:, 0]}
+
     def _class_weights(self, counts: Sequence[int] | None) -> Tensor | None:
         if self.class_weights is None or self.label_names is None:
             return None

@@ -1,0 +1,120 @@
+"""Plans of a configured run: its module without weights, its longest batch."""
+
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lit_peft.core.weightless import without_weights
+from lit_peft.planning.compare import plans
+from lit_peft.planning.gpus import workspaces
+from lit_peft.planning.plan import Plan
+from lit_peft.training.bringing import methods
+
+
+def plan_run(
+    trainer: Any, model: Any, data: Any, gpu: tuple[str, int] | None, others: bool = True
+) -> tuple[list[Plan], dict[str, Any]]:
+    """Plans of a run, and what they are of.
+
+    A task of ours, which can make a `sample` of a batch, is built without weights, and no data are read: a batch has
+    `data.batch_size` texts of `data.max_length`. Another module is built as it builds itself, and the first batch of
+    its training data is taken.
+
+    Args:
+        trainer: Says precision, accumulation and methods; it does not run.
+        model: The module, not built yet.
+        data: Its data module, or None.
+        gpu: Name and bytes of the GPU.
+        others: Whether to plan alternatives as well.
+
+    Raises:
+        ValueError: When there is no method, or another module or its data cannot be built without the trainer.
+    """
+    notes = []
+    if getattr(model, "compiles", False):
+        notes.append("The step is planned eager; compiled, fused operations keep less.")
+    if getattr(model, "kernels", None) == "liger":
+        model.kernels = None
+        notes.append("Planned without Liger's kernels, which keep fewer activations: the figures are upper bounds.")
+    method, *more = methods(trainer)
+    if more:
+        notes.append(f"Of several methods {type(method).__name__} alone is planned.")
+    ours = hasattr(model, "sample") and hasattr(data, "max_length")
+    if ours:
+        if model.label_names is None:
+            model.label_names = ["0", "1"]  # how many there are the data would tell, and a row of a head weighs little
+        with without_weights():
+            model.configure_model()
+        batch = model.sample(data.batch_size, data.max_length)
+    else:
+        batch = _first_batch(model, data)
+    make = getattr(model, "optimizer", None) if ours else _optimizer_of(model, notes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*self.log.*")  # without a trainer there is nothing to log to
+        found = plans(
+            model,
+            method,
+            batch,
+            optimizer=make if callable(make) else None,
+            others=others,
+            precision=str(trainer.precision),
+            accumulates=trainer.accumulate_grad_batches > 1,
+            workspaces=workspaces(gpu),
+            notes=tuple(notes),
+        )
+    shapes = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    longest = max(shapes, key=lambda t: t.ndim and t.numel())
+    about = {
+        "batch": list(longest.shape),
+        "precision": str(trainer.precision),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "longest": ours,
+    }
+    return found, about
+
+
+def title(about: dict[str, Any]) -> str:
+    """One line on what is planned."""
+    shape = " x ".join(map(str, about["batch"]))
+    which = "the longest that data.max_length allows" if about["longest"] else "the first of the training data"
+    return f"Memory of a training step: a batch of {shape}, {which}, precision {about['precision']}"
+
+
+def _first_batch(model: Any, data: Any) -> Any:
+    """Builds a module of somebody's own; the first batch of its data."""
+    where = "configure_model"
+    try:
+        for hook in ("setup", "configure_model"):
+            where = f"{type(model).__name__}.{hook}"
+            if is_overridden(hook, model):
+                getattr(model, hook)(*(("fit",) if hook == "setup" else ()))
+        owner = model if data is None else data
+        where = f"{type(owner).__name__}.train_dataloader"
+        if data is not None:
+            data.prepare_data()
+            data.setup("fit")
+        return next(iter(owner.train_dataloader()))
+    except Exception as error:
+        raise ValueError(
+            f"plan: {where} does not work without a trainer ({type(error).__name__}: {str(error).splitlines()[0]}). In "
+            "Python, lit_peft.planning.plan(model, method, batch) takes a model and a batch as they are."
+        ) from error
+
+
+def _optimizer_of(model: Any, notes: list[str]) -> Any:
+    """What makes the optimizer of a module of somebody's own, from other parameters than the module's."""
+    try:
+        made = model.configure_optimizers()
+    except Exception:
+        made = None
+    while isinstance(made, dict | list | tuple) and made:
+        made = made.get("optimizer") if isinstance(made, dict) else made[0]
+    if not isinstance(made, torch.optim.Optimizer):
+        notes.append("AdamW is planned: configure_optimizers does not tell its optimizer without a trainer.")
+        return None
+    kind, defaults = type(made), made.defaults
+    known = kind.__init__.__code__.co_varnames
+    return lambda params: kind(params, **{key: value for key, value in defaults.items() if key in known})

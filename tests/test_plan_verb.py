@@ -1,0 +1,106 @@
+"""`lit-peft plan`: a configuration without its weights and data, beside alternatives; modules of one's own."""
+
+import json
+
+import pytest
+
+from lit_peft.cli import main
+from lit_peft.planning.plan import Plan
+from lit_peft.planning.text import fits
+
+
+@pytest.fixture
+def plan(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["lit-peft", "plan", *words])
+        main(["plan", *words])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_json_of_a_recipe_reads_no_weights(plan, monkeypatch, tmp_path):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", None)
+    found = json.loads(plan("--config", "quickstart", "--gpu", "24GiB", "--json", "--data.path", "nowhere.csv"))
+    assert found["batch"] == [32, 64]
+    first, *others = found["plans"]
+    assert first["name"] == "LoRA r 4, float32"
+    assert {p["name"] for p in others} == {"LoRA r 4, int8", "LoRA r 4, nf4", "FullFineTuning, float32"}
+    assert first["fits"] is True
+    assert first["adapters"] < 0.1 * others[-1]["adapters"]
+    assert [*tmp_path.iterdir()] == []  # no run has begun
+
+
+def test_the_table_says_what_fits(plan):
+    said = plan("--config", "quickstart", "--gpu", "520MiB", "--alternatives", "false", "--method", "QLoRA")
+    said = " ".join(said.split())
+    assert "a batch of 32 x 64, the longest that data.max_length allows" in said
+    assert "MiB │ no peak is what torch.cuda.max_memory_allocated will say" in said
+    assert "512.0 MiB more goes to CUDA itself" in said
+
+
+def test_an_unknown_gpu_ends_with_the_nearest(plan, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan("--config", "quickstart", "--gpu", "H10O")
+    assert end.value.code == 2
+    assert "'H10O' is not known. Did you mean 'H100'?" in capsys.readouterr().err
+
+
+OWN = """
+import lightning.pytorch as pl, torch
+from torch import nn
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+
+    def training_step(self, batch, i):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.layers(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Data(pl.LightningDataModule):
+    def __init__(self, broken: bool = False):
+        super().__init__()
+        self.broken = broken
+
+    def train_dataloader(self):
+        if self.broken:
+            raise RuntimeError("no file here")
+        rows = [(torch.zeros(32), 0)] * 8
+        return torch.utils.data.DataLoader(rows, batch_size=4)
+"""
+
+
+def test_a_module_of_ones_own_is_planned_with_its_own_batch_and_optimizer(plan, monkeypatch, tmp_path):
+    (tmp_path / "plan_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--model", "plan_own.Net", "--data", "plan_own.Data", "--method", "LoRA", "--json"]
+    words += ["--method.target_modules", "layers.0", "--method.r", "2"]
+    found = json.loads(plan(*words))
+    assert (found["batch"], found["longest"]) == ([4, 32], False)
+    assert found["plans"][0]["optimizer"] == 0  # SGD keeps nothing
+
+
+def test_data_that_cannot_be_had_are_told(plan, capsys, monkeypatch, tmp_path):
+    (tmp_path / "plan_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit):
+        plan("--model", "plan_own.Net", "--data", "plan_own.Data", "--data.broken", "true", "--method", "LoRA")
+    told = capsys.readouterr().err
+    assert "Data.train_dataloader does not work without a trainer (RuntimeError: no file here)" in told
+
+
+def test_cuda_itself_counts():
+    plan = Plan("x", 0, 0, 0, 0, 0, 0, 0, peak=23 << 30)
+    assert fits(plan, ("L4", 24 << 30)) and not fits(plan, ("L4", int(23.4 * 2**30))) and fits(plan, None) is None
