@@ -31,13 +31,9 @@ def gib(count: float, device: str) -> float | None:
     return count / 2**30 if device == "cuda" else None
 
 
-def build(shape: str, length: int, device: str, liger: bool) -> Built:
-    """A Llama in bfloat16, its linear layers in NF4 with double quantisation, in training mode and frozen.
-
-    It is laid out on the meta device; then one decoder layer after another gets its values on the device and is
-    quantised, so that at most one of them is there in bfloat16. Embeddings, norms and the head stay in bfloat16.
-    """
-    start, sizes = time.perf_counter(), SHAPES[shape]
+def skeleton(shape: str, length: int) -> Any:
+    """A Llama in bfloat16 on the meta device, in training mode and frozen."""
+    sizes = SHAPES[shape]
     config = transformers.LlamaConfig(
         vocab_size=sizes["vocabulary"],
         hidden_size=sizes["width"],
@@ -49,7 +45,16 @@ def build(shape: str, length: int, device: str, liger: bool) -> Built:
         use_cache=False,
     )
     with torch.device("meta"):
-        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16).train().requires_grad_(False)
+        return transformers.LlamaForCausalLM(config).to(torch.bfloat16).train().requires_grad_(False)
+
+
+def build(shape: str, length: int, device: str, liger: bool) -> Built:
+    """The skeleton with values, its linear layers in NF4 with double quantisation.
+
+    One decoder layer after another gets its values on the device and is quantised, so that at most one of them is there
+    in bfloat16. Embeddings, norms and the head stay in bfloat16.
+    """
+    start, model = time.perf_counter(), skeleton(shape, length)
     generator = torch.Generator(device).manual_seed(0)
     quantizer = make_quantizer("nf4")
     chosen = [path for path, why in choose_layers(model, quantizer).items() if why is None]
@@ -61,7 +66,7 @@ def build(shape: str, length: int, device: str, liger: bool) -> Built:
     for rest in (model.model.embed_tokens, model.model.norm, model.lm_head):
         materialise(rest, device, generator)
     with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are computed, not drawn
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed, not drawn
     if liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance  # what transformers itself calls
 

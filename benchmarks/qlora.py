@@ -2,7 +2,7 @@
 
     python benchmarks/qlora.py --out runs/qlora.jsonl              # 8 B, all rows; needs a GPU with 40 GiB, and Liger
     python benchmarks/qlora.py --rows "*bfloat16*" --rounds 5      # some, as globs
-    python benchmarks/qlora.py --skip "*offload" --no-liger
+    python benchmarks/qlora.py --rows "ours*" --skip "*offload" --no-liger --plan
     python benchmarks/qlora.py --shape 65b                         # 10 steps of ours at 1 x 512; needs a GPU with 80 GB
     python benchmarks/qlora.py --shape tiny --device cpu --no-liger --rounds 1 --steps 1
 
@@ -38,8 +38,7 @@ import peft
 import torch
 import transformers
 from llama_nf4 import SHAPES, build, gib
-from qlora_rows import ROWS, THEIRS, Row, adapted, agreement, autocast, checkpointed, tokens
-from torch import nn
+from qlora_rows import ROWS, THEIRS, Row, adapted, agreement, autocast, checkpointed, optimizer_of, planned, tokens
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "8b": {"batch": 4, "length": 1024, "r": 16, "alpha": 32, "rounds": 3, "warmup": 2, "steps": 5, "paged": False},
@@ -87,12 +86,6 @@ class Clock:
             return [1000 * (b - a) for a, b in pairs]
         torch.cuda.synchronize()
         return [a.elapsed_time(b) for a, b in pairs]
-
-
-def optimizer_of(trainable: list[nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
-    if args.paged:
-        return bitsandbytes.optim.PagedAdamW32bit(trainable, lr=args.rate)
-    return torch.optim.AdamW(trainable, lr=args.rate, fused=True)
 
 
 def paged_bytes(optimizer: Any) -> int:
@@ -187,6 +180,18 @@ def bars(results: list[dict[str, Any]], shape: str) -> Iterator[str]:
         yield f"| {what} | {value:.3f} | {spread} | {most:.2f} | {'yes' if value <= most else 'no'} |"
 
 
+def plans(names: list[str], results: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str]:
+    """lit-peft's plan beside what was measured, in Markdown."""
+    yield "| row | static GiB, planned | peak GiB, planned | measured | planned / measured |\n|---|---|---|---|---|"
+    for name in names:
+        row, peak = ROWS[name], figure(results, name, "peak_gib")
+        if row.library == "ours" and row.memory != "offload":
+            plan = planned(row, args)
+            static, total = (plan.base + plan.constants + plan.adapters) / 2**30, plan.peak / 2**30
+            ratio = show(peak and total / peak, 3)
+            yield f"| {name} | {static:.2f} | {total:.2f} | {show(peak)} | {ratio} |"
+
+
 def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """Names of the rows to run."""
     for glob in [*args.rows, *args.skip]:
@@ -217,11 +222,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--paged", action=argparse.BooleanOptionalAction, default=None, help="paged AdamW")
     parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help="compare gradients first")
+    parser.add_argument("--plan", action="store_true", help="tell lit-peft's plan of our rows; with --no-liger")
     parser.add_argument("--out", type=Path, default=None, help="file for lines of JSON")
     args = parser.parse_args(argv)
     defaults = {"rows": ["*"], "check": args.shape != "65b", **DEFAULTS[args.shape]}
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
     names = chosen(args, parser)
+    if args.plan and args.liger:
+        parser.error("--plan takes no steps with Liger's kernels, which run on a GPU alone; add --no-liger")
 
     transformers.utils.logging.set_verbosity_error()
     built = build(args.shape, args.length, args.device, args.liger)
@@ -249,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps(results[-1]) + "\n")
     print(*table(sorted(results, key=lambda result: names.index(result["row"]))), sep="\n")
     print(*bars(results, args.shape), sep="\n")
+    if args.plan:
+        print(*plans(names, results, args), sep="\n")
     if args.out:
         with args.out.open("a") as file:
             file.write(json.dumps(setting) + "\n")

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import bitsandbytes
 import peft
 import torch
 from llama import TARGETS, theirs
-from llama_nf4 import SHAPES
+from llama_nf4 import SHAPES, skeleton
 from torch import Tensor, nn
 
 from lit_peft.core.quantized import Frozen4bit, adopt
@@ -46,12 +47,15 @@ ROWS = {
 THEIRS = "hf-float32-autocast"
 
 
+def lora(row: Row, args: argparse.Namespace, **more: Any) -> LoRA:
+    return LoRA(args.r, args.alpha, 0.0, target_modules=TARGETS, adapter_dtype=row.dtype, **more)
+
+
 @contextmanager
 def adapted(model: Any, row: Row, args: argparse.Namespace) -> Iterator[nn.Module]:
     """The model with the adapters of a row; afterwards it is what it was."""
     if row.library == "ours":
-        lora = {"r": args.r, "alpha": args.alpha, "dropout": 0.0, "target_modules": TARGETS}
-        method = LoRA(**lora, adapter_dtype=row.dtype)
+        method = lora(row, args)
         method.attach(model)
         try:
             yield model
@@ -77,6 +81,10 @@ def adapted(model: Any, row: Row, args: argparse.Namespace) -> Iterator[nn.Modul
             adopt(layer)
 
 
+def checkpoint(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 @contextmanager
 def checkpointed(model: Any, row: Row) -> Iterator[None]:
     """The model with the gradient checkpointing of a row."""
@@ -88,7 +96,7 @@ def checkpointed(model: Any, row: Row) -> Iterator[None]:
 
         checkpoint_activations(model, offload=True)
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint(model)
     try:
         yield
     finally:
@@ -99,10 +107,32 @@ def autocast(row: Row, args: argparse.Namespace) -> AbstractContextManager[Any]:
     return torch.autocast(args.device, torch.bfloat16) if row.autocast else nullcontext()
 
 
+def optimizer_of(trainable: list[nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
+    if args.paged:
+        return bitsandbytes.optim.PagedAdamW32bit(trainable, lr=args.rate)
+    return torch.optim.AdamW(trainable, lr=args.rate, fused=True)
+
+
 def tokens(args: argparse.Namespace) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     shape = (args.batch, args.length)
     return torch.randint(0, SHAPES[args.shape]["vocabulary"], shape, generator=generator).to(args.device)
+
+
+def planned(row: Row, args: argparse.Namespace) -> Any:
+    """What `lit_peft.planning` says of a row of ours, without offload and Liger: it needs neither weights nor GPU."""
+    from lit_peft.planning import plan
+
+    ids = tokens(args)
+    return plan(
+        skeleton(args.shape, args.length),
+        lora(row, args, quantize="nf4"),
+        {"input_ids": ids, "labels": ids},
+        optimizer=lambda trainable: optimizer_of(trainable, args),
+        precision="bf16-mixed" if row.autocast else "32-true",
+        keeps_gradients=False,
+        prepare=lambda model: checkpoint(model) if row.memory else None,
+    )
 
 
 def agreement(model: Any, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
