@@ -233,6 +233,7 @@ def close(module: nn.Module) -> Registry:
     for path, child in module.named_modules():
         release_statistics(module, path)
         restore_fast_path(child)
+    recognise(module)  # quantised layers need what was undone there, whether or not they carry anything
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in state.required_grad)
     note_inputs(module)

@@ -88,6 +88,10 @@ class LayerOps:
         """The dense weight, [out, in], dequantised where needed."""
         return layer.weight
 
+    def float_matrix(self, layer: Any) -> Tensor:
+        """The same in float32, for arithmetic; a quantised one straight from its codes, rounded to no other dtype."""
+        return self.matrix(layer).float()
+
     def bias(self, layer: Any) -> Tensor | None:
         """The bias, [out], or None."""
         return getattr(layer, "bias", None)
@@ -119,6 +123,28 @@ class LayerOps:
         self.matrix(layer).data.copy_(W)
         if b is not None:
             layer.bias.data.copy_(b)
+
+    def keep(self, layer: Any) -> Any:
+        """What `put_back` needs to give a layer the weight and the bias that it has now, on the host.
+
+        A layer type with quantised weights keeps their codes and constants: to store a dense one again would round.
+        """
+        b = self.bias(layer)
+        W = self.matrix(layer).detach()
+        return W.to("cpu", copy=True), None if b is None else b.detach().to("cpu", copy=True)
+
+    def put_back(self, layer: Any, kept: Any) -> None:
+        """Gives a layer what `keep` took down of it, bit for bit, also where `make_dense` has changed it since."""
+        self.store(layer, *kept)
+
+    def make_dense(self, layer: Any, W: Tensor) -> None:
+        """Makes a quantised layer a dense one, in place, of the class that it was quantised from.
+
+        Args:
+            layer: The layer; its bias stays as it is.
+            W: Its weight, [out, in], in the dtype that it is to have.
+        """
+        raise TypeError(f"{type(self).__name__} must define make_dense(layer, W), and keep and put_back with it.")
 
     def apply(self, layer: Any, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         """What the layer would return with weight `W`, [n, in], and bias `b`, [n]: n output features."""
@@ -180,8 +206,25 @@ class Conv1DOps(LayerOps):
         return layer.weight.t()
 
 
+class BitsandbytesOps(LayerOps):
+    """What bitsandbytes' two kinds of linear layer have in common: how they become dense, and are put back."""
+
+    def keep(self, layer: Any) -> quantized.Kept:
+        return quantized.keep(layer)
+
+    def put_back(self, layer: Any, kept: quantized.Kept) -> None:
+        quantized.put_back(layer, kept)
+
+    def make_dense(self, layer: Any, W: Tensor) -> None:
+        kind = getattr(layer, quantized.SOURCE, nn.Linear)
+        transposed = getattr(class_layer_ops(kind), "fan_in_fan_out", False)
+        quantized.make_dense(layer, W.t().contiguous() if transposed else W, kind)
+        if transposed:
+            layer.nf, layer.nx = W.shape
+
+
 @register_layer_ops("bitsandbytes.nn.modules.Linear4bit")
-class Linear4bitOps(LayerOps):
+class Linear4bitOps(BitsandbytesOps):
     """bitsandbytes' 4-bit linear layer; the matrix is dequantised at each use, never kept."""
 
     def size(self, layer: Any) -> tuple[int, int]:
@@ -191,6 +234,9 @@ class Linear4bitOps(LayerOps):
 
     def matrix(self, layer: Any) -> Tensor:
         return quantized.dense_4bit(layer)
+
+    def float_matrix(self, layer: Any) -> Tensor:
+        return quantized.dense_4bit(layer, torch.float32)
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         return quantized.forward_4bit(layer, x)
@@ -223,7 +269,7 @@ class Linear4bitOps(LayerOps):
 
 
 @register_layer_ops("bitsandbytes.nn.modules.Linear8bitLt")
-class Linear8bitOps(LayerOps):
+class Linear8bitOps(BitsandbytesOps):
     """bitsandbytes' LLM.int8 linear layer with a weight in int8, one scale a row."""
 
     def matrix(self, layer: Any) -> Tensor:

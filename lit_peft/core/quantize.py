@@ -80,6 +80,18 @@ class Quantizer:
         """
         return None
 
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Quantizer | None":
+        """The quantiser of this class that makes such a layer; None where that is another one."""
+        return None
+
+    def reading_config(self, left_alone: list[str]) -> Any | None:
+        """A transformers quantisation config with which `from_pretrained` reads a model with its layers from a folder.
+
+        There the codes are written already, so that less needs to be said than where they are made.
+        """
+        return self.loading_config(left_alone)
+
 
 # ------------------------------------------------------------------------------------------- by the user's name
 
@@ -127,6 +139,18 @@ def _made(mode: str, options: Mapping[str, Any]) -> Quantizer:
         return cls(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"quantize: {error}") from error
+
+
+def quantizer_of(layer: nn.Module) -> Quantizer | None:
+    """The quantiser that makes such a layer, of any installed package; None where there is none."""
+    for mode in modes():
+        try:
+            found = _quantizer_class(mode).of(layer)
+        except ValueError:  # its package is missing, so that the layer is not of it
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def _quantizer_class(mode: str) -> type[Quantizer]:

@@ -1,19 +1,25 @@
 """bitsandbytes' layers in a frozen base: the class swap that they get, and how they are applied and read."""
 
+import copy
+import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_peft.core.dtypes import compute_dtype
-from lit_peft.core.swap import Swapped, swap_class
+from lit_peft.core.swap import Swapped, swap_class, unswapped, with_mixins
 
 # Notices that ask for nothing: an optional kernel that is not there on some CPUs, and a cast before int8 products.
 for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+SOURCE = "source_cls"
+"""Attribute of a quantised layer, transformers' name for it: the class that it was made from."""
 
 
 def bitsandbytes() -> ModuleType:
@@ -154,12 +160,13 @@ def store_4bit(layer: Any, W: Tensor) -> None:
     """Quantises a weight, [out, in], as the layer's is, and puts it in its place."""
     old, state, packed = layer.weight, state_4bit(layer), layer.weight.data
     codes, new = bitsandbytes().functional.quantize_4bit(
-        W.detach().to(packed.device, state.dtype).contiguous(),
+        W.detach().to(packed.device).contiguous(),  # in its own dtype: rounded once
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
         quant_storage=packed.dtype,
     )
+    new.dtype = state.dtype
     packed.copy_(codes)
     layer.quant_state = old.quant_state = new
 
@@ -214,3 +221,83 @@ def _bias(b: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor |
     if b is None:
         return None, None
     return (None, b.to(dtype)) if b.requires_grad and torch.is_grad_enabled() else (b.to(dtype), None)
+
+
+# ------------------------------------------------------------------------------------------------ made dense
+
+
+class Kept(NamedTuple):
+    """What a quantised layer was, tensors on the host: codes and constants alone, a dense weight is made of them."""
+
+    kind: tuple[tuple[type, ...], type]
+    """Its class, as `unswapped` takes it apart: a swapped one does not pickle."""
+    attributes: dict[str, Any]
+    weight: nn.Parameter
+    """The same object that the layer had, and will have."""
+    codes: Tensor
+    constants: Any
+    """bitsandbytes' state of a 4-bit layer, the scales of an 8-bit one."""
+    bias: Tensor | None
+
+
+def keep(layer: Any) -> Kept:
+    """What `put_back` needs to make a layer what it is now."""
+    attributes = {key: value for key, value in layer.__dict__.items() if key in _own_attributes()}
+    attributes["_load_state_dict_pre_hooks"] = layer._load_state_dict_pre_hooks
+    weight, b = layer.weight, layer.bias
+    return Kept(
+        unswapped(type(layer)),
+        attributes,
+        weight,
+        weight.data.to("cpu", copy=True),
+        _on_host(state_4bit(layer) if issubclass(type(layer), Frozen4bit) else scales_8bit(layer)),
+        None if b is None else b.detach().to("cpu", copy=True),
+    )
+
+
+def _on_host(constants: Any) -> Any:
+    """A copy of bitsandbytes' state, whose `to` moves it in place, or of a tensor, whose `to` does not."""
+    found = copy.deepcopy(constants)
+    moved = found.to("cpu")
+    return found if moved is None else moved
+
+
+def put_back(layer: Any, kept: Kept) -> None:
+    """Makes a layer what it was when it was kept, bit for bit, whether it is dense now or was quantised anew."""
+    weight, constants, device = kept.weight, kept.constants, layer.weight.device
+    weight.data = kept.codes.to(device)
+    layer.__class__ = with_mixins(*kept.kind)
+    layer.__dict__.update(kept.attributes)
+    layer._parameters["weight"] = weight
+    if issubclass(type(layer), Frozen4bit):
+        constants.to(device)
+        layer.quant_state = weight.quant_state = constants  # type: ignore[attr-defined]
+    else:
+        _keep_8bit(layer, constants.to(device))
+    if kept.bias is not None:
+        layer.bias.data.copy_(kept.bias)
+
+
+def make_dense(layer: Any, weight: Tensor, kind: type[nn.Module]) -> None:
+    """Makes a layer one of the class that it was quantised from, in place, with a weight in that class's layout."""
+    mixins, _ = unswapped(type(layer))
+    old, hooks = layer.weight, layer._load_state_dict_pre_hooks
+    if issubclass(type(layer), Frozen4bit):
+        old.quant_state = None
+    else:
+        layer.state.CB = layer.state.SCB = None
+    old.data = old.data.new_empty(0)  # it may be kept, for `put_back`, and must not hold memory meanwhile
+    layer.__class__ = with_mixins((mixin for mixin in mixins if not issubclass(mixin, Frozen4bit | Frozen8bit)), kind)
+    for key in _own_attributes():
+        layer.__dict__.pop(key, None)
+    plain = ((key, hook) for key, hook in hooks.items() if not str(hook.__module__).startswith("bitsandbytes"))
+    layer._load_state_dict_pre_hooks = OrderedDict(plain)
+    layer._parameters["weight"] = nn.Parameter(weight)
+
+
+@functools.cache
+def _own_attributes() -> frozenset[str]:
+    """Names of what bitsandbytes' layers have beside `nn.Linear`, and of the class that they were made from."""
+    bnb, plain = bitsandbytes().nn, nn.Linear(1, 1, device="meta").__dict__.keys()
+    layers = (bnb.Linear4bit(1, 1, device="meta"), bnb.Linear8bitLt(1, 1, device="meta"))
+    return frozenset({SOURCE}.union(*(layer.__dict__.keys() - plain for layer in layers)))

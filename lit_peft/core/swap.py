@@ -15,11 +15,11 @@ class Swapped:
     """Mixin of every swapped class: pickles and copies as its base class, and is swapped when rebuilt."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        mixins, base = _unswapped(type(self))
+        mixins, base = unswapped(type(self))
         return _rebuild, (mixins, base), self.__getstate__()
 
 
-def _unswapped(cls: type) -> tuple[tuple[type, ...], type]:
+def unswapped(cls: type) -> tuple[tuple[type, ...], type]:
     """The mixins that a class was swapped with, first one first, and the class that it was before."""
     mixins: list[type] = []
     while issubclass(cls.__bases__[0], Swapped):
@@ -28,12 +28,13 @@ def _unswapped(cls: type) -> tuple[tuple[type, ...], type]:
     return tuple(mixins), cls
 
 
-def _swapped(mixins: Iterable[type], base: type) -> type:
+def with_mixins(mixins: Iterable[type], base: type) -> type:
+    """The class that `unswapped` takes apart into these."""
     return functools.reduce(lambda cls, mixin: swapped_class(mixin, cls), mixins, base)
 
 
 def _rebuild(mixins: tuple[type, ...], base: Any) -> Any:
-    return base.__new__(_swapped(mixins, base))
+    return base.__new__(with_mixins(mixins, base))
 
 
 @functools.cache
@@ -53,15 +54,20 @@ def swap_class(module: nn.Module, mixin: type[Swapped], innermost: bool = False)
     `innermost` puts it behind the mixins that the class has.
     """
     if not isinstance(module, mixin):
-        mixins, base = _unswapped(type(module)) if innermost else ((), type(module))
-        module.__class__ = _swapped((mixin, *mixins), base)
+        mixins, base = unswapped(type(module)) if innermost else ((), type(module))
+        module.__class__ = with_mixins((mixin, *mixins), base)
 
 
 def restore_class(module: nn.Module, mixin: type[Swapped]) -> None:
     """Undoes `swap_class`, whatever other mixins the class has; nothing if it has not this one."""
     if isinstance(module, mixin):
-        mixins, base = _unswapped(type(module))
-        module.__class__ = _swapped((m for m in mixins if m is not mixin), base)
+        mixins, base = unswapped(type(module))
+        module.__class__ = with_mixins((m for m in mixins if m is not mixin), base)
+
+
+def holds_numbers(parameter: Tensor) -> bool:
+    """Whether a parameter is one of floating point, and not of codes that are stored in such a dtype."""
+    return parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None
 
 
 class CastsParameters(Swapped):
@@ -79,7 +85,7 @@ class CastsParameters(Swapped):
         kept = dict(own)
         try:
             for name, p in kept.items():
-                if p is not None and p.is_floating_point():
+                if p is not None and holds_numbers(p):
                     own[name] = p.to(self.base_dtype)
                     args = tuple(
                         a.to(self.base_dtype) if torch.is_tensor(a) and a.dtype == p.dtype else a for a in args
@@ -121,7 +127,7 @@ def cast_parameters(module: nn.Module, names: Iterable[str], dtype: torch.dtype)
     """
     for name in names:
         parameter = module.get_parameter(name)
-        if not parameter.is_floating_point():
+        if not holds_numbers(parameter):
             raise ValueError(f"{name} is quantised ({parameter.dtype}) and cannot be trained; leave it out.")
         if parameter.dtype == dtype:
             continue
@@ -157,7 +163,7 @@ def restore_parameters(module: nn.Module, names: Iterable[str], originals: Mutab
         parameter.data = originals.pop(name, parameter.data).to(parameter.device, dtype)
         parameter.grad = None
         for layer in layers:
-            own = [p for p in layer.parameters(recurse=False) if p.is_floating_point()]
+            own = [p for p in layer.parameters(recurse=False) if holds_numbers(p)]
             if all(p.dtype == dtype for p in own):
                 restore_class(layer, CastsParameters)
                 del layer.base_dtype

@@ -11,7 +11,7 @@ from torch import nn
 from lit_peft.core.dtypes import DTYPES
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import Quantizer, StoredSize
-from lit_peft.core.quantized import adopt, bitsandbytes
+from lit_peft.core.quantized import SOURCE, Frozen4bit, Frozen8bit, adopt, bitsandbytes, state_4bit
 from lit_peft.methods.checks import check_choice, check_range
 
 if importlib.util.find_spec("bitsandbytes") is None:  # imported when the first layer is quantised: it takes seconds
@@ -19,6 +19,7 @@ if importlib.util.find_spec("bitsandbytes") is None:  # imported when the first 
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STORAGE = {**DTYPES, "uint8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _STORAGE.items()}
 _NESTED_BLOCK = 256
 
 
@@ -104,8 +105,18 @@ class _FourBit(Quantizer):
         return StoredSize(codes, blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + 4 * 256 + 4 * 16 + 4)
 
     def loading_config(self, left_alone: list[str]) -> Any | None:
-        if self.block_size != 64:
-            return None  # transformers has no word for it
+        # transformers has no word for another size
+        return self.reading_config(left_alone) if self.block_size == 64 else None
+
+    @classmethod
+    def of(cls, layer: Any) -> "Quantizer | None":
+        state = state_4bit(layer) if issubclass(type(layer), Frozen4bit) else None
+        if state is None or state.quant_type != cls.quant_type:
+            return None
+        computes, stores = _NAMES.get(layer.compute_dtype, "auto"), _NAMES[layer.weight.dtype]
+        return cls(state.nested, computes, state.blocksize, stores)  # type: ignore[arg-type]
+
+    def reading_config(self, left_alone: list[str]) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -167,6 +178,10 @@ class Int8(Quantizer):
     def size(self, out_features: int, in_features: int) -> StoredSize:
         return StoredSize(out_features * in_features, 4 * out_features)
 
+    @classmethod
+    def of(cls, layer: Any) -> "Quantizer | None":
+        return cls(layer.state.threshold) if issubclass(type(layer), Frozen8bit) else None
+
     def loading_config(self, left_alone: list[str]) -> Any | None:
         from transformers import BitsAndBytesConfig
 
@@ -182,6 +197,7 @@ def _matrix(layer: Any) -> torch.Tensor:
 
 def _become(layer: Any, new: nn.Module) -> None:
     """Makes a layer what another one is, but for its bias, its hooks and its mode; whoever holds it still does."""
+    setattr(layer, SOURCE, type(layer))
     layer.__class__ = type(new)
     layer._parameters["weight"] = new._parameters["weight"]
     for key, value in new.__dict__.items():

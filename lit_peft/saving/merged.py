@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lit_peft.core.buffers import holds
 from lit_peft.core.checkpoint import umask
 from lit_peft.core.hf_peft import Root, find_models, find_root, has_form, is_inside
-from lit_peft.core.merge import check_mergeable, merge, unmerge
+from lit_peft.core.layers import find_layer_ops
+from lit_peft.core.merge import Into, check_mergeable, merge, merged_into, unmerge
+from lit_peft.core.quantize import quantizer_of, recognise, stored_as
 from lit_peft.core.registry import registry
-from lit_peft.core.swap import MERGED_KEY, CastsParameters
+from lit_peft.core.swap import MERGED_KEY, CastsParameters, holds_numbers
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import method_class
 from lit_peft.saving.new_folder import new_folder
 
 
-def save_merged(module: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+def save_merged(
+    module: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None, *, into: Into | None = None
+) -> Path:
     """Writes the transformers model in a module with its active adapters folded in; nothing of ours is in the folder.
 
     `AutoModelForSequenceClassification.from_pretrained(folder)` and the like load it, and `pipeline` where there is a
@@ -31,27 +37,33 @@ def save_merged(module: nn.Module, folder: str | os.PathLike[str], tokenizer: An
         module: A model with adapters, or merged, or a LightningModule that holds one. Afterwards it is as it was.
         folder: A new folder; there whole, or not at all.
         tokenizer: Its tokenizer, which is written beside it; null: none is.
+        into: Of a quantised base, see `lit_peft.merge`: dequantized gives the folder of a float model, which needs no
+            bitsandbytes; requantized one of codes, which transformers loads in as many bits.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: When the module holds no transformers model, or several; when its adapters cannot be folded, see
-            `lit_peft.merge`.
+            `lit_peft.merge`, or were folded into something else; when it is quantised as transformers cannot read it.
         FileExistsError: When the folder is there and not empty.
     """
     root = find_model(module)
     is_merged = MERGED_KEY in module.__dict__ or registry(module) is None
     if not is_merged:
-        check_foldable(module)
-    with new_folder(folder) as part, nullcontext() if is_merged else _merged(module):
+        check_foldable(module, into)
+    elif into is not None and into != merged_into(module):
+        raise ValueError(
+            f"into is {into!r}, but {type(module).__name__} is as it was merged, or has no adapter: leave it out."
+        )
+    with new_folder(folder) as part, nullcontext() if is_merged else _merged(module, into):
         write_model(root.model, part, tokenizer)
     return Path(folder)
 
 
 @contextmanager
-def _merged(module: nn.Module) -> Iterator[None]:
-    merge(module)
+def _merged(module: nn.Module, into: Into | None) -> Iterator[None]:
+    merge(module, into=into)
     try:
         yield
     finally:
@@ -96,7 +108,7 @@ def changed(module: nn.Module) -> list[str]:
     return [name for a in state.adapters.values() for name in (*a.sites, *a.base)] if state is not None else []
 
 
-def check_foldable(module: nn.Module) -> None:
+def check_foldable(module: nn.Module, into: Into | None = None) -> None:
     """Raises ValueError, naming the method and a way out, where the active adapters cannot be folded."""
     state = registry(module)
     for adapter in state.adapters.values() if state is not None else ():
@@ -104,7 +116,7 @@ def check_foldable(module: nn.Module) -> None:
         for addition in (layer.peft[adapter.name] for layer in layers):
             if adapter.name in state.active and addition.not_mergeable is not None:  # type: ignore[union-attr]
                 raise ValueError(not_foldable(method_class(adapter.spec["class_path"]), addition.not_mergeable))
-    check_mergeable(module)
+    check_mergeable(module, into)
 
 
 def not_foldable(method: type[Method], why: str) -> str:
@@ -122,7 +134,7 @@ def not_foldable(method: type[Method], why: str) -> str:
 def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Writes a merged model of transformers, and its tokenizer, into a folder that is there."""
     try:
-        with _in_base_dtype(model):
+        with _in_base_dtype(model), _told_as_quantised(model):
             model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # how it was called last
@@ -144,7 +156,7 @@ def _in_base_dtype(model: nn.Module) -> Iterator[None]:
     own: list[tuple[Any, Tensor]] = []
     for layer in layers:
         for parameter in layer.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.dtype != layer.base_dtype:
+            if holds_numbers(parameter) and parameter.dtype != layer.base_dtype:
                 own.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(layer.base_dtype)
     try:
@@ -152,6 +164,50 @@ def _in_base_dtype(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, data in own:
             parameter.data = data
+
+
+@contextmanager
+def _told_as_quantised(model: nn.Module) -> Iterator[None]:
+    """Has the configuration of a model whose layers we have quantised say so, for as long as it is written.
+
+    Raises:
+        ValueError: When transformers has no words for it.
+    """
+    config: Any = model.config
+    kinds = stored_as(model)
+    if not kinds or getattr(config, "quantization_config", None) is not None:
+        yield
+        return
+    config.quantization_config = _reading_config(model, kinds)
+    try:
+        yield
+    finally:
+        del config.quantization_config
+
+
+def _reading_config(model: nn.Module, kinds: Mapping[str, str]) -> Any:
+    """The transformers config of a model's quantised layers, whose paths and kinds these are."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    found = [quantizer_of(model.get_submodule(path)) for path in kinds]
+    quantizer = found[0]
+    plain = [path for path, layer in model.named_modules() if path not in kinds and _is_linear(layer)]
+    # transformers goes by endings too: "classifier" would leave "pre_classifier" alone.
+    plain = [p if all(should_convert_module(q, [p]) for q in kinds) else f"^{re.escape(p)}$" for p in plain]
+    alike = quantizer is not None and all(type(q) is type(quantizer) and vars(q) == vars(quantizer) for q in found)
+    config = quantizer.reading_config(plain) if quantizer is not None and alike else None
+    if config is None:
+        stored = " and ".join(sorted(set(kinds.values())))
+        raise ValueError(
+            f"{type(model).__name__} cannot be written as it is quantised, {stored}: "
+            "transformers has no words for that. Merge it into 'dequantized'."
+        )
+    return config
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    ops = find_layer_ops(layer)
+    return ops is not None and ops.is_linear
 
 
 def read_again(model: nn.Module, folder: Path) -> nn.Module:
@@ -168,14 +224,16 @@ def read_again(model: nn.Module, folder: Path) -> nn.Module:
 
     cls: Any = getattr(transformers, type(model).__name__, type(model))
     attention = getattr(model.config, "_attn_implementation", None)
+    place: dict[str, Any] = {"device_map": {"": "cpu"}} if stored_as(model) else {}  # else, the first GPU
     with torch.device("cpu"):
-        again: nn.Module = cls.from_pretrained(folder, local_files_only=True, attn_implementation=attention).eval()
-    if type(again).__name__ != type(model).__name__ or again.config.architectures != [type(again).__name__]:  # type: ignore[union-attr]
+        again = cls.from_pretrained(folder, local_files_only=True, attn_implementation=attention, **place).eval()
+    if type(again).__name__ != type(model).__name__ or again.config.architectures != [type(again).__name__]:
         raise ValueError(f"it is a {type(again).__name__}, not a {type(model).__name__}.")
     with _in_base_dtype(model):
         written, read = model.state_dict(), again.state_dict()
         for key in sorted(written.keys() | read.keys()):
             ours, theirs = written.get(key), read.get(key)
-            if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours.cpu(), theirs):
+            if ours is None or theirs is None or ours.dtype != theirs.dtype or not holds(ours, theirs):
                 raise ValueError(f"{key} is not what it was before.")
+    recognise(again)  # it computes as ours does, whatever kernels bitsandbytes has for this machine
     return again

@@ -15,7 +15,7 @@ from lit_peft.core.active import set_active
 from lit_peft.core.addition import Delta
 from lit_peft.core.attach import detach
 from lit_peft.core.layers import layer_ops
-from lit_peft.core.merge import merge, unmerge
+from lit_peft.core.merge import Into, merge, unmerge
 from lit_peft.core.quantize import make_quantizer, quantize_base, stored_as
 from lit_peft.core.registry import registry
 from lit_peft.methods.base import Method, TargetedMethod
@@ -191,24 +191,33 @@ class MethodConformance:
         assert {name for name, p in module.named_parameters() if p.requires_grad} == own
 
     def test_merges_and_unmerges(self, model: str) -> None:
-        """Merging gives the base's keys and classes and the same outputs; unmerging restores every bit."""
+        """Merging gives the plain model's keys and classes and the same outputs; unmerging restores every bit.
+
+        So does what is merged into a base of fewer bits and quantised again, which is another model meanwhile.
+        """
         found, module = self.attached(model)
         perturb(module)
-        adapted, before = found.evaluate(module), snapshot(module)
-        quantised = stored_as(module).keys() & registry(module).adapters["default"].sites  # type: ignore[union-attr]
-        if quantised or any(getattr(child, "not_mergeable", None) for child in module.modules()):
+        adapted, before, quantised = found.evaluate(module), snapshot(module), stored_as(module)
+        into: Into | None = "dequantized" if quantised else None
+        if any(getattr(child, "not_mergeable", None) for child in module.modules()):
             with pytest.raises(ValueError, match="cannot be merged: ") as caught:
-                merge(module)
+                merge(module, into=into)
             assert_same(snapshot(module), before)
             pytest.skip(f"merging is refused: {str(caught.value).partition(': ')[2]}")
-        merge(module)
-        plain = self.base(found)
+        merge(module, into=into)
+        plain = found.build()
         assert list(module.state_dict()) == list(plain.state_dict())
         assert {type(child) for child in module.modules()} == {type(child) for child in plain.modules()}
         torch.testing.assert_close(found.evaluate(module), adapted, rtol=1e-4, atol=1e-5)
         unmerge(module)
         assert_same(snapshot(module), before)
         assert torch.equal(found.evaluate(module), adapted)
+        if quantised:
+            merge(module, into="requantized")
+            assert stored_as(module) == quantised
+            unmerge(module)
+            assert_same(snapshot(module), before)
+            assert torch.equal(found.evaluate(module), adapted)
 
     def test_saves_and_loads_a_folder(self, model: str, tmp_path: Path) -> None:
         """The folder holds nothing frozen but a head, as HF PEFT's; a fresh base that loads it gives the same bits."""
@@ -348,15 +357,15 @@ class MethodConformance:
         assert (module(x) - both).abs().max() > 1e-4
 
     def test_merges_into_the_layer(self, layer: str) -> None:
-        """Merged into the layer, it gives the same outputs; unmerged, the same bits."""
+        """Merged into the layer, dequantised where it was quantised, the same outputs; unmerged, the same bits."""
         module, x = self.on_layer(layer), layer_input(layer)
         child: Any = module.layer
-        if child.peft["default"].not_mergeable is not None or layer_ops(child).quantization(child):
+        if child.peft["default"].not_mergeable is not None:
             with pytest.raises(ValueError, match="layer cannot be merged: ") as caught:
                 merge(module)
             pytest.skip(f"merging is refused: {str(caught.value).partition(': ')[2]}")
         adapted = module(x)
-        merge(module)
+        merge(module, into="dequantized" if layer_ops(child).quantization(child) else None)
         torch.testing.assert_close(module(x), adapted, rtol=1e-4, atol=1e-5)
         unmerge(module)
         assert torch.equal(module(x), adapted)
