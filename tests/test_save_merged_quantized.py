@@ -1,0 +1,152 @@
+"""Folders of models that were merged on a base in 4 or 8 bit: floats for any transformers, or codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import transformers as tf
+from models import logits, tiny
+from safetensors.torch import load_file
+from test_merge_quantized import KINDS, NF4, adapted
+from torch import nn
+
+import lit_peft
+from lit_peft import LoRA, merge
+from lit_peft.core.buffers import holds
+from lit_peft.core.quantize import choose_layers, make_quantizer, recognise, stored_as
+from lit_peft.saving.merged import read_again, save_merged
+from lit_peft.testing.conformance import assert_same, perturb, snapshot
+
+HEADS = {"bert": ["classifier"], "distilbert": ["classifier", "pre_classifier"]}
+
+
+def loaded(name: str, folder: Path, quantize: Any = NF4) -> nn.Module:
+    """A tiny model that transformers loads in few bits, with a LoRA."""
+    plain = tiny(name)
+    plain.save_pretrained(folder)
+    quantizer = make_quantizer(quantize)
+    left = [path for path, why in choose_layers(plain, quantizer, HEADS.get(name, [])).items() if why is not None]
+    model = type(plain).from_pretrained(folder, quantization_config=quantizer.loading_config(left)).eval()
+    LoRA(r=2, dropout=0.0, target_modules="attention", train_also=HEADS.get(name, [])).attach(model)
+    perturb(model)
+    return model
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("origin", ["ours", "transformers"])
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "nf4"), ("bert", "int8"), ("t5", "nf4"), ("llama", "nf4")])
+def test_a_dequantized_folder_is_of_plain_floats(name, kind, origin, tmp_path):
+    model = adapted(name, KINDS[kind]) if origin == "ours" else loaded(name, tmp_path / "base", KINDS[kind])
+    before, expected = snapshot(model), logits(model, name)
+    save_merged(model, tmp_path / "out", into="dequantized")
+    assert_same(snapshot(model), before)
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    plain = type(tiny(name)).from_pretrained(tmp_path / "out").eval()
+    assert type(plain.get_submodule(next(iter(stored_as(model))))) in (nn.Linear, tf.pytorch_utils.Conv1D)
+    torch.testing.assert_close(logits(plain, name), expected, rtol=1e-4, atol=1e-5)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("origin", ["ours", "transformers"])
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "nf4"), ("bert", "int8"), ("t5", "nf4"), ("distilbert", "nf4")])
+def test_a_requantized_folder_is_read_in_as_many_bits_code_by_code(name, kind, origin, tmp_path):
+    if origin == "ours":
+        model = adapted(name, KINDS[kind], train_also=HEADS.get(name, []))
+    else:
+        model = loaded(name, tmp_path / "base", KINDS[kind])
+    before, expected = snapshot(model), logits(model, name)
+    save_merged(model, tmp_path / "out", into="requantized")
+    assert_same(snapshot(model), before)
+    assert hasattr(model.config, "quantization_config") is (origin == "transformers")  # as it was
+    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "bitsandbytes"
+    again = type(tiny(name)).from_pretrained(tmp_path / "out", device_map={"": "cpu"}).eval()
+    layers = {p for p, m in again.named_modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)}
+    assert layers == set(stored_as(model))
+    merge(model, into="requantized")
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(holds(ours[key], theirs[key]) for key in ours)
+    recognise(again)
+    assert torch.equal(logits(again, name), logits(model, name)) and not torch.equal(logits(again, name), expected)
+    weight = next(iter(layers)) + ".weight"
+    model.state_dict()[weight].reshape(-1)[3] ^= 1
+    with pytest.raises(ValueError, match=f"{weight} is not what it was before"):
+        read_again(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["fp4", "nf4 in bfloat16 storage"])
+def test_what_transformers_cannot_make_it_reads(kind, tmp_path):
+    """Of blocks of 128 it knows nothing, but the codes are in the folder with their state; of storage it does."""
+    model = adapted("llama", KINDS[kind])
+    save_merged(model, tmp_path / "out", into="requantized")
+    merge(model, into="requantized")
+    assert torch.equal(logits(read_again(model, tmp_path / "out"), "llama"), logits(model, "llama"))
+    assert set(stored_as(read_again(model, tmp_path / "out")).values()) == set(stored_as(model).values())
+
+
+def test_a_folder_that_is_read_in_4_bit_takes_adapters(tmp_path):
+    """A second one, on what the first one became."""
+    save_merged(adapted("bert"), tmp_path / "out", into="requantized")
+    model = tf.BertForSequenceClassification.from_pretrained(tmp_path / "out", device_map={"": "cpu"}).eval()
+    LoRA(r=2, dropout=0.0, target_modules="attention", quantize=NF4).attach(model)
+    base = logits(model, "bert")
+    perturb(model)
+    logits(model, "bert").sum().backward()
+    assert not torch.equal(logits(model, "bert"), base)
+
+
+def test_a_head_whose_name_another_layer_ends_with_is_left_alone_by_its_path(tmp_path):
+    """transformers goes by endings: `classifier` is one of `pre_classifier`, which is quantised here."""
+    model: Any = tiny("distilbert")
+    for path, layer in model.named_modules():
+        if type(layer) is nn.Linear and path != "classifier":
+            make_quantizer(NF4).quantize(layer, torch.device("cpu"))
+    LoRA(r=2, dropout=0.0).attach(model)
+    perturb(model)
+    save_merged(model, tmp_path / "out", into="requantized")
+    merge(model, into="requantized")
+    assert config_of(tmp_path / "out")["quantization_config"]["llm_int8_skip_modules"] == ["^classifier$"]
+    assert torch.equal(logits(read_again(model, tmp_path / "out"), "distilbert"), logits(model, "distilbert"))
+
+
+def test_layers_that_are_quantised_in_several_ways_are_told(tmp_path):
+    model = tiny("bert")
+    for i, kind in enumerate(("nf4", "int8")):
+        layer = model.bert.encoder.layer[i].attention.self.query
+        make_quantizer(KINDS[kind]).quantize(layer, torch.device("cpu"))
+    LoRA(r=2, dropout=0.0, target_modules="query").attach(model)
+    with pytest.raises(
+        ValueError, match=r"as it is quantised, int8 by rows and nf4 in blocks of 64, double: .* into 'dequantized'"
+    ):
+        save_merged(model, tmp_path / "out", into="requantized")
+    assert not list(tmp_path.iterdir())
+    save_merged(model, tmp_path / "out", into="dequantized")
+
+
+def test_what_it_was_merged_into_is_what_is_written(tmp_path):
+    model = adapted("bert")
+    with pytest.raises(ValueError, match="say what its adapter is to be folded into"):
+        save_merged(model, tmp_path / "out")
+    merge(model, into="requantized")
+    with pytest.raises(ValueError, match=r"into is 'dequantized', but .* is as it was merged"):
+        save_merged(model, tmp_path / "out", into="dequantized")
+    save_merged(model, tmp_path / "out")
+    assert "quantization_config" in config_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_hf_peft_opens_the_adapter_on_the_quantised_base(kind, tmp_path):
+    """The folder of an adapter is the same whatever its base is stored as."""
+    model = loaded("bert", tmp_path / "base", KINDS[kind])
+    lit_peft.save(model, tmp_path / "adapter")
+    config = model.config.quantization_config
+    base = tf.BertForSequenceClassification.from_pretrained(tmp_path / "base", quantization_config=config)
+    recognise(base)  # their kernels for evaluation on some CPUs want wider layers
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(theirs, "bert"), logits(model, "bert"), rtol=1e-4, atol=1e-5)
