@@ -26,7 +26,7 @@ OTHERS = ("trainer.callbacks", "trainer.logger")
 """Options that name a class, too."""
 KEYS = ("seed_everything", "ckpt_path", "resume_every", "base_test", "predictions")
 FLAGS = ("config", "run", "adapter", "text", "text_pair", *KEYS)
-OF_VERB = {"merge": ("score",), "export": ("format",), "plan": ("gpu", "alternatives", "json")}
+OF_VERB = {"merge": ("score", "into"), "export": ("format",), "plan": ("gpu", "alternatives", "json")}
 """Options that one verb alone has."""
 OPTIMIZER = ("optimizer", "lr_scheduler")
 """Sections that LightningCLI has by default."""

@@ -13,6 +13,7 @@ import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import CONFIG_FLAGS, options, settings, take, values
 from lit_peft.handover.paths import PLACED
+from lit_peft.saving.checkpoint_file import AS_TRAINED
 from lit_peft.saving.folder_record import open_folder
 
 ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false", "enable_progress_bar": "false"}
@@ -76,7 +77,11 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
                 raise ValueError(f"Nothing says what to {words[0]}: give --data.path FILE, a configuration or a run.")
             more += ["--score", "false"] if words[0] == "merge" else []
         more += ["--data", "lit_peft.data.TextClassificationDataModule"]
-    method = {"class_path": "lit_peft.AdapterFolder", "init_args": {"path": folder, "name": "default"}}
+    # All of its arguments, or the parser would take those of a run's method that have the same names.
+    given = [s.init_args for s in settings(words, "method") if s.source.startswith("--") and s.class_path is None]
+    own = {"path": folder, "name": "default", "quantize": AS_TRAINED}
+    own |= {key: value for arguments in given for key, value in arguments.items() if key == "quantize"}
+    method = {"class_path": "lit_peft.AdapterFolder", "init_args": own}
     # Behind what names the class, and before the options of the user, which stand above.
     configs = [end for _, end, flag, _ in options(words) if flag in CONFIG_FLAGS]
     at = max(configs, default=1) if task is not None else 1

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import SMALL, fit
 
-from lit_peft import BottleneckAdapter, cli, save
+from lit_peft import BottleneckAdapter, LoRA, cli, save
 from lit_peft.demo import ENCODER
 from lit_peft.tasks import TextClassification
 
@@ -179,6 +179,10 @@ MISTAKES = [
     Mistake("a checkpoint without its run", ["merge", "{foreign}", "out"], "lies in no run's folder"),
     Mistake("a run without a checkpoint", ["merge", "{young}", "out"], "so that there is nothing to merge"),
     Mistake("a method that does not merge", ["merge", "{bottleneck}", "out"], "BottleneckAdapter cannot be merged"),
+    Mistake("a 4-bit base and no --into", ["merge", "{nf4}", "out"], "say into what its adapter is to be folded"),
+    Mistake(
+        "--into of a base in floats", ["merge", "{run}", "out", "--into", "requantized"], "is not quantised: leave"
+    ),
     Mistake("a method that HF PEFT lacks", ["export", "{bottleneck}", "out"], "HF PEFT has no such method"),
     Mistake("a format that is none", ["export", "{run}", "out", "--format", "onnx"], "expected hf-peft, not 'onnx'"),
     # files and disks
@@ -253,6 +257,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     task.configure_model()
     BottleneckAdapter().attach(task)
     save(task, root / "bottleneck")
+    BottleneckAdapter().detach(task)
+    LoRA(r=2, quantize="nf4").attach(task)
+    save(task, root / "nf4")
     yield {
         **{path.stem: str(path) for path in root.iterdir() if path.is_file()},
         "base": str(root / "base"),
@@ -268,6 +275,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "unseen": str(root / "unseen"),
         "young": str(root / "young"),
         "bottleneck": str(root / "bottleneck"),
+        "nf4": str(root / "nf4"),
     }
     other.kill()
     other.wait()

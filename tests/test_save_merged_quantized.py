@@ -15,7 +15,7 @@ from test_merge_quantized import KINDS, NF4, adapted
 from torch import nn
 
 import lit_peft
-from lit_peft import LoRA, merge
+from lit_peft import LoRA, merge, unmerge
 from lit_peft.core.buffers import holds
 from lit_peft.core.quantize import choose_layers, make_quantizer, recognise, stored_as
 from lit_peft.saving.merged import read_again, save_merged
@@ -99,6 +99,11 @@ def test_a_folder_that_is_read_in_4_bit_takes_adapters(tmp_path):
     perturb(model)
     logits(model, "bert").sum().backward()
     assert not torch.equal(logits(model, "bert"), base)
+    for into in ("dequantized", "requantized"):
+        save_merged(model, tmp_path / into, into=into)
+        merge(model, into=into)
+        assert torch.equal(logits(read_again(model, tmp_path / into), "bert"), logits(model, "bert"))
+        unmerge(model)
 
 
 def test_a_head_whose_name_another_layer_ends_with_is_left_alone_by_its_path(tmp_path):
@@ -131,7 +136,7 @@ def test_layers_that_are_quantised_in_several_ways_are_told(tmp_path):
 
 def test_what_it_was_merged_into_is_what_is_written(tmp_path):
     model = adapted("bert")
-    with pytest.raises(ValueError, match="say what its adapter is to be folded into"):
+    with pytest.raises(ValueError, match="say into what its adapter is to be folded"):
         save_merged(model, tmp_path / "out")
     merge(model, into="requantized")
     with pytest.raises(ValueError, match=r"into is 'dequantized', but .* is as it was merged"):

@@ -21,7 +21,7 @@ Into = Literal["original", "dequantized", "requantized"]
 """What the adapters of a quantised base are folded into."""
 MEANINGS = {
     "dequantized": "the base as training saw it, as a plain float model",
-    "requantized": "that, quantised again in the same way: as small as it was, and every changed weight is rounded",
+    "requantized": "what training saw, quantised again in the same way: as small as it was, but rounded",
     "original": "the float weights from before they were quantised, which training did not see",
 }
 
@@ -138,15 +138,15 @@ def check_into(storage: Iterable[str], into: Into | None) -> None:
         raise ValueError(f"into is {into!r}, but the base is not quantised: leave it out.")
     if into is None:
         raise ValueError(
-            f"The base is quantised, {kinds}: say what its adapter is to be folded into. "
-            + "; ".join(f"into {name}: {meaning}" for name, meaning in MEANINGS.items())
+            f"The base is quantised, {kinds}: say into what its adapter is to be folded (--into). "
+            + "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items())
             + "."
         )
     if into == "original":
         raise ValueError(
             f"into is 'original', but the base is quantised, {kinds}, and its original weights are not in it. Load the "
             "adapter onto the float model, lit_peft.load(model, FOLDER_OR_CHECKPOINT, quantize=None), and merge that "
-            "one without `into`; or see `lit-peft merge --into original`."
+            "one; of a run, `lit-peft merge RUN NEW_FOLDER --into original` does so."
         )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from lit_peft.callbacks.tables import summary_panel
+from lit_peft.core.merge import MEANINGS
 from lit_peft.handover.report import REPORT
 
 
@@ -31,6 +32,10 @@ def print_merged(
         "model": f"{out} ({size_of(out)}), {report['architecture']} in {report['dtype']}",
         "folded": f"{names} at {count} layers" if count else f"nothing: {names} trains the base itself",
     }
+    if report["base_quantization"] is not None and report["into"] is not None:
+        stored = ", ".join(f"{kind} at {n} layers" for kind, n in report["base_quantization"].items())
+        notes["trained on"] = stored
+        notes["into"] = f"{report['into']}: {MEANINGS[report['into']]}"
     if report["left_out"]:
         notes["left out"] = f"{', '.join(report['left_out'])}: outside of the {report['architecture']}"
     notes |= _compared(report)

@@ -5,8 +5,9 @@ And `plan`, which needs a trainer as little as they do, and its settings as much
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,12 @@ from lit_peft.callbacks.logits import LogitsComparison
 from lit_peft.callbacks.report import RunReport
 from lit_peft.core import hf_peft
 from lit_peft.core.folder_files import open_record
-from lit_peft.core.merge import merge
+from lit_peft.core.merge import Into, check_into, merge
+from lit_peft.core.quantize import make_quantizer
 from lit_peft.core.records import CONFIG
 from lit_peft.core.registry import registry
 from lit_peft.data.base import TextDataModule
+from lit_peft.handover.original import check_float, restore_unquantised, unquantised
 from lit_peft.handover.report import REPORT, finite, report_of
 from lit_peft.handover.text import print_exported, print_merged
 from lit_peft.handover.verifying import find_tokenizer, fixed_inputs, verify
@@ -54,6 +57,7 @@ class Trainer(pl.Trainer):
         datamodule: Any = None,
         out: str = "",
         score: bool = True,
+        into: Into | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -65,37 +69,52 @@ class Trainer(pl.Trainer):
             out: The new folder.
             score: Whether to score the test set before and after. Otherwise the logits of a few fixed inputs are
                 compared, and no data are read.
+            into: Of a base in 4 or 8 bit, what the adapter is folded into: dequantized, the base as training saw it, a
+                plain float model; requantized, that in as few bits again, which rounds it; original, the float weights
+                from before quantising. What each changes is measured against the adapter on the base in few bits.
             ckpt_path: Checkpoint to merge.
             weights_only: Whether only weights are unpickled from it.
         """
         for cls in _classes(self):
             if why := why_not_mergeable(cls):
                 raise ValueError(not_foldable(cls, why))
+        storage = [made for method in methods(self) if (made := method.base_storage()) is not None]
+        if storage and into is None:
+            check_into([make_quantizer(made).stored_as for made in storage], into)
+        original = unquantised(self, model, ckpt_path) if into == "original" and storage else None
 
         disable_progress_bar()
         scored = score and is_overridden("test_step", model) and bool(self.limit_test_batches)
         weights: dict[str, Any] = {"ckpt_path": ckpt_path, "weights_only": weights_only}
         with new_folder(out) as part:
             _restore(self, model, datamodule, scored=scored, **weights)
-            root = find_model(model)
-            check_foldable(model)
-            tokenizer = find_tokenizer(model, datamodule, root.model)
+            trained, target = find_model(model), model
+            if original is not None:
+                target, folder = original
+                restore_unquantised(self, target, folder, partial(_restore, self, target, datamodule, None, scored))
+            if into == "original":
+                check_float(target)
+            check_foldable(target, into)
+            merged = find_model(target)
+            tokenizer = find_tokenizer(model, datamodule, trained.model)
 
             folders = [method.path for method in methods(self) if isinstance(method, AdapterFolder)]
-            report = report_of(model, root) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
+            report = report_of(model, trained, into) | {"checkpoint": ckpt_path, "adapter": next(iter(folders), None)}
+            fold = partial(merge, target, into=into)
+            pair = (model, trained), (target, merged)
             logits = LogitsComparison()
             if scored:
-                report |= _merge_scored(self, model, root, datamodule, logits, **weights)
+                report |= _merge_scored(self, *pair, fold, datamodule, logits, **weights)
             else:
-                report |= _merge_asked(model, root.model, tokenizer, logits)
+                report |= _merge_asked(*pair, fold, tokenizer, logits)
 
             RunReport.running = False  # what may go wrong from here is told in a few lines again
-            write_model(root.model, part, tokenizer)
+            write_model(merged.model, part, tokenizer)
             report["dtype"] = json.loads((part / "config.json").read_text())["dtype"]
-            report["reloaded_max_logit_difference"] = verify(root.model, part, logits, out)
+            report["reloaded_max_logit_difference"] = verify(merged.model, part, logits, out)
             (part / REPORT).write_text(json.dumps(finite(report), indent=2) + "\n")
             place = resolved(out)
-        print_merged(place, report, root.model, tokenizer, getattr(datamodule, "max_length", None))
+        print_merged(place, report, merged.model, tokenizer, getattr(datamodule, "max_length", None))
 
     def export(
         self,
@@ -179,32 +198,45 @@ def _classes(trainer: pl.Trainer) -> list[type[Method]]:
     return found
 
 
+Placed = tuple[Any, hf_peft.Root]
+"""A module, and the transformers model in it."""
+
+
 def _merge_scored(
-    trainer: Any, model: Any, root: hf_peft.Root, data: Any, logits: LogitsComparison, **weights: Any
+    trainer: Any,
+    trained: Placed,
+    merged: Placed,
+    fold: Callable[[], None],
+    data: Any,
+    logits: LogitsComparison,
+    **weights: Any,
 ) -> dict[str, Any]:
-    """Scores the test set, folds the adapters in, scores it again: what a report says of both."""
-    before = _scores(trainer, model, root, data, logits, **weights)
-    merge(model)
+    """Scores the test set as trained, folds the adapters in, scores it merged: what a report says of both."""
+    before = _scores(trainer, *trained, data, logits, **weights)
+    fold()
     with _without_methods(trainer):
-        after = _scores(trainer, model, root, data, logits.compare())
+        after = _scores(trainer, *merged, data, logits.compare())
     difference = {key: after[key] - value for key, value in before.items() if key in after}
     figures = logits.figures() | {"precision": str(trainer.precision)}
     figures["measured_on"] = "test set" if figures["rows"] else None
     return figures | {"metrics": {"before": before, "after": after, "difference": difference}}
 
 
-def _merge_asked(module: Any, model: Any, tokenizer: Any, logits: LogitsComparison) -> dict[str, Any]:
+def _merge_asked(
+    trained: Placed, merged: Placed, fold: Callable[[], None], tokenizer: Any, logits: LogitsComparison
+) -> dict[str, Any]:
     """The same with a few inputs that are always the same, and no metrics."""
+    model = trained[1].model
     try:
         batches = fixed_inputs(model, tokenizer)
     except Exception:  # somebody's tokenizer: what it cannot make is not asked
         batches = []
     for batch in batches:
         logits.ask(model, batch)
-    merge(module)
+    fold()
     logits.compare()
     for batch in batches:
-        logits.ask(model, batch)
+        logits.ask(merged[1].model, batch)
     figures = logits.figures() | {"precision": None, "metrics": None}
     figures["measured_on"] = "fixed inputs" if figures["rows"] else None
     return figures

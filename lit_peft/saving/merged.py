@@ -134,7 +134,7 @@ def not_foldable(method: type[Method], why: str) -> str:
 def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Writes a merged model of transformers, and its tokenizer, into a folder that is there."""
     try:
-        with _in_base_dtype(model), _told_as_quantised(model):
+        with _in_base_dtype(model), _told_as_quantised(model), _without_reading_codes(model):
             model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # how it was called last
@@ -183,6 +183,27 @@ def _told_as_quantised(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del config.quantization_config
+
+
+@contextmanager
+def _without_reading_codes(model: nn.Module) -> Iterator[None]:
+    """Takes what transformers did as it read codes from a folder out of what it wants to undo as it writes.
+
+    It knows no way back there, and needs none: a state dict holds the codes, or floats, under the names of a folder.
+    """
+    own: list[Any] | None = model.__dict__.get("_weight_conversions")
+    if own is None:
+        yield
+        return
+    model.__dict__["_weight_conversions"] = [
+        conversion
+        for conversion in own
+        if not any(getattr(step, "hf_quantizer", None) is not None for step in getattr(conversion, "operations", ()))
+    ]
+    try:
+        yield
+    finally:
+        model.__dict__["_weight_conversions"] = own
 
 
 def _reading_config(model: nn.Module, kinds: Mapping[str, str]) -> Any:
