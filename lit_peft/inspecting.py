@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,7 +288,9 @@ def _fingerprint(digests: Mapping[str, str] | None) -> dict[str, Any]:
     if digests is None:
         return {}
     together = hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()[:12]
-    return {"fingerprint": together, "tensors": len(digests)}
+    storages = Counter(digest.partition(":")[2].rpartition(":")[0] for digest in digests.values())
+    quantised = {storage: count for storage, count in storages.items() if storage}
+    return {"fingerprint": together, "tensors": len(digests)} | ({"quantized": quantised} if quantised else {})
 
 
 def _adapter(spec: Mapping[str, Any], additions: Mapping[tuple[str, str], Part]) -> dict[str, Any]:

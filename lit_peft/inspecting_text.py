@@ -41,6 +41,8 @@ def _file(found: Mapping[str, Any]) -> Iterator[str]:
     names = dict.fromkeys(filter(None, [base.get("backbone"), base.get("base_model_name_or_path")]))
     known = f"fingerprint {base['fingerprint']} of {base['tensors']} tensors" if "fingerprint" in base else None
     yield from _row("base", "; ".join(filter(None, [", ".join(names), known])))
+    quantised = (f"{count} of these tensors: {storage}" for storage, count in base.get("quantized", {}).items())
+    yield from _row("quantised", *quantised)
     yield from _row("labels", ", ".join(map(str, found.get("labels") or [])))
     yield from _row("metrics", _scores(found.get("metrics")))
     if found.get("step") is not None:

@@ -17,10 +17,13 @@ from rich.console import Console
 from lit_peft.callbacks.speed import SpeedMonitor
 from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
 from lit_peft.core.checkpoint import atomic_path
+from lit_peft.core.memory import Growth
+from lit_peft.core.quantize import stored_as
 from lit_peft.core.registry import registry
 from lit_peft.methods.base import Method
 from lit_peft.saving.folder import save
 from lit_peft.training.bringing import methods
+from lit_peft.training.seam import BUILT_IN
 
 
 class RunReport(pl.Callback):
@@ -109,7 +112,7 @@ class RunReport(pl.Callback):
         scores: Mapping[str, float],
         checkpoint: Path | None,
         next_steps: list[str],
-    ) -> dict[str, float | None]:
+    ) -> dict[str, Any]:
         """Writes adapter/ and metrics.json for the weights that the module holds now, and prints the summary.
 
         Args:
@@ -124,12 +127,16 @@ class RunReport(pl.Callback):
         """
         folder = self._folder(trainer)
         notes: dict[str, str] = {}
-        metrics: dict[str, float | None] = {**scores, **self.base, **count_parameters(module).metrics()}
+        metrics: dict[str, Any] = {**scores, **self.base, **count_parameters(module).metrics()}
         speed = next((c for c in trainer.callbacks if isinstance(c, SpeedMonitor)), None)  # type: ignore[attr-defined]
         if speed is not None:
             metrics["time/train_s"] = speed.train_s
             metrics["throughput/examples_per_s"] = speed.examples_per_s
             metrics["memory/peak_bytes"] = speed.peak_bytes
+        built: Growth = module.__dict__.get(BUILT_IN, Growth())
+        metrics |= {"memory/load_host_bytes": built.host, "memory/load_device_bytes": built.device}
+        if kinds := sorted(set(stored_as(module).values())):
+            metrics["quantize"] = "; ".join(kinds)
         metrics["checkpoint/bytes"] = _size(checkpoint) if checkpoint is not None else None
         metrics["adapter/bytes"] = None
         nothing = "not written: fast_dev_run keeps nothing" if trainer.fast_dev_run else None  # type: ignore[attr-defined]
@@ -156,7 +163,7 @@ class RunReport(pl.Callback):
             if pruned is not None:
                 metrics |= {key + of: value for key, value in pruned.metrics().items()}
                 notes[f"pruned{of}"] = str(pruned)
-        metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
+        metrics = {key: value if isinstance(value, str) or _finite(value) else None for key, value in metrics.items()}
         if trainer.is_global_zero:
             notes["metrics"] = nothing or str(folder / "metrics.json")
             if not nothing:
@@ -172,9 +179,7 @@ class RunReport(pl.Callback):
                     self.console.print(f"  {step}", soft_wrap=True, highlight=False)
         return metrics
 
-    def _log_hyperparameters(
-        self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Mapping[str, float | None]
-    ) -> None:
+    def _log_hyperparameters(self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Mapping[str, Any]) -> None:
         """Fills TensorBoard's HPARAMS page: arguments and final metrics must come in one call to show together."""
         arguments: dict[str, Any] = {}
         for method in methods(trainer):
@@ -194,7 +199,7 @@ class RunReport(pl.Callback):
             for key, value in getattr(part, "hparams", {}).items():
                 if not key.startswith("_"):
                     arguments[f"{'model' if part is module else 'data'}.{key}"] = _plain(value)
-        finite = {f"final/{key}": value for key, value in metrics.items() if value is not None}
+        finite = {f"final/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(arguments, finite)
@@ -217,6 +222,10 @@ def unlogged(trainer: pl.Trainer) -> Iterator[None]:
 def shown(path: Path) -> Path:
     """A path as a user would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _size(path: Path) -> int:

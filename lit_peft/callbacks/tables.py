@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lit_peft.callbacks.storage import logical_numel, storage_lines
 from lit_peft.core.layers import find_layer_ops
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import roles_of
@@ -50,12 +51,13 @@ class ParameterCounts:
 
 
 def count_parameters(module: nn.Module) -> ParameterCounts:
-    """Counts what trains and what does not."""
+    """Counts what trains and what does not, by logical shape: a packed weight as the matrix that it stands for."""
     state = registry(module)
     heads = {name for adapter in state.adapters.values() for name in adapter.head} if state else set()
     trainable = head = total = 0
+    packed = logical_numel(module)
     for name, parameter in module.named_parameters():
-        total += parameter.numel()
+        total += packed.get(name, parameter.numel())
         if parameter.requires_grad:
             trainable += parameter.numel()
             head += parameter.numel() if name in heads else 0
@@ -89,7 +91,11 @@ def sites_table(module: nn.Module) -> Group:
     ]
     fall += [f"Adapter {name} runs beside, frozen." for name in state.active if name in state.frozen]
     methods = methods_of(module) if hasattr(module, "_trainer") else []
-    return Group(table, *map(Text, [line, *fall, *(note for method in methods for note in method.notes(module))]))
+    left_alone = {path: why for method in methods for path, why in method.left_alone.items()}
+    stored = storage_lines(module, left_alone)
+    return Group(
+        table, *map(Text, [line, *stored, *fall, *(note for method in methods for note in method.notes(module))])
+    )
 
 
 Row = tuple[str, str, str]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import ADAPTER_DTYPES, attach, check_attachable, detach
 from lit_peft.core.checkpoint import differing
-from lit_peft.core.quantize import Quantize, make_quantizer, parse, quantize_base
+from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer, parse, quantize_base
 from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.faults import TrainingFault
@@ -81,6 +81,8 @@ class Method(pl.Callback):
         self.update_norm_stats = update_norm_stats
         self.layer_decay = check_layer_decay(layer_decay)
         self.quantize = parse(quantize)
+        self.left_alone: dict[str, str] = {}
+        """Path -> why, of each layer that `quantize` has not taken; filled as the method is attached."""
 
     # ------------------------------------------------------------------------------------------ the contract
 
@@ -194,11 +196,12 @@ class Method(pl.Callback):
         """How the base is to be stored, all options by name; asked before it is loaded. None: as it comes."""
         return self.quantize
 
-    def _quantize(self, module: nn.Module, avoid: Iterable[str]) -> None:
+    def _quantize(self, module: nn.Module, avoid: Sequence[str]) -> None:
         if self.quantize is not None:
             trainer, quantizer = getattr(module, "_trainer", None), make_quantizer(self.quantize)
             device = None if trainer is None else trainer.strategy.root_device
             quantizer.check_device(device or next(module.parameters()).device)
+            self.left_alone = {path: why for path, why in choose_layers(module, quantizer, avoid).items() if why}
             quantize_base(module, quantizer, avoid, device)
 
     def names_on(self, module: nn.Module) -> list[str]:

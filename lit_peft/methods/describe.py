@@ -33,7 +33,7 @@ def why_not_mergeable(cls: type[Method]) -> str | None:
     model, head = distilbert()
     make: Any = cls
     try:
-        method: Method = make(train_also=head)
+        method: Method = make(train_also=head, **_unquantised(cls))
         method.attach(model)
     except (TypeError, ValueError):
         return None
@@ -45,7 +45,7 @@ def _on_distilbert(cls: type[Method]) -> list[str]:
     model, head = distilbert()
     make: Any = cls
     try:
-        method: Method = make(train_also=head)
+        method: Method = make(train_also=head, **_unquantised(cls))
         adapter = method.attach(model)
     except (TypeError, ValueError) as error:
         return [f"On DistilBERT's shape: {error}"]
@@ -56,6 +56,11 @@ def _on_distilbert(cls: type[Method]) -> list[str]:
         f"On DistilBERT's shape: {trains:,} of {total:,} parameters train ({trains / total:.2%}), beside a new head.",
         f"Merges into the weights: {nothing or why_not_mergeable(cls) or 'yes'}",
     ]
+
+
+def _unquantised(cls: type[Method]) -> dict[str, None]:
+    """What keeps a method from quantising a model that has no values; the numbers are the same."""
+    return {"quantize": None} if "quantize" in cls.parameters() else {}
 
 
 def distilbert() -> tuple[nn.Module, list[str]]:

@@ -37,6 +37,7 @@ from lit_peft.core.checkpoint import (
     take_moved,
     told_as_damage,
 )
+from lit_peft.core.memory import measured
 from lit_peft.core.records import check_checkpoint
 from lit_peft.core.registry import registry
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
@@ -44,6 +45,8 @@ from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_
 from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
 
+BUILT_IN = "_lit_peft_built_in"
+"""Where a module keeps how much memory it took to load the base, quantise it and attach; see `lit_peft.core.memory`."""
 NO_PLUGIN = (
     "BitsandbytesPrecision turns every linear layer into frozen 4-bit weights, adapters and head included, so that "
     "nothing trains. Leave the plugin out and let the method quantise the base: LoRA(quantize='nf4'), on the command "
@@ -64,10 +67,13 @@ class AdaptedLightningModule(Swapped):
         module: Any = self
         if module.__dict__.get("_lit_peft_early"):  # a WeightAveraging calls it in its own setup, before ours
             return
-        super().configure_model()  # type: ignore[misc]
         if module._trainer is None:
+            super().configure_model()  # type: ignore[misc]
             return
-        bring(module, module.trainer)
+        with measured(module.trainer.strategy.root_device) as growth:
+            super().configure_model()  # type: ignore[misc]
+            bring(module, module.trainer)
+        module.__dict__.setdefault(BUILT_IN, growth)  # later calls build nothing
         if registry(module) is not None:
             copy_again(module.trainer, module)
         mesh = getattr(module, "device_mesh", None)
