@@ -18,7 +18,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import change_method, join_quantize, settings
-from lit_peft.callbacks import PredictionWriter, ReliabilityDiagram, ReproducibleSteps, RunReport, SpeedMonitor
+from lit_peft.callbacks import (
+    PeakPrediction,
+    PredictionWriter,
+    ReliabilityDiagram,
+    ReproducibleSteps,
+    RunReport,
+    SpeedMonitor,
+)
 from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selection
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.class_path import imported
@@ -239,6 +246,7 @@ class LitPeftCLI(LightningCLI):
             *(check() for check in CHECKS),
             ReproducibleSteps(),
             SpeedMonitor(),
+            PeakPrediction(),
             LearningRateMonitor(),
             ReliabilityDiagram(),
         ]

@@ -2,11 +2,20 @@
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 
+from lit_peft.callbacks import PeakPrediction
+from lit_peft.callbacks.memory import predict
+from lit_peft.callbacks.tables import _figures
 from lit_peft.cli import main
+from lit_peft.core.weightless import without_weights
+from lit_peft.data import TextClassificationDataModule
+from lit_peft.methods import LoRA
+from lit_peft.planning import plan as plan_step
 from lit_peft.planning.plan import Plan
 from lit_peft.planning.text import fits
+from lit_peft.tasks import TextClassification
 
 
 @pytest.fixture
@@ -104,3 +113,42 @@ def test_data_that_cannot_be_had_are_told(plan, capsys, monkeypatch, tmp_path):
 def test_cuda_itself_counts():
     plan = Plan("x", 0, 0, 0, 0, 0, 0, 0, peak=23 << 30)
     assert fits(plan, ("L4", 24 << 30)) and not fits(plan, ("L4", int(23.4 * 2**30))) and fits(plan, None) is None
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_fitted_module_is_planned_for_what_it_trained_on(tmp_path, quantize):
+    """As a run on a GPU does when it ends; the plan of the same step before it is the same."""
+    task = TextClassification(backbone="demo", label_names=["negative", "positive"], class_weights=[0.4, 0.6])
+    data = TextClassificationDataModule(path="demo", limit_train=8, limit_val=8, max_length=32, batch_size=4)
+    method = LoRA(r=4, quantize=quantize)
+    trainer = pl.Trainer(
+        callbacks=[method, PeakPrediction()], max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path
+    )
+    trainer.fit(task, data)
+    assert trainer.callbacks[1].predicted_bytes is None  # on a CPU
+    found = predict(trainer, task, task.sample(4, 32))
+
+    again = TextClassification(backbone="demo", label_names=["negative", "positive"], class_weights=[0.4, 0.6])
+    with without_weights():
+        again.configure_model()
+    assert all(p.is_meta for p in again.model.parameters())
+    before = plan_step(again, LoRA(r=4, quantize=quantize), again.sample(4, 32))
+    assert found == pytest.approx(before.peak, abs=8 * 512)  # class weights
+
+
+def test_a_step_that_needs_its_trainer_leaves_no_figure(tmp_path):
+    class Task(TextClassification):
+        def training_step(self, batch, i):
+            assert self.trainer is not None
+            return super().training_step(batch, i)
+
+    task = Task(backbone="demo", label_names=["negative", "positive"])
+    data = TextClassificationDataModule(path="demo", limit_train=8, limit_val=8, max_length=32, batch_size=4)
+    trainer = pl.Trainer(callbacks=[LoRA(r=4)], max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer.fit(task, data)
+    assert predict(trainer, task, task.sample(4, 32)) is None
+
+
+def test_the_summary_shows_the_plan_beside_the_peak():
+    figures = {"time/train_s": 1.0, "memory/peak_bytes": 2**30, "memory/predicted_bytes": 1.25 * 2**30}
+    assert "peak memory 1.00 GiB (planned 1.25)" in dict(_figures(figures))["training"]

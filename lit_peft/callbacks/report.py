@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from lit_peft.callbacks.memory import PeakPrediction
 from lit_peft.callbacks.speed import SpeedMonitor
 from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
 from lit_peft.core.checkpoint import atomic_path
@@ -137,6 +138,9 @@ class RunReport(pl.Callback):
         metrics |= {"memory/load_host_bytes": built.host, "memory/load_device_bytes": built.device}
         if kinds := sorted(set(stored_as(module).values())):
             metrics["quantize"] = "; ".join(kinds)
+        planned = next((c for c in trainer.callbacks if isinstance(c, PeakPrediction)), None)  # type: ignore[attr-defined]
+        if planned is not None and planned.predicted_bytes is not None:
+            metrics["memory/predicted_bytes"] = planned.predicted_bytes
         metrics["checkpoint/bytes"] = _size(checkpoint) if checkpoint is not None else None
         metrics["adapter/bytes"] = None
         nothing = "not written: fast_dev_run keeps nothing" if trainer.fast_dev_run else None  # type: ignore[attr-defined]

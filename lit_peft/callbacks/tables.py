@@ -181,5 +181,7 @@ def _figures(metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
     if (seconds := of("time/train_s")) is not None:
         speed = of("throughput/examples_per_s") or 0
         peak = (of("memory/peak_bytes") or 0) / 2**30
-        rows.append(("training", f"{seconds:.1f} s, {speed:,.0f} examples/s, peak memory {peak:.2f} GiB"))
+        planned = of("memory/predicted_bytes")
+        beside = "" if planned is None else f" (planned {planned / 2**30:.2f})"
+        rows.append(("training", f"{seconds:.1f} s, {speed:,.0f} examples/s, peak memory {peak:.2f} GiB{beside}"))
     return rows

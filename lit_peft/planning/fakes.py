@@ -24,7 +24,7 @@ def on_meta(module: nn.Module) -> Any:
 
 
 def faked(module: nn.Module, fake: FakeTensorMode) -> Any:
-    """A copy of fake tensors, but for what is neither parameter nor buffer: metrics count on."""
+    """A copy of fake tensors."""
     return _copy(module, "cpu", fake)
 
 
@@ -44,12 +44,15 @@ def stored(module: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def _copy(module: nn.Module, device: str, fake: FakeTensorMode | None = None) -> Any:
-    tensors = [*module.parameters(), *module.buffers()]
+    plain = [t for child in module.modules() for t in vars(child).values() if isinstance(t, Tensor)]
+    tensors = [*module.parameters(), *module.buffers(), *plain]
     tensors += [t for parts in stored(module).values() for t in parts]
     with fake or nullcontext():
         memo: dict[int, Any] = {id(t): _like(t, device) for t in tensors}
     if (state := registry(module)) is not None:  # host copies for `detach`
         memo[id(state.originals)] = {}
+    for owner in ("_trainer", "_fabric"):  # of a LightningModule
+        memo[id(module.__dict__.get(owner))] = None
     return copy.deepcopy(module, memo)
 
 

@@ -1,5 +1,6 @@
 """The memory of an optimizer: asked of itself, by a step on fake tensors."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -73,3 +74,11 @@ def optimizer_bytes(
             else:
                 state += size
     return OptimizerBytes(state, host, max(0, live.peak - before - state - host))
+
+
+def remake(optimizer: Optimizer) -> MakeOptimizer:
+    """What makes another optimizer of the same class and settings, over other parameters."""
+    kind: Any = type(optimizer)
+    known = inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in known}
+    return lambda params: kind(params, **settings)

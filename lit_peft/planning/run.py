@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_peft.core.weightless import without_weights
 from lit_peft.planning.compare import plans
 from lit_peft.planning.gpus import workspaces
+from lit_peft.planning.optimizer import remake
 from lit_peft.planning.plan import Plan
 from lit_peft.training.bringing import methods
 
@@ -115,6 +116,4 @@ def _optimizer_of(model: Any, notes: list[str]) -> Any:
     if not isinstance(made, torch.optim.Optimizer):
         notes.append("AdamW is planned: configure_optimizers does not tell its optimizer without a trainer.")
         return None
-    kind, defaults = type(made), made.defaults
-    known = kind.__init__.__code__.co_varnames
-    return lambda params: kind(params, **{key: value for key, value in defaults.items() if key in known})
+    return remake(made)
