@@ -38,7 +38,6 @@ def plan_run(
     if getattr(model, "compiles", False):
         notes.append("The step is planned eager; compiled, fused operations keep less.")
     if getattr(model, "kernels", None) == "liger":
-        model.kernels = None
         notes.append("Planned without Liger's kernels, which keep fewer activations: the figures are upper bounds.")
     method, *more = methods(trainer)
     if more:
