@@ -15,6 +15,7 @@ from lit_peft.methods import BitFit, DoRA, FullFineTuning, HiRA, LoRA, QLoRA
 from lit_peft.planning import plan
 from lit_peft.planning.gpus import CONTEXT, gpu_bytes
 from lit_peft.planning.live import allocated
+from lit_peft.training.checkpointing import checkpoint_activations
 
 SHAPES = [(64, 64), (48, 80), (33, 65), (257, 129), (512, 100)]
 FOUR_BIT = [
@@ -258,3 +259,13 @@ def test_gpus_by_name_and_size():
     assert gpu_bytes("512 MiB")[1] == CONTEXT
     with pytest.raises(ValueError, match=r"'H10' is not known. Did you mean 'H100'"):
         gpu_bytes("H10")
+
+
+def test_inputs_that_wait_on_the_host_are_not_counted():
+    model, batch = llama(layers=6), texts(batch=4, length=256)
+    here, away = (
+        plan(model, LoRA(r=4), batch, prepare=lambda m, offload=offload: checkpoint_activations(m, offload=offload))
+        for offload in (False, True)
+    )
+    inputs = 5 * 4 * 256 * 128 * 2  # of all blocks but the one that is computed again
+    assert here.activations - away.activations == pytest.approx(inputs, rel=0.25)
