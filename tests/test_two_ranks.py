@@ -18,6 +18,7 @@ from toys import loader
 
 import lit_peft
 from lit_peft import AdaLoRA, FullFineTuning, LoRA, SparseLoRA
+from lit_peft.core.quantize import make_quantizer
 from lit_peft.core.sharded import whole
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
@@ -74,6 +75,49 @@ def test_two_ranks_under_fsdp2_equal_one(two_ranks, name):
         assert scale > 0.1
         assert output < 1e-6
         assert gradients and max(gradients.values()) < 1e-6
+
+
+QUANTISED = ("nf4", {"compute_dtype": "float32", "storage_dtype": "float32"}), ("int8", {})
+
+
+def quantised_step(rank: int, name: str, mode: str, wrapped: str) -> dict[str, torch.Tensor]:
+    """Output and gradients of two quantised layers, whole; each of two ranks has half of the batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    module: Any = Two()
+    for layer in (module.a, module.b):
+        make_quantizer({"mode": mode, **dict(QUANTISED)[mode]}).quantize(layer, torch.device("cpu"))
+    METHODS[name](target_modules=["a", "b"]).attach(module)
+    perturb(module)
+    model = module
+    if wrapped == "fsdp2":
+        mesh = init_device_mesh("cpu", (2,))
+        for child in (module.a, module.b, module):
+            fully_shard(child, mesh=mesh)
+    elif wrapped == "ddp":
+        model = nn.parallel.DistributedDataParallel(module)
+    x = torch.randn(4, IN, generator=torch.Generator().manual_seed(3))
+    y = model(x if wrapped == "no" else x[2 * rank : 2 * rank + 2])
+    y.square().mean().backward()
+    gradients = {key: whole(p.grad) for key, p in module.named_parameters() if p.requires_grad}
+    assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
+    return {"output": y.detach(), **gradients}
+
+
+@pytest.mark.parametrize(
+    ("mode", "wrapped"), [("nf4", "ddp"), ("nf4", "fsdp2"), ("int8", "ddp")]
+)  # FSDP2 shards no int8 beside float32
+@pytest.mark.parametrize("name", ["lora", "hira"])
+def test_two_ranks_on_a_quantised_base_equal_one(two_ranks, name, mode, wrapped):
+    alone = quantised_step(0, name, mode, "no")
+    ranks = two_ranks(quantised_step, name, mode, wrapped)
+    torch.testing.assert_close(torch.cat([rank["output"] for rank in ranks]), alone["output"])
+    for key, gradient in alone.items():
+        if key != "output":
+            assert torch.equal(ranks[0][key], ranks[1][key])
+            torch.testing.assert_close(ranks[0][key], gradient)
 
 
 def _switched(rank: int, folder: str, sharded: bool) -> dict[str, torch.Tensor]:
