@@ -200,7 +200,7 @@ def test_a_second_adapter_stands_on_the_quantised_base():
     perturb(module, only=".second.")
     assert not torch.equal(logits(module, "distilbert"), before)
     with pytest.raises(
-        ValueError, match=r"is quantised already, nf4 in blocks of 64, double, not int8 by rows\. Leave"
+        ValueError, match=r"is quantised already, nf4 in blocks of 64, double, not int8 by rows\. Take it as it is"
     ):
         lora(name="fourth", quantize="int8").attach(module)
     assert "fourth" not in registry(module).adapters
@@ -240,7 +240,7 @@ def test_words_that_mean_nothing(quantize, message):
         ({"mode": "nf4", "double_quant": "yes"}, "double_quant is 'yes', expected true or false"),
         ({"mode": "nf4", "compute_dtype": "int8"}, "compute_dtype must be .*not 'int8'"),
         ({"mode": "nf4", "storage_dtype": "int8"}, "storage_dtype must be .*not 'int8'"),
-        ({"mode": "int8", "threshold": -1.0}, r"threshold is -1\.0, expected a number from 0"),
+        ({"mode": "int8", "threshold": -1.0}, r"threshold must be at least 0, not -1\.0"),
         (
             {"mode": "nf4", "skip_modules": ["lin9"]},
             r"skip_modules 'lin9' matches nothing\. Did you mean lin2 or lin1\?",

@@ -236,8 +236,8 @@ def quantize_base(
     found = recognise(module)
     if other := [path for path, kind in found.items() if kind != quantizer.stored_as]:
         raise ValueError(
-            f"quantize: {other[0]} is quantised already, {found[other[0]]}, not {quantizer.stored_as}. Leave quantize "
-            "out, or load the base unquantised."
+            f"quantize: {other[0]} is quantised already, {found[other[0]]}, not {quantizer.stored_as}. Take it as "
+            "it is, quantize=None, or load the base unquantised."
         )
     if found:
         return []

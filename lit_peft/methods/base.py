@@ -107,7 +107,10 @@ class Method(pl.Callback):
         return None
 
     def trains(self, name: str) -> bool:
-        """Whether the base parameter of this name stays trainable."""
+        """Whether the base parameter of this name stays trainable.
+
+        A task that loads its base in fewer bits asks before anything else, to leave weights that train alone.
+        """
         return False
 
     def prepare(self, module: nn.Module, batches: Iterable[Any]) -> None:
