@@ -58,7 +58,11 @@ MISTAKES = [
     quick("an unknown option of 4 bit", "--method.quantize.mode nf4 --method.quantize.blocks 64", "mean block_size?"),
     quick("text for a block size", "--method.quantize nf4 --method.quantize.block_size big", "expected one of 32, 64"),
     quick("an option of another mode", "--config quantize/nf4 --method.quantize.mode int8", "no option 'double_quant'"),
-    quick("an option without a mode", "--method.quantize.double_quant true", "names no mode; modes: fp4, int8, nf4"),
+    quick(
+        "an option without a mode",
+        "--method.quantize.double_quant true",
+        "names no mode; modes: fp4, int8, int8_torchao, nf4",
+    ),
     quick(
         "layers to leave alone that are not there",
         "--config quantize/nf4 --method.quantize.skip_modules [lm_head]",

@@ -16,6 +16,7 @@ from lit_peft import IA3, AdaLoRA, BitFit, DoRA, HiRA, LoRA, SparseLoRA, VeRA
 from lit_peft.core.addition import Call, Delta
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import make_quantizer
+from lit_peft.core.wrapped import dequantises_itself
 from lit_peft.methods.dora import DoRADelta
 from lit_peft.methods.lora import LoRADelta
 from lit_peft.testing.states import assert_same, by_equation, perturb, same_bits, snapshot
@@ -49,7 +50,8 @@ def full_size(module, x) -> list[str]:
     for node in _nodes(y.grad_fn):  # what functions hold on to past the hooks
         held = [value for own in vars(node).values() for value in (own if isinstance(own, tuple) else (own,))]
         kept += [value for value in held if isinstance(value, Tensor)]
-    return [f"{list(t.shape)} {t.dtype}" for t in kept if t.is_floating_point() and t.numel() >= FULL]
+    dense = [t for t in kept if t.is_floating_point() and not dequantises_itself(t)]
+    return [f"{list(t.shape)} {t.dtype}" for t in dense if t.numel() >= FULL]
 
 
 def _nodes(node):

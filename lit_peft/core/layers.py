@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_peft.core import quantized
+from lit_peft.core import quantized, wrapped
 from lit_peft.core.swap import Swapped
 
 _REGISTRY: dict[str, "LayerOps"] = {}
@@ -190,7 +190,28 @@ class LayerOps:
 
 @register_layer_ops("torch.nn.modules.linear.Linear")
 class LinearOps(LayerOps):
-    """`nn.Linear`: weight [out, in]."""
+    """`nn.Linear`: weight [out, in], dense or a tensor that dequantises itself, as torchao's do."""
+
+    def matrix(self, layer: Any) -> Tensor:
+        W = layer.weight
+        return W.dequantize() if wrapped.dequantises_itself(W) else W
+
+    def quantization(self, layer: Any) -> str | None:
+        return wrapped.told(layer.weight) if wrapped.dequantises_itself(layer.weight) else None
+
+    def codes(self, layer: Any) -> Tensor:
+        return self.stored(layer)[0].detach()
+
+    def stored(self, layer: Any) -> list[Tensor]:
+        return wrapped.parts(layer.weight) if wrapped.dequantises_itself(layer.weight) else [layer.weight]
+
+    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+        if not wrapped.dequantises_itself(layer.weight):
+            super().store(layer, W, b)
+            return
+        wrapped.store(layer, W)
+        if b is not None:
+            layer.bias.data.copy_(b)
 
 
 @register_layer_ops("transformers.pytorch_utils.Conv1D")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.swap import Swapped, swap_class, unswapped, with_mixins
+from lit_peft.core.wrapped import FrozenWrapped, dequantises_itself
 
 # Notices that ask for nothing: an optional kernel that is not there on some CPUs, and a cast before int8 products.
 for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
@@ -98,9 +99,9 @@ class Frozen8bit(Swapped):
 
 
 def adopt(layer: Any) -> None:
-    """Gives a layer of bitsandbytes that is quantised the class it needs in a frozen base; nothing to any other."""
+    """Gives a quantised layer the class that it needs in a frozen base; nothing to any other."""
     kinds = {base.__qualname__ for base in type(layer).__mro__ if base.__module__ == "bitsandbytes.nn.modules"}
-    if isinstance(layer, Frozen4bit | Frozen8bit):
+    if isinstance(layer, Frozen4bit | Frozen8bit | FrozenWrapped):
         return
     if "Linear4bit" in kinds and (state := state_4bit(layer)) is not None:
         if getattr(state, "packing_format_for_cpu", False):
@@ -113,6 +114,8 @@ def adopt(layer: Any) -> None:
     elif "Linear8bitLt" in kinds and not layer.state.has_fp16_weights and (scales := scales_8bit(layer)) is not None:
         _keep_8bit(layer, scales)
         _freeze(layer, Frozen8bit)
+    elif isinstance(layer, nn.Linear) and dequantises_itself(layer.weight):
+        _freeze(layer, FrozenWrapped)
 
 
 def _freeze(layer: nn.Module, mixin: type[Swapped]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     # In float32, so that what is compared differs by rounding alone: both sides see the same dequantised weight.
     "nf4": _quantised(mode="nf4", compute_dtype="float32"),
     "int8": _quantised(mode="int8"),
+    **({"int8_torchao": _quantised(mode="int8_torchao")} if find_spec("torchao") else {}),
 }
 """Layer type -> a layer of it; the weight of the linear ones is [32, 64]."""
 
