@@ -78,7 +78,7 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
             more += ["--score", "false"] if words[0] == "merge" else []
         more += ["--data", "lit_peft.data.TextClassificationDataModule"]
     # All of its arguments, or the parser would take those of a run's method that have the same names.
-    given = [s.init_args for s in settings(words, "method") if s.source.startswith("--") and s.class_path is None]
+    given = [s.init_args for s in settings(words, "method") if s.class_path is None]  # options, and overlays
     own = {"path": folder, "name": "default", "quantize": AS_TRAINED}
     own |= {key: value for arguments in given for key, value in arguments.items() if key == "quantize"}
     method = {"class_path": "lit_peft.AdapterFolder", "init_args": own}

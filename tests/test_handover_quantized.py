@@ -225,8 +225,9 @@ def test_an_adapter_predicts_on_the_base_that_it_is_given(of_run, run, tmp_path,
     plain = lit_peft.save(task, tmp_path / "adapter")
     whole = ["--run", run] if of_run else []  # whose own method has a `quantize`, that is not the adapter's
     assert answers(capsys, *whole, "--adapter", plain) == expected(plain, None)
-    for given, quantize in ((json.dumps(NF4), NF4), ("int8", "int8")):
-        assert answers(capsys, *whole, "--adapter", plain, "--method.quantize", given) == expected(plain, quantize)
+    nf4 = ["--config", "quantize/nf4", "--method.quantize.compute_dtype", "float32"]
+    for given, quantize in ((nf4, NF4), (["--method.quantize", "int8"], "int8")):
+        assert answers(capsys, *whole, "--adapter", plain, *given) == expected(plain, quantize)
     assert expected(plain, NF4) != expected(plain, None)
     quantised = run / "adapter"
     assert answers(capsys, *whole, "--adapter", quantised) == expected(quantised, NF4)
