@@ -245,6 +245,16 @@ def _mapping(value: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def name_optimizers(arguments: Sequence[str], names: Iterable[str], package: str) -> list[str]:
+    """Puts class paths in the place of short names of optimizers, which other packages may have too, as torchao has."""
+    words, flags = list(arguments), ("optimizer", "optimizer.class_path")
+    for start, end, flag, value in options(arguments):
+        if re.sub(r"^--model\.(init_args\.)?", "", flag) in flags and value in names:
+            full = f"{package}.{value}"
+            words[start:end] = [flag, full] if end - start == 2 else [f"{flag}={full}"]
+    return words
+
+
 # ------------------------------------------------------------------------------------------- a changed method
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lit_peft.data
 import lit_peft.tasks
-from lit_peft.arguments import change_method, join_quantize, settings
+from lit_peft.arguments import change_method, join_quantize, name_optimizers, settings
 from lit_peft.callbacks import (
     PeakPrediction,
     PredictionWriter,
@@ -363,6 +363,7 @@ def run(arguments: list[str]) -> None:
             getattr(package, name)
     for entry in available().values():
         entry.load()
+    arguments = name_optimizers(arguments, paged.NAMES, "bitsandbytes.optim")
     if any(name in str(setting.init_args) for setting in settings(arguments, "model") for name in paged.NAMES):
         import_module("bitsandbytes.optim")  # takes two seconds
     RunReport.running = False

@@ -190,16 +190,23 @@ SHORT = ["--config", "quickstart", *SMALL, "--base_test", "false", "--trainer.ma
 
 
 @pytest.mark.filterwarnings("ignore:.*no such GPU here")
-def test_optimizers_by_short_name(tmp_path):
+def test_optimizers_by_short_name(tmp_path, monkeypatch):
+
+    class AdamW8bit(torch.optim.AdamW):
+        """As torchao has one, of which the parser would not know which is meant."""
+
+    monkeypatch.setattr(torch.optim, "AdamW8bit", AdamW8bit, raising=False)
+    AdamW8bit.__module__, AdamW8bit.__qualname__ = "torch.optim", "AdamW8bit"
+    folder = fit(tmp_path, *SHORT, "--model.optimizer=AdamW8bit")
+    assert optimizer_of(folder)["class_path"] == "bitsandbytes.optim.AdamW8bit"
     folder = fit(tmp_path, *SHORT, "--model.optimizer", "PagedAdamW8bit", "--model.optimizer.betas", "[0.9, 0.95]")
     assert optimizer_of(folder)["class_path"] == "bitsandbytes.optim.PagedAdamW8bit"
     content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     groups = content["optimizer_states"][0]["param_groups"]
     assert [tuple(group["betas"]) for group in groups] == [(0.9, 0.95)] * 3
     assert [group["weight_decay"] for group in groups] == [0.0, 0.01, 0.0]  # adapter, head, biases of the head
-    (tmp_path / "own.yaml").write_text(
-        "model:\n  init_args:\n    optimizer:\n      class_path: AdamW8bit\n      init_args:\n        eps: 1.0e-6\n"
-    )
+    given = {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"eps": 1e-6}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": given}}}))
     folder = fit(tmp_path, *SHORT, "--config", str(tmp_path / "own.yaml"))
     assert optimizer_of(folder)["class_path"] == "bitsandbytes.optim.AdamW8bit"
     fit(tmp_path, "--run", str(folder), "--trainer.max_steps", "3", "--trainer.max_epochs", "3")
