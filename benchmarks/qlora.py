@@ -9,14 +9,15 @@
 Random weights in NF4 with double quantisation, random tokens, LoRA on all seven linear layers without dropout. One base
 serves all rows: in each round every row puts its adapters on, warms up, is timed and takes them off again, in an order
 that rotates. A step is zero_grad, forward, backward and fused AdamW, or, for 65 B, bitsandbytes' paged AdamW in 32 bit;
-on a GPU it is timed by its events. Liger's kernels are in all rows unless --no-liger says otherwise.
+on a GPU it is timed by its events. "kernels" is what the GPU's kernels take of it: a step takes longer where the host,
+which launches them, is slow. Liger's kernels are in all rows unless --no-liger says otherwise.
 
 A row is named library-dtype: the dtype is that of the adapters. "-autocast" runs the forward under bfloat16 autocast.
 "hf-float32" is HF PEFT as it comes; its rows run on bitsandbytes' own layers, and so does "floor": the frozen base
 through which the gradient of the embeddings flows, below which no adapter can be. "+checkpointing" is the non-reentrant
-kind on both sides, "+offload" moves what that keeps to the host. "x floor" is a row's time by that of the floor without
-checkpointing, or with it for rows that have it. Static memory is what is allocated before the first step: the base and
-the adapters; the peak is that of all steps, not of building, which is told apart.
+kind on both sides, "+offload" moves what that keeps to the host. "x floor" is a row's kernels by those of the floor
+without checkpointing, or with it for rows that have it. Static memory is what is allocated before the first step: the
+base and the adapters; the peak is that of all steps, not of building, which is told apart.
 
 Before the rows, loss and gradients of both libraries with equal adapters are compared on one text, beside HF PEFT's
 distance from itself when its adapters compute in float32. Prints tables, then one line of JSON; --out takes a line of
@@ -29,7 +30,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 BARS: list[tuple[str, str, str, str | None, float]] = [
     ("8b", "step_ms", "ours-float32", THEIRS, 0.90),
     ("8b", "step_ms", "ours-bfloat16", "hf-bfloat16", 0.95),
+    ("8b", "kernels_ms", "ours-float32", THEIRS, 0.90),
+    ("8b", "kernels_ms", "ours-bfloat16", "hf-bfloat16", 0.95),
     ("8b", "static_gib", "ours-float32", None, 5.6),
     ("8b", "peak_gib", "ours-float32", None, 22.0),
     ("8b", "peak_gib", "ours-bfloat16", None, 22.0),
     ("8b", "step_ms", "ours-float32+checkpointing", f"{THEIRS}+checkpointing", 0.92),
     ("8b", "step_ms", "ours-bfloat16+checkpointing", "hf-bfloat16+checkpointing", 0.92),
+    ("8b", "kernels_ms", "ours-float32+checkpointing", f"{THEIRS}+checkpointing", 0.92),
+    ("8b", "kernels_ms", "ours-bfloat16+checkpointing", "hf-bfloat16+checkpointing", 0.92),
     ("8b", "peak_gib", "ours-float32+checkpointing", None, 7.4),
     ("8b", "peak_gib", "ours-bfloat16+checkpointing", None, 7.4),
     ("8b", "peak_gib", "ours-float32+offload", None, 7.0),
@@ -94,6 +99,14 @@ def paged_bytes(optimizer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def kernels_ms(step: Callable[[], None]) -> float:
+    """Milliseconds that the GPU's kernels take in one step: what it would take on a host that is never waited for."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
+
+
 def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each step after the first ones, the losses of all, and memory in GiB."""
     on_gpu, device = args.device == "cuda", args.device
@@ -107,8 +120,8 @@ def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         static = torch.cuda.memory_allocated() if on_gpu else 0
-        clock.tick()
-        for _ in range(args.warmup + args.steps):
+
+        def step() -> None:
             if optimizer is not None:
                 optimizer.zero_grad()
             with autocast(row, args):
@@ -117,11 +130,16 @@ def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
             if optimizer is not None:
                 optimizer.step()
             losses.append(loss.detach())
+
+        clock.tick()
+        for _ in range(args.warmup + args.steps):
+            step()
             clock.tick()
         times = clock.milliseconds()[args.warmup :]
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {
             "step_ms": times,
+            "kernels_ms": kernels_ms(step) if on_gpu else None,
             "static_gib": gib(static, device),
             "peak_gib": gib(peak, device),
             "paged_gib": gib(paged_bytes(optimizer), device) if args.paged else None,
@@ -131,11 +149,13 @@ def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figure(results: list[dict[str, Any]], name: str, key: str) -> float | None:
-    """The median step of a row, or the most of another figure; None where it was not measured."""
+    """The median of a row's times, or the most of another figure; None where it was not measured."""
     values = [result[key] for result in results if result["row"] == name and result[key] is not None]
     if not values:
         return None
-    return statistics.median(t for times in values for t in times) if key == "step_ms" else max(values)
+    if key == "step_ms":
+        values = [t for times in values for t in times]
+    return statistics.median(values) if key.endswith("_ms") else max(values)
 
 
 def show(value: float | None, digits: int = 2) -> str:
@@ -144,15 +164,18 @@ def show(value: float | None, digits: int = 2) -> str:
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """The rows, in Markdown."""
-    yield "| row | adapters | ms a step | min to max | x floor | static GiB | peak GiB | paged GiB | loss |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    heads = ("row", "adapters", "ms a step", "min to max", "kernels ms", "x floor")
+    heads += ("static GiB", "peak GiB", "paged GiB", "loss")
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for name in dict.fromkeys(result["row"] for result in results):
         times = [t for result in results if result["row"] == name for t in result["step_ms"]]
-        floor = figure(results, "floor+checkpointing" if "+" in name else "floor", "step_ms")
+        floor = figure(results, "floor+checkpointing" if "+" in name else "floor", "kernels_ms")
+        kernels = figure(results, name, "kernels_ms")
         losses = next(result["loss"] for result in results if result["row"] == name)
         cells = [
             *(name, ROWS[name].dtype or "none", f"{statistics.median(times):.1f}"),
-            *(f"{min(times):.1f} to {max(times):.1f}", show(floor and statistics.median(times) / floor)),
+            *(f"{min(times):.1f} to {max(times):.1f}", show(kernels, 1), show(floor and kernels and kernels / floor)),
             *(show(figure(results, name, key)) for key in ("static_gib", "peak_gib", "paged_gib")),
             f"{losses[0]:.4f} to {losses[-1]:.4f}",
         ]
