@@ -10,7 +10,8 @@ Random weights in NF4 with double quantisation, random tokens, LoRA on all seven
 serves all rows: in each round every row puts its adapters on, warms up, is timed and takes them off again, in an order
 that rotates. A step is zero_grad, forward, backward and fused AdamW, or, for 65 B, bitsandbytes' paged AdamW in 32 bit;
 on a GPU it is timed by its events. "kernels" is what the GPU's kernels take of it: a step takes longer where the host,
-which launches them, is slow. Liger's kernels are in all rows unless --no-liger says otherwise.
+which launches them, is slow; it is had from one more round. Liger's kernels are in all rows unless --no-liger says
+otherwise.
 
 A row is named library-dtype: the dtype is that of the adapters. "-autocast" runs the forward under bfloat16 autocast.
 "hf-float32" is HF PEFT as it comes; its rows run on bitsandbytes' own layers, and so does "floor": the frozen base
@@ -107,8 +108,11 @@ def kernels_ms(step: Callable[[], None]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
 
 
-def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of each step after the first ones, the losses of all, and memory in GiB."""
+def measure(model: Any, row: Row, args: argparse.Namespace, profiled: bool = False) -> dict[str, Any]:
+    """Milliseconds of each step after the first ones, the losses of all, and memory in GiB.
+
+    Where it is profiled, no steps are timed: a profiler goes on to slow the launches of a process that has had one.
+    """
     on_gpu, device = args.device == "cuda", args.device
     gc.collect()
     if on_gpu:
@@ -132,14 +136,14 @@ def measure(model: Any, row: Row, args: argparse.Namespace) -> dict[str, Any]:
             losses.append(loss.detach())
 
         clock.tick()
-        for _ in range(args.warmup + args.steps):
+        for _ in range(args.warmup + args.steps * (not profiled)):
             step()
             clock.tick()
         times = clock.milliseconds()[args.warmup :]
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {
             "step_ms": times,
-            "kernels_ms": kernels_ms(step) if on_gpu else None,
+            "kernels_ms": kernels_ms(step) if profiled else None,
             "static_gib": gib(static, device),
             "peak_gib": gib(peak, device),
             "paged_gib": gib(paged_bytes(optimizer), device) if args.paged else None,
@@ -155,6 +159,7 @@ def figure(results: list[dict[str, Any]], name: str, key: str) -> float | None:
         return None
     if key == "step_ms":
         values = [t for times in values for t in times]
+        return statistics.median(values) if values else None
     return statistics.median(values) if key.endswith("_ms") else max(values)
 
 
@@ -192,7 +197,7 @@ def bars(results: list[dict[str, Any]], shape: str) -> Iterator[str]:
         if other is not None:
             if figure(results, other, key) is None:
                 continue
-            rounds = sorted({result["round"] for result in results})
+            rounds = sorted({result["round"] for result in results if result[key]})
             each = [[r for r in results if r["round"] == i] for i in rounds]
             ratios = [figure(part, name, key) / figure(part, other, key) for part in each]
             value, spread, what = (
@@ -271,9 +276,10 @@ def main(argv: list[str] | None = None) -> None:
         for what, (loss, gradient) in setting["agreement"].items():
             print(f"| {what} | {loss:.2e} | {gradient:.2e} |", flush=True)
     results: list[dict[str, Any]] = []
-    for i in range(args.rounds):
+    for i in range(args.rounds + (args.device == "cuda")):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            results.append({"row": name, "round": i, **measure(built.model, ROWS[name], args)})
+            found = measure(built.model, ROWS[name], args, profiled=i == args.rounds)
+            results.append({"row": name, "round": i, **found})
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 with args.out.open("a") as file:
