@@ -2,13 +2,11 @@
 
 import copy
 import pickle
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from liger_stand_in import GPU, install
 from models import TINY, tiny
 from torch import nn
 from transformers.models.llama import modeling_llama
@@ -22,9 +20,6 @@ from lit_peft.methods import BottleneckAdapter, LoRA
 from lit_peft.tasks import TextClassification
 from lit_peft.training import liger
 from lit_peft.training.liger import LigerModel, use_liger
-
-GPU = torch.device("cuda")
-"""Where the models are said to run; nothing here does."""
 
 KERNELS = """
 import torch
@@ -65,46 +60,12 @@ def lce_forward(self, input_ids, labels=None, **kwargs):
     logits = hidden @ self.lm_head.weight.t()  # past whatever stands around the head
     return type("Output", (), {"loss": self.loss_function(logits, labels, vocab_size=self.config.vocab_size)})
 """
-MONKEY_PATCH = """
-from types import MethodType
-
-from liger_kernel.transformers.rms_norm import LigerSwiGLUMLP, LigerRMSNorm, lce_forward, rope
-
-def bind(layer, name, function):
-    layer.__dict__[name] = MethodType(function, layer)
-
-def apply(rope_=True, cross_entropy=False, fused_linear_cross_entropy=True, model=None):
-    assert not cross_entropy
-    from transformers.models.llama import modeling_llama
-    modeling_llama.apply_rotary_pos_emb = rope
-    modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP = LigerRMSNorm, LigerSwiGLUMLP
-    if fused_linear_cross_entropy:
-        model.forward = MethodType(lce_forward, model)
-    for layer in model.model.layers:
-        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            kind = LigerSwiGLUMLP if name == "mlp" else LigerRMSNorm
-            bind(getattr(layer, name), "forward", kind.forward)
-            bind(getattr(layer, name), "_get_name", lambda self: "Liger")
-
-MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply, "olmo2": apply}
-"""
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """What of the stand-in was called."""
-    for name, code in (("", ""), (".transformers", ""), (".transformers.rms_norm", KERNELS)):
-        module = ModuleType(f"liger_kernel{name}")
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        exec(code, module.__dict__)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", sys.modules["liger_kernel.transformers.rms_norm"])
-    last = ModuleType("liger_kernel.transformers.monkey_patch")
-    exec(MONKEY_PATCH, last.__dict__)
-    monkeypatch.setitem(sys.modules, last.__name__, last)
-    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    return sys.modules["liger_kernel.transformers.rms_norm"].calls
+    return install(monkeypatch, KERNELS).calls
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -79,6 +79,11 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether kernels that a CPU has not run on a tensor: it is on a GPU, or a step is measured as if it were."""
+    return STAND_IN is not None or tensor.device.type != "cpu"
+
+
 def _kernels(tensor: Tensor) -> Any:
     """The kernels that are written in Triton; None where there are none for a tensor."""
     if STAND_IN is not None:

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_peft.core import kernels
 from lit_peft.core.quantized import bitsandbytes
+from lit_peft.planning.liger import HALVES, without_launches
 
 _SDPA, _DROPOUT = F.scaled_dot_product_attention, F.dropout
-HALVES = (torch.bfloat16, torch.float16)
 _WIDE = (
     "layer_norm group_norm softmax log_softmax cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss "
     "kl_div binary_cross_entropy_with_logits cosine_similarity softplus exp log pow __pow__ rsqrt reciprocal cumsum "
@@ -43,6 +43,8 @@ def as_on_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch.object(masks, _PACKED, lambda *args, **kwargs: None))
         if offload := getattr(sys.modules.get("lit_peft.training.checkpointing"), "Offload", None):
             stack.enter_context(mock.patch.object(offload, "__call__", _offloaded))
+        for home, name, function in without_launches():
+            stack.enter_context(mock.patch.object(home, name, function))
         for (home, name), function in _taken().items():
             stack.enter_context(mock.patch.object(home, name, function))
         yield

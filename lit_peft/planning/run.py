@@ -13,6 +13,7 @@ from lit_peft.planning.gpus import workspaces
 from lit_peft.planning.optimizer import remake
 from lit_peft.planning.plan import Plan
 from lit_peft.training.bringing import methods
+from lit_peft.training.liger import is_installed
 
 
 def plan_run(
@@ -32,13 +33,12 @@ def plan_run(
         others: Whether to plan alternatives as well.
 
     Raises:
-        ValueError: When there is no method, or another module or its data cannot be built without the trainer.
+        ValueError: When there is no method, another module or its data cannot be built without the trainer, or Liger
+            does not know the model.
     """
     notes = []
     if getattr(model, "compiles", False):
         notes.append("The step is planned eager; compiled, fused operations keep less.")
-    if getattr(model, "kernels", None) == "liger":
-        notes.append("Planned without Liger's kernels, which keep fewer activations: the figures are upper bounds.")
     method, *more = methods(trainer)
     if more:
         notes.append(f"Of several methods {type(method).__name__} alone is planned.")
@@ -48,6 +48,13 @@ def plan_run(
             model.label_names = ["0", "1"]  # how many there are the data would tell, and a row of a head weighs little
         with without_weights():
             model.configure_model()
+        if is_installed():
+            model.use_kernels(torch.device("cuda"))
+        elif model.kernels is not None:
+            notes.append(
+                "Liger's package is not here (pip install 'lit-peft[liger]'): planned without its kernels, which keep "
+                "less, so that the figures are upper bounds."
+            )
         batch = model.sample(data.batch_size, data.max_length)
     else:
         batch = _first_batch(model, data)

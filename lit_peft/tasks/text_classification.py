@@ -131,8 +131,13 @@ class TextClassification(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self._build()
-        if self.kernels is not None and self._trainer is not None and self.trainer.state.fn == "fit":
-            use_liger(self.model, self.trainer.strategy.root_device)  # elsewhere a run may be used without a GPU
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.use_kernels(self.trainer.strategy.root_device)  # elsewhere a run may be used without a GPU
+
+    def use_kernels(self, device: torch.device) -> None:
+        """Lets the model, which is built, train on the `kernels` that were asked for; see `use_liger`."""
+        if self.kernels is not None:
+            use_liger(self.model, device)
 
     def _build(self) -> None:
         if self.label_names is None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.kernels import on_gpu
 from lit_peft.core.remake import note_inputs, remakable
 from lit_peft.core.swap import BorrowsForward, Swapped, swap_class
 
@@ -34,12 +35,12 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
 
     Args:
         model: The model.
-        device: Where it will run; by default torch's accelerator.
+        device: Where it will run, which need not be here: a plan is made anywhere; by default torch's accelerator.
 
     Raises:
         ValueError: When the package is missing, there is no GPU, or Liger does not know the architecture.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
+    if not is_installed():
         raise ValueError("kernels: liger needs a package that is not there: pip install 'lit-peft[liger]'.")
     device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type == "cpu":
@@ -63,6 +64,11 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
     note_inputs(model)
 
 
+def is_installed() -> bool:
+    """Whether the package with the kernels is there."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
 def _options(model: Any, apply: Callable[..., None]) -> dict[str, bool]:
     """No loss in the place of torch's, for all that runs; and none where the model has no tokens to score."""
     losses = ["cross_entropy"]
@@ -82,8 +88,8 @@ def _give_back(modeling: ModuleType, before: dict[str, Any]) -> None:
 
 def _on_gpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
-    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (plain if x.device.type == "cpu" else kernel)(x, *args, **kwargs)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (kernel if on_gpu(x) else plain)(x, *args, **kwargs)
 
     run._lit_peft = True  # type: ignore[attr-defined]
     return run
