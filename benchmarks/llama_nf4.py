@@ -68,13 +68,18 @@ def build(shape: str, length: int, device: str, liger: bool) -> Built:
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed, not drawn
     if liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # what transformers itself calls
-
-        _apply_liger_kernel_to_instance(model)
+        with_liger(model)
     if device == "cuda":
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     return Built(model, time.perf_counter() - start, gib(peak, device), len(chosen))
+
+
+def with_liger(model: Any) -> None:
+    """Puts a model on Liger's kernels as transformers itself does, its loss included."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model)
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@
     python benchmarks/plan.py --cases llama-8b               # the 8 B shape, in 4 bit
 
 Random weights and tokens. A measured step is Lightning's (forward, gradients to None, backward, AdamW), the third of
-three, its model built and quantised on the GPU. Without a GPU, prints what is planned alone. Prints a
-table, then one line of JSON; ends with status 1 where a plan is off by more than 10 % and 64 MiB.
+three, its model built and quantised on the GPU. Without a GPU, prints what is planned alone. Cases on Liger's kernels,
+named so, are there with the extra liger. Prints a table, then one line of JSON; ends with status 1 where a plan is off
+by more than 10 % and 64 MiB.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torch import nn
 from lit_peft.methods import DoRA, FullFineTuning, HiRA, LoRA
 from lit_peft.methods.base import Method
 from lit_peft.planning import plan
+from lit_peft.training.liger import is_installed, use_liger
 
 MIB = 1 << 20
 
@@ -41,6 +43,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
     mask: bool = False
+    liger: bool = False
 
 
 def llama(layers: int, width: int, inner: int, vocabulary: int = 32_000) -> Callable[[], nn.Module]:
@@ -96,11 +99,17 @@ def cases() -> list[Case]:
         Case("llama-1b hira nf4", billion, of(HiRA, "nf4"), (4, 1024), dtype=half),
         Case("llama-1b full bf16-true", billion, FullFineTuning, (4, 1024), "bf16-true", half),
     ]
-    large = llama(32, 4096, 14_336, 128_256)
-    for checkpointing in (False, True):
-        label = f"llama-8b lora nf4{' checkpointing' if checkpointing else ''}"
-        found.append(Case(label, large, of(LoRA, "nf4", dropout=0.0), (4, 1024), "32-true", half, checkpointing))
-    return found
+    large, eight = llama(32, 4096, 14_336, 128_256), of(LoRA, "nf4", dropout=0.0)
+    for liger in (False, True):
+        for checkpointing in (False, True):
+            label = f"llama-8b lora nf4{' checkpointing' if checkpointing else ''}{' liger' if liger else ''}"
+            found.append(Case(label, large, eight, (4, 1024), "32-true", half, checkpointing, liger=liger))
+    found += [
+        Case("llama-100m lora plain bf16-mixed liger", small, of(LoRA, None), (8, 512), "bf16-mixed", liger=True),
+        Case("llama-100m full bf16-mixed liger", small, FullFineTuning, (8, 512), "bf16-mixed", liger=True),
+        Case("llama-1b full bf16-true liger", billion, FullFineTuning, (4, 1024), "bf16-true", half, liger=True),
+    ]
+    return [case for case in found if not case.liger or is_installed()]
 
 
 def batch(case: Case, device: str) -> dict[str, torch.Tensor]:
@@ -120,6 +129,8 @@ def prepare(case: Case) -> Callable[[Any], object] | None:
 def planned(case: Case) -> Any:
     with torch.device("meta"):
         model = case.build().to(case.dtype).train()
+    if case.liger:
+        use_liger(model, torch.device("cuda"))
     return plan(
         model, case.method(), batch(case, "meta"), precision=case.precision, prepare=prepare(case), name=case.name
     )
@@ -134,6 +145,8 @@ def on_gpu(case: Case) -> nn.Module:
             model = case.build().train()
     finally:
         torch.set_default_dtype(before)
+    if case.liger:
+        use_liger(model)
     case.method().attach(model, torch.bfloat16 if case.precision == "bf16-true" else None)
     return model
 
@@ -167,12 +180,12 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [case for case in cases() if case.name.startswith(tuple(args.cases))]
     rows, off = [], 0
-    print(f"{'case':<36}{'planned MiB':>12}{'measured':>10}{'error':>8}{'MiB':>8}{'plan s':>8}", flush=True)
+    print(f"{'case':<40}{'planned MiB':>12}{'measured':>10}{'error':>8}{'MiB':>8}{'plan s':>8}", flush=True)
     for case in chosen:
         start = time.perf_counter()
         found = planned(case)
         row: dict[str, Any] = {"case": case.name, "plan_s": time.perf_counter() - start, **found.as_dict()}
-        line = f"{case.name:<36}{found.peak / MIB:>12,.0f}"
+        line = f"{case.name:<40}{found.peak / MIB:>12,.0f}"
         if torch.cuda.is_available():
             row["measured"], row["step_s"] = measured(case)
             difference = found.peak - row["measured"]

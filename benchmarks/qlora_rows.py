@@ -10,12 +10,13 @@ import bitsandbytes
 import peft
 import torch
 from llama import TARGETS, theirs
-from llama_nf4 import SHAPES, skeleton
+from llama_nf4 import SHAPES, skeleton, with_liger
 from torch import Tensor, nn
 
 from lit_peft.core.quantized import Frozen4bit, adopt
 from lit_peft.core.swap import restore_class
 from lit_peft.methods import LoRA
+from lit_peft.training.checkpointing import checkpoint_activations
 
 
 class Row(NamedTuple):
@@ -81,26 +82,23 @@ def adapted(model: Any, row: Row, args: argparse.Namespace) -> Iterator[nn.Modul
             adopt(layer)
 
 
-def checkpoint(model: Any) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def checkpoint(model: Any, row: Row) -> None:
+    """Switches on the gradient checkpointing of a row."""
+    if row.memory == "offload":
+        checkpoint_activations(model, offload=True)
+    elif row.memory:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager
 def checkpointed(model: Any, row: Row) -> Iterator[None]:
     """The model with the gradient checkpointing of a row."""
-    if not row.memory:
-        yield
-        return
-    if row.memory == "offload":
-        from lit_peft.training.checkpointing import checkpoint_activations
-
-        checkpoint_activations(model, offload=True)
-    else:
-        checkpoint(model)
+    checkpoint(model, row)
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        if row.memory:
+            model.gradient_checkpointing_disable()
 
 
 def autocast(row: Row, args: argparse.Namespace) -> AbstractContextManager[Any]:
@@ -120,18 +118,20 @@ def tokens(args: argparse.Namespace) -> Tensor:
 
 
 def planned(row: Row, args: argparse.Namespace) -> Any:
-    """What `lit_peft.planning` says of a row of ours, without offload and Liger: it needs neither weights nor GPU."""
+    """What `lit_peft.planning` says of a row of ours, which takes neither weights nor a GPU."""
     from lit_peft.planning import plan
 
-    ids = tokens(args)
+    ids, model = tokens(args), skeleton(args.shape, args.length)
+    if args.liger:
+        with_liger(model)
     return plan(
-        skeleton(args.shape, args.length),
+        model,
         lora(row, args, quantize="nf4"),
         {"input_ids": ids, "labels": ids},
         optimizer=lambda trainable: optimizer_of(trainable, args),
         precision="bf16-mixed" if row.autocast else "32-true",
         keeps_gradients=False,
-        prepare=lambda model: checkpoint(model) if row.memory else None,
+        prepare=lambda model: checkpoint(model, row),
     )
 
 
