@@ -165,10 +165,7 @@ class TestEveryPair:
         module = holder(kind, METHODS[method](target_modules="layer"))
         perturb(module)
         expected = module(x)
-        twins = [copy.deepcopy(module)]
-        if kind != "int8_torchao":  # whose tensors do not pickle
-            twins.append(pickle.loads(pickle.dumps(module)))
-        for twin in twins:
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(twin(x), expected)
             assert type(twin.layer) is type(module.layer)
             perturb(twin)

@@ -13,6 +13,7 @@ import transformers as tf
 from models import tiny
 from test_cli import SMALL, fit
 from test_handover import CPU, TEXTS, Net, Numbers, report, told
+from test_merge_quantized import FEW, KINDS
 from torch import Tensor
 
 import lit_peft
@@ -129,8 +130,8 @@ def trainer(method: pl.Callback) -> Trainer:
     return Trainer(callbacks=[method], accelerator="cpu", max_epochs=1, **quiet)
 
 
-def lora() -> LoRA:
-    return LoRA(r=2, dropout=0.0, target_modules=["query"], train_also=["encoder.classifier"], quantize=NF4)
+def lora(quantize: Any = NF4) -> LoRA:
+    return LoRA(r=2, dropout=0.0, target_modules=["query"], train_also=["encoder.classifier"], quantize=quantize)
 
 
 class Trained(Net):
@@ -145,16 +146,19 @@ class Rows(Numbers):
     train_dataloader = Numbers.test_dataloader
 
 
+@pytest.mark.parametrize("kind", [kind for kind in FEW if kind != "int8"])
 @pytest.mark.parametrize("into", ["dequantized", "requantized", "original"])
-def test_a_module_that_is_built_at_once_is_merged_from_its_checkpoint(into, tmp_path):
+def test_a_module_that_is_built_at_once_is_merged_from_its_checkpoint(into, kind, tmp_path):
     module = Trained()
-    runs = trainer(lora())
+    runs = trainer(lora(KINDS[kind]))
     runs.fit(module, Rows())
     runs.save_checkpoint(tmp_path / "run.ckpt")
     trained: Any = module.eval().encoder
     expected = trained(input_ids=torch.arange(6)[None]).logits
     fresh: Any = Trained()
-    trainer(lora()).merge(fresh, Rows(), str(tmp_path / "out"), into=into, ckpt_path=str(tmp_path / "run.ckpt"))
+    trainer(lora(KINDS[kind])).merge(
+        fresh, Rows(), str(tmp_path / "out"), into=into, ckpt_path=str(tmp_path / "run.ckpt")
+    )
     found = report(tmp_path / "out")
     assert (found["rows"], found["into"]) == (8, into) and found["base_quantization"]
     again = tf.BertForSequenceClassification.from_pretrained(tmp_path / "out", device_map={"": "cpu"})

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from importlib.util import find_spec
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,7 +14,7 @@ from torch import nn
 
 import lit_peft
 from lit_peft import DoRA, HiRA, LoRA, SparseLoRA, VeRA, merge, unmerge
-from lit_peft.core.layers import Linear4bitOps
+from lit_peft.core.layers import Linear4bitOps, layer_ops
 from lit_peft.core.quantize import make_quantizer, quantize_base, stored_as
 from lit_peft.core.quantized import Kept
 from lit_peft.core.registry import registry
@@ -27,7 +28,9 @@ KINDS: dict[str, Any] = {
     "fp4": {"mode": "fp4", "compute_dtype": "float32", "double_quant": False, "block_size": 128},
     "nf4 in bfloat16 storage": NF4 | {"storage_dtype": "bfloat16"},
     "int8": "int8",
+    **({"int8_torchao": "int8_torchao"} if find_spec("torchao") else {}),
 }
+FEW = [kind for kind in KINDS if kind in ("nf4", "int8", "int8_torchao")]
 METHODS = {
     "LoRA": LoRA(r=2, dropout=0.0),
     "DoRA": DoRA(r=2, dropout=0.0),
@@ -50,20 +53,27 @@ def adapted(name: str, quantize: Any = NF4, **arguments: Any) -> nn.Module:
 
 
 def dequantized(layer: Any) -> torch.Tensor:
-    """A layer's weight, [out, in], by bitsandbytes' own function."""
+    """A layer's weight, [out, in], by the own function of bitsandbytes or torchao."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
+    return layer.weight.dequantize()
+
+
+def decoder(kind: str) -> str:
+    """GPT-2, whose layers are stored the other way round, or Llama for torchao, which leaves such layers alone."""
+    return "llama" if kind == "int8_torchao" else "gpt2"
 
 
 # ----------------------------------------------------------------------------------------------- dequantised
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dequantized_is_what_bitsandbytes_dequantises_plus_the_change_and_comes_back(kind):
-    """GPT-2's layers too, whose weights are stored the other way round."""
-    model = adapted("gpt2", KINDS[kind])
-    before, expected = snapshot(model), logits(model, "gpt2")
+def test_dequantized_is_what_the_package_dequantises_plus_the_change_and_comes_back(kind):
+    name = decoder(kind)
+    model = adapted(name, KINDS[kind])
+    before, expected = snapshot(model), logits(model, name)
     weights: dict[str, torch.Tensor] = {}
     for path in stored_as(model):
         layer: Any = model.get_submodule(path)
@@ -72,23 +82,24 @@ def test_dequantized_is_what_bitsandbytes_dequantises_plus_the_change_and_comes_
             delta = layer.peft["default"]
             weights[path] = weights[path] + 1.5 * delta.lora_B @ delta.lora_A
     merge(model, into="dequantized")
-    plain = tiny("gpt2")
+    plain = tiny(name)
     assert list(model.state_dict()) == list(plain.state_dict()) and not stored_as(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()] and repr(model) == repr(plain)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     for path, weight in weights.items():
-        torch.testing.assert_close(model.get_submodule(path).weight.T, weight, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(logits(model, "gpt2"), expected, rtol=1e-4, atol=1e-5)
+        layer = model.get_submodule(path)
+        torch.testing.assert_close(layer_ops(layer).matrix(layer), weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits(model, name), expected, rtol=1e-4, atol=1e-5)
     plain.load_state_dict(model.state_dict())
-    assert torch.equal(logits(plain, "gpt2"), logits(model, "gpt2"))
+    assert torch.equal(logits(plain, name), logits(model, name))
     unmerge(model)
     assert_same(snapshot(model), before)
-    assert torch.equal(logits(model, "gpt2"), expected)
+    assert torch.equal(logits(model, name), expected)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == registry(model).trainable_names()
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", FEW)
 def test_every_equation_is_composed_with_the_dequantised_weight(kind, method):
     model = tiny("bert")
     quantize_base(model, make_quantizer(KINDS[kind]))
@@ -152,14 +163,19 @@ def test_a_model_of_transformers_can_be_cast_once_it_is_dequantised(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_requantized_is_what_bitsandbytes_makes_of_the_sum_and_comes_back(kind):
+def test_requantized_is_what_the_package_makes_of_the_sum_and_comes_back(kind):
     model = adapted("llama", KINDS[kind])
     before, expected = snapshot(model), logits(model, "llama")
     path = "model.layers.0.self_attn.q_proj"
     layer: Any = model.get_submodule(path)
     delta = layer.peft["default"]
-    V = dequantized(layer).float() + 1.5 * delta.lora_B @ delta.lora_A
-    if kind == "int8":
+    V = delta.weight(dequantized(layer).float())
+    if kind == "int8_torchao":
+        plain = nn.Linear(*reversed(V.shape))
+        plain.weight.data.copy_(V.detach())
+        make_quantizer(kind).quantize(plain, torch.device("cpu"))
+        again = plain.weight.dequantize()
+    elif kind == "int8":
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(V.detach().half())
         again = bnb.functional.int8_vectorwise_dequant(codes, scales)
     else:
@@ -195,19 +211,20 @@ def test_what_is_kept_for_the_way_back_is_codes_and_constants():
 
 
 @pytest.mark.parametrize("into", ["dequantized", "requantized"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", FEW)
 def test_a_merged_model_copies_pickles_moves_and_comes_back(kind, into):
-    model = adapted("gpt2", KINDS[kind])
-    expected = logits(model, "gpt2")
+    name = decoder(kind)
+    model = adapted(name, KINDS[kind])
+    expected = logits(model, name)
     merge(model, into=into)
-    answer, file = logits(model, "gpt2"), io.BytesIO()
+    answer, file = logits(model, name), io.BytesIO()
     torch.save(model, file)
     twins = [copy.deepcopy(model), torch.load(io.BytesIO(file.getvalue()), weights_only=False)]
     for twin in twins:
-        assert torch.equal(logits(twin, "gpt2"), answer)
+        assert torch.equal(logits(twin, name), answer)
         nn.Module.to(twin, "cpu").requires_grad_(False)
         unmerge(twin)
-        assert torch.equal(logits(twin, "gpt2"), expected)
+        assert torch.equal(logits(twin, name), expected)
     with pytest.raises(ValueError, match="is merged"):
         lit_peft.detach(model)
 

@@ -39,7 +39,7 @@ def test_every_option_has_its_name():
         ("NF4", r"no mode 'NF4'\. Did you mean nf4\? Modes:"),
         ("4bit", r"Did you mean nf4 or fp4\?"),
         ("int4", r"Did you mean nf4 or fp4\?"),
-        ("8-bit", r"Did you mean int8\?"),
+        ("8-bit", r"Did you mean int8 or int8_torchao\?"),
         ("nf", r"Did you mean nf4\?"),
         ("gguf", r"no mode 'gguf'\. Modes: "),
         ({"double_quant": False}, "names no mode; modes: "),

@@ -4,23 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import peft
 import pytest
 import torch
 import transformers as tf
 from models import logits, tiny
 from safetensors.torch import load_file
-from test_merge_quantized import KINDS, NF4, adapted
+from test_merge_quantized import FEW, KINDS, NF4, adapted
 from torch import nn
 
 import lit_peft
 from lit_peft import LoRA, merge, unmerge
 from lit_peft.core.buffers import holds
+from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import choose_layers, make_quantizer, recognise, stored_as
 from lit_peft.saving.merged import read_again, save_merged
 from lit_peft.testing.conformance import assert_same, perturb, snapshot
 
+TORCHAO = [(name, kind) for name in ("distilbert", "llama") for kind in FEW if kind == "int8_torchao"]
 HEADS = {"bert": ["classifier"], "distilbert": ["classifier", "pre_classifier"]}
 
 
@@ -41,7 +42,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("origin", ["ours", "transformers"])
-@pytest.mark.parametrize(("name", "kind"), [("gpt2", "nf4"), ("bert", "int8"), ("t5", "nf4"), ("llama", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gpt2", "nf4"), ("bert", "int8"), ("t5", "nf4"), ("llama", "nf4"), *TORCHAO]
+)
 def test_a_dequantized_folder_is_of_plain_floats(name, kind, origin, tmp_path):
     model = adapted(name, KINDS[kind]) if origin == "ours" else loaded(name, tmp_path / "base", KINDS[kind])
     before, expected = snapshot(model), logits(model, name)
@@ -55,7 +58,9 @@ def test_a_dequantized_folder_is_of_plain_floats(name, kind, origin, tmp_path):
 
 
 @pytest.mark.parametrize("origin", ["ours", "transformers"])
-@pytest.mark.parametrize(("name", "kind"), [("gpt2", "nf4"), ("bert", "int8"), ("t5", "nf4"), ("distilbert", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gpt2", "nf4"), ("bert", "int8"), ("t5", "nf4"), ("distilbert", "nf4"), *TORCHAO]
+)
 def test_a_requantized_folder_is_read_in_as_many_bits_code_by_code(name, kind, origin, tmp_path):
     if origin == "ours":
         model = adapted(name, KINDS[kind], train_also=HEADS.get(name, []))
@@ -65,18 +70,18 @@ def test_a_requantized_folder_is_read_in_as_many_bits_code_by_code(name, kind, o
     save_merged(model, tmp_path / "out", into="requantized")
     assert_same(snapshot(model), before)
     assert hasattr(model.config, "quantization_config") is (origin == "transformers")  # as it was
-    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "bitsandbytes"
+    written = "torchao" if kind == "int8_torchao" else "bitsandbytes"
+    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == written
     again = type(tiny(name)).from_pretrained(tmp_path / "out", device_map={"": "cpu"}).eval()
-    layers = {p for p, m in again.named_modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)}
-    assert layers == set(stored_as(model))
+    assert stored_as(again) == stored_as(model)
     merge(model, into="requantized")
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(holds(ours[key], theirs[key]) for key in ours)
     recognise(again)
     assert torch.equal(logits(again, name), logits(model, name)) and not torch.equal(logits(again, name), expected)
-    weight = next(iter(layers)) + ".weight"
-    model.state_dict()[weight].reshape(-1)[3] ^= 1
-    with pytest.raises(ValueError, match=f"{weight} is not what it was before"):
+    path = next(iter(stored_as(model)))
+    layer_ops(model.get_submodule(path)).codes(model.get_submodule(path)).reshape(-1)[3] ^= 1
+    with pytest.raises(ValueError, match=f"{path}.weight is not what it was before"):
         read_again(model, tmp_path / "out")
 
 
@@ -90,11 +95,12 @@ def test_what_transformers_cannot_make_it_reads(kind, tmp_path):
     assert set(stored_as(read_again(model, tmp_path / "out")).values()) == set(stored_as(model).values())
 
 
-def test_a_folder_that_is_read_in_4_bit_takes_adapters(tmp_path):
+@pytest.mark.parametrize("kind", FEW)
+def test_a_folder_that_is_read_in_few_bits_takes_adapters(kind, tmp_path):
     """A second one, on what the first one became."""
-    save_merged(adapted("bert"), tmp_path / "out", into="requantized")
+    save_merged(adapted("bert", KINDS[kind]), tmp_path / "out", into="requantized")
     model = tf.BertForSequenceClassification.from_pretrained(tmp_path / "out", device_map={"": "cpu"}).eval()
-    LoRA(r=2, dropout=0.0, target_modules="attention", quantize=NF4).attach(model)
+    LoRA(r=2, dropout=0.0, target_modules="attention", quantize=KINDS[kind]).attach(model)
     base = logits(model, "bert")
     perturb(model)
     logits(model, "bert").sum().backward()

@@ -12,13 +12,14 @@ from toys import Module, fit, lora, net_lora, saved
 
 torchao = pytest.importorskip("torchao")
 
-from lit_peft import DoRA, HiRA, LoRA  # noqa: E402
+from lit_peft import DoRA, HiRA, LoRA, merge  # noqa: E402
 from lit_peft.core import layers  # noqa: E402
 from lit_peft.core.checkpoint import CheckpointMismatch  # noqa: E402
 from lit_peft.core.layers import layer_ops  # noqa: E402
 from lit_peft.core.quantize import quantize_base, stored_as  # noqa: E402
 from lit_peft.quantizers.torchao import Int8WeightOnly  # noqa: E402
-from lit_peft.testing.states import by_equation, perturb  # noqa: E402
+from lit_peft.saving.merged import save_merged  # noqa: E402
+from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot  # noqa: E402
 from lit_peft.testing.subjects import IN, OUT, Holder, layer_input  # noqa: E402
 
 METHODS = [LoRA(r=4, dropout=0.0), DoRA(r=4, dropout=0.0), HiRA(r=4)]
@@ -143,3 +144,27 @@ def test_it_trains_saves_resumes_and_is_refused_on_another_base(tmp_path):
     assert len(content["state_dict"]) == 4
     with pytest.raises(CheckpointMismatch, match=r"is not quantised here, and quantised \(torchao"):
         fit(base(False), net_lora(), ckpt_path=path, max_epochs=2)
+
+
+def test_what_is_folded_is_not_rounded_to_the_dtype_of_the_base():
+    layer = holder(torch.bfloat16).layer
+    exact = layer_ops(layer).float_matrix(layer)
+    assert exact.dtype == torch.float32 and layer_ops(layer).matrix(layer).dtype == torch.bfloat16
+    scale, codes = layer.weight.scale.float(), layer.weight.qdata.float()
+    assert torch.equal(exact, codes * scale) and not torch.equal(exact, exact.bfloat16().float())
+
+
+def test_a_weight_that_tells_of_activations_too_is_not_made_anew(tmp_path):
+    """Its codes are read and dequantised as any are; a dense weight does not tell how activations are to be rounded."""
+    model = tiny("bert")
+    torchao.quantization.quantize_(model.bert.encoder, torchao.quantization.Int8DynamicActivationInt8WeightConfig())
+    lora().attach(model)
+    perturb(model)
+    before, expected = snapshot(model), logits(model, "bert")
+    with pytest.raises(ValueError, match=f"stored as {STORED} with act_quant_kwargs cannot be quantised anew"):
+        merge(model, into="requantized")
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model, "bert"), expected)
+    save_merged(model, tmp_path / "out", into="dequantized")
+    plain = type(model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(plain, "bert"), expected, rtol=1e-4, atol=1e-5)

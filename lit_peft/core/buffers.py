@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.swap import buffers_beside, with_running_statistics
+from lit_peft.core.wrapped import dequantises_itself, parts
 
 if TYPE_CHECKING:
     from lit_peft.core.registry import Adapter
@@ -78,6 +79,8 @@ def holds(tensor: Tensor, original: Tensor) -> bool:
     """
     if tensor is original:
         return True
+    if dequantises_itself(tensor):
+        return type(tensor) is type(original) and all(map(holds, parts(tensor), parts(original)))
     buffer, original = whole(tensor.detach()), whole(original.detach())
     if buffer.is_meta:
         return True

@@ -196,6 +196,10 @@ class LinearOps(LayerOps):
         W = layer.weight
         return W.dequantize() if wrapped.dequantises_itself(W) else W
 
+    def float_matrix(self, layer: Any) -> Tensor:
+        W = layer.weight
+        return wrapped.dense(W) if wrapped.dequantises_itself(W) else super().float_matrix(layer)
+
     def quantization(self, layer: Any) -> str | None:
         return wrapped.told(layer.weight) if wrapped.dequantises_itself(layer.weight) else None
 
@@ -212,6 +216,20 @@ class LinearOps(LayerOps):
         wrapped.store(layer, W)
         if b is not None:
             layer.bias.data.copy_(b)
+
+    def keep(self, layer: Any) -> Any:
+        return wrapped.keep(layer) if wrapped.dequantises_itself(layer.weight) else super().keep(layer)
+
+    def put_back(self, layer: Any, kept: Any) -> None:
+        if isinstance(kept, wrapped.Kept):
+            wrapped.put_back(layer, kept)
+        else:
+            super().put_back(layer, kept)
+
+    def make_dense(self, layer: Any, W: Tensor) -> None:
+        if not wrapped.dequantises_itself(layer.weight):
+            super().make_dense(layer, W)
+        wrapped.make_dense(layer, W)
 
 
 @register_layer_ops("transformers.pytorch_utils.Conv1D")

@@ -158,7 +158,7 @@ def _quantizer_class(mode: str) -> type[Quantizer]:
     if not found:
         known, bits = modes(), re.findall("[48]", mode)  # "4bit", "int4", "8-bit", as others call them
         alike = [name for name in reversed(known) if bits and re.findall("[48]", name) == bits]
-        raise ValueError(f"quantize: there is no mode {mode!r}.{_near(mode, known, 'Modes', alike)}")
+        raise ValueError(f"quantize: there is no mode {mode!r}.{_near(mode, known, 'Modes', sorted(alike, key=len))}")
     try:
         return found[0].load()
     except ImportError as error:

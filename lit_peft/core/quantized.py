@@ -115,6 +115,7 @@ def adopt(layer: Any) -> None:
         _keep_8bit(layer, scales)
         _freeze(layer, Frozen8bit)
     elif isinstance(layer, nn.Linear) and dequantises_itself(layer.weight):
+        layer.__dict__.pop("extra_repr", None)  # torchao's, which does not pickle, and of a dense one would be wrong
         _freeze(layer, FrozenWrapped)
 
 

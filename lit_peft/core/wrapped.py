@@ -1,6 +1,7 @@
 """Weights that dequantise themselves: tensors of a class that holds a layer's weight in fewer bits, as torchao's do."""
 
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_peft.core.dtypes import compute_dtype
-from lit_peft.core.swap import Swapped
+from lit_peft.core.swap import Swapped, restore_class, unswapped, with_mixins
 
 
 def dequantises_itself(weight: Any) -> bool:
@@ -32,6 +33,10 @@ class FrozenWrapped(Swapped):
             y = F.linear(x.to(dtype), W.dequantize().to(dtype))
         return y if layer.bias is None else y + layer.bias.to(dtype)
 
+    def extra_repr(self) -> str:
+        layer: Any = self
+        return f"{super().extra_repr()}, {told(layer.weight)}"  # type: ignore[misc]
+
 
 class _Product(torch.autograd.Function):
     """`W x`, which keeps the weight as it is stored."""
@@ -48,10 +53,19 @@ class _Product(torch.autograd.Function):
 
 
 def told(weight: Any) -> str:
-    """What such a weight is stored as: "torchao Int8Tensor by rows"."""
+    """What such a weight is stored as: "torchao Int8Tensor by rows", and what it says of activations beside that."""
     cls, block = type(weight), tuple(getattr(weight, "block_size", ()))
     shape = "by rows" if block == (1, weight.shape[-1]) else f"in blocks of {'x'.join(map(str, block))}" * bool(block)
-    return f"{cls.__module__.partition('.')[0]} {cls.__name__} {shape}".strip()
+    more = [name for name in ("act_quant_kwargs", "act_pre_scale") if getattr(weight, name, None) is not None]
+    with_more = f"with {' and '.join(more)}" * bool(more)
+    return " ".join(part for part in (cls.__module__.partition(".")[0], cls.__name__, shape, with_more) if part)
+
+
+def dense(weight: Any) -> Tensor:
+    """The weight in float32, [out, in], rounded to no other dtype in between where its class can do that."""
+    if "output_dtype" in inspect.signature(weight.dequantize).parameters:
+        return weight.dequantize(output_dtype=torch.float32)
+    return weight.dequantize().float()
 
 
 def parts(weight: Any) -> list[Tensor]:
@@ -59,16 +73,54 @@ def parts(weight: Any) -> list[Tensor]:
     return [getattr(weight, name).detach() for name in weight.__tensor_flatten__()[0]]
 
 
+def made_by_rows(weight: Any) -> bool:
+    """Whether a dense weight alone tells what such a weight is: it has a scale a row, and changes no activations."""
+    make = getattr(type(weight), "from_hp", None)
+    return told(weight).endswith("by rows") and make is not None and "granularity" in inspect.signature(make).parameters
+
+
 def store(layer: Any, W: Tensor) -> None:
     """Quantises a weight, [out, in], as the layer's is, and puts it in its place.
 
     Raises:
-        ValueError: For a class of tensor that is not known to be made of a dense one alone.
+        ValueError: For one that is not known to be made of a dense one alone.
     """
     old = layer.weight
-    if not (told(old).endswith("by rows") and hasattr(type(old), "from_hp")):
+    if not made_by_rows(old):
         raise ValueError(f"A weight that is stored as {told(old)} cannot be quantised anew here.")
     from torchao.quantization import PerRow
 
     new = type(old).from_hp(W.detach().to(old.device, old.dtype).contiguous(), granularity=PerRow())
     layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+
+
+class Kept(NamedTuple):
+    """What such a layer was, tensors on the host."""
+
+    kind: tuple[tuple[type, ...], type]
+    """Its class, as `unswapped` takes it apart: a swapped one does not pickle."""
+    weight: Tensor
+    """No copy where it lies on the host: what takes its place is another tensor, and nothing writes into this one."""
+    bias: Tensor | None
+
+
+def keep(layer: Any) -> Kept:
+    """What `put_back` needs to make a layer what it is now."""
+    b = layer.bias
+    bias = None if b is None else b.detach().to("cpu", copy=True)
+    return Kept(unswapped(type(layer)), layer.weight.detach().to("cpu"), bias)
+
+
+def put_back(layer: Any, kept: Kept) -> None:
+    """Makes a layer what it was when it was kept, bit for bit, whether it is dense now or was quantised anew."""
+    weight = kept.weight.to(layer.weight.device)
+    layer.__class__ = with_mixins(*kept.kind)
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if kept.bias is not None:
+        layer.bias.data.copy_(kept.bias)
+
+
+def make_dense(layer: Any, W: Tensor) -> None:
+    """Makes a layer a dense one with this weight, [out, in], in place."""
+    restore_class(layer, FrozenWrapped)
+    layer._parameters["weight"] = nn.Parameter(W)

@@ -7,6 +7,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lit_peft.core.quantize import Quantizer, StoredSize
 from lit_peft.core.quantized import adopt
+from lit_peft.core.wrapped import FrozenWrapped, made_by_rows, told
 
 _CONFIG = Int8WeightOnlyConfig(set_inductor_config=False)  # else it sets inductor for whatever is compiled
 
@@ -15,8 +16,7 @@ class Int8WeightOnly(Quantizer):
     """Weights in 8 bit with a scale a row, `W ~ scale[row] * code`; activations and products as they are.
 
     bitsandbytes' `int8` quantises activations too, on a GPU; this does not. The layer stays an `nn.Linear`, its weight
-    a tensor that dequantises itself. GPT-2's Conv1D, which torchao does not know, is left alone. torchao's tensors do
-    not pickle; no checkpoint of ours holds any.
+    a tensor that dequantises itself. GPT-2's Conv1D, which torchao does not know, is left alone.
 
     Args:
         **common: See `Quantizer`.
@@ -35,6 +35,13 @@ class Int8WeightOnly(Quantizer):
 
     def size(self, out_features: int, in_features: int) -> StoredSize:
         return StoredSize(out_features * in_features, 5 * out_features)  # a scale and a zero point a row
+
+    @classmethod
+    def of(cls, layer: Any) -> Quantizer | None:
+        if not isinstance(layer, FrozenWrapped):
+            return None
+        found, weight = cls(), layer.weight  # type: ignore[attr-defined]
+        return found if told(weight) == found.stored_as and made_by_rows(weight) else None
 
     def loading_config(self, left_alone: list[str]) -> Any | None:
         from transformers import TorchAoConfig

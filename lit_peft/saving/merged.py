@@ -178,11 +178,16 @@ def _told_as_quantised(model: nn.Module) -> Iterator[None]:
     if not kinds or getattr(config, "quantization_config", None) is not None:
         yield
         return
-    config.quantization_config = _reading_config(model, kinds)
+    from transformers.quantizers import AutoHfQuantizer
+
+    told: Any = _reading_config(model, kinds)
+    config.quantization_config = told
+    # Some codes are written as several tensors, which is for it to do.
+    model.__dict__["hf_quantizer"] = AutoHfQuantizer.from_config(told, pre_quantized=True)
     try:
         yield
     finally:
-        del config.quantization_config
+        del config.quantization_config, model.__dict__["hf_quantizer"]
 
 
 @contextmanager
