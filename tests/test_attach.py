@@ -248,7 +248,7 @@ class IA3(TargetedMethod):
         (lora(name="not-a-name"), "'not-a-name' must be a Python identifier"),
         (IA3(name="second", train_also=["classifier"]), r"\['first', 'second'\] both rescale"),
         (lora(name="second", target_modules=["q_lin", "zzz"]), "'zzz' matches no layer"),
-        (lora(name="second", train_also=["lin1.weight"]), r"lin1\.weight is quantised \(torch.uint8\)"),
+        (lora(name="second", train_also=["lin1.weight"]), r"lin1\.weight is quantised and cannot be trained"),
         (LinearProbe(name="second", train_also=["zzz"]), "'zzz' names no parameter"),
         (Around(name="second", target_modules="ffn", exclude_modules=["lin1", "lin2"]), "No layer is left"),
     ],

@@ -128,9 +128,10 @@ def test_dense_layers_get_the_dtype_of_what_is_not_quantised_and_are_rounded_onc
     assert alone[0].weight.dtype == torch.bfloat16  # what it was quantised from: there is nothing else to go by
 
 
-def test_a_bias_that_trains_in_float32_beside_bfloat16_is_kept_as_it_is():
+@pytest.mark.parametrize("kind", FEW)
+def test_a_bias_that_trains_in_float32_beside_bfloat16_is_kept_as_it_is(kind):
     model = tiny("bert").to(torch.bfloat16)
-    quantize = NF4 | {"storage_dtype": "float32", "compute_dtype": "bfloat16"}
+    quantize = NF4 | {"storage_dtype": "float32", "compute_dtype": "bfloat16"} if kind == "nf4" else kind
     LoRA(r=2, dropout=0.0, target_modules="query", bias="lora_only", quantize=quantize).attach(model)
     perturb(model)
     layer: Any = model.bert.encoder.layer[0].attention.self.query

@@ -14,9 +14,9 @@ from toys import lora
 
 from lit_peft import IA3, AdaLoRA, BitFit, DoRA, HiRA, LoRA, SparseLoRA, VeRA
 from lit_peft.core.addition import Call, Delta
+from lit_peft.core.dtypes import dequantises_itself
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import make_quantizer
-from lit_peft.core.wrapped import dequantises_itself
 from lit_peft.methods.dora import DoRADelta
 from lit_peft.methods.lora import LoRADelta
 from lit_peft.testing.states import assert_same, by_equation, perturb, same_bits, snapshot

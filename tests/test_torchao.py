@@ -17,6 +17,8 @@ from lit_peft.core import layers  # noqa: E402
 from lit_peft.core.checkpoint import CheckpointMismatch  # noqa: E402
 from lit_peft.core.layers import layer_ops  # noqa: E402
 from lit_peft.core.quantize import quantize_base, stored_as  # noqa: E402
+from lit_peft.core.registry import registry  # noqa: E402
+from lit_peft.methods import FullFineTuning  # noqa: E402
 from lit_peft.quantizers.torchao import Int8WeightOnly  # noqa: E402
 from lit_peft.saving.merged import save_merged  # noqa: E402
 from lit_peft.testing.states import assert_same, by_equation, perturb, snapshot  # noqa: E402
@@ -168,3 +170,12 @@ def test_a_weight_that_tells_of_activations_too_is_not_made_anew(tmp_path):
     save_merged(model, tmp_path / "out", into="dequantized")
     plain = type(model).from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(plain, "bert"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [lora(train_also=["*output.dense"]), FullFineTuning()])
+def test_what_is_stored_so_cannot_be_trained(method):
+    model = tiny("bert")
+    quantize_base(model, Int8WeightOnly())
+    with pytest.raises(ValueError, match=r"output\.dense\.weight is quantised and cannot be trained"):
+        method.attach(model)
+    assert registry(model) is None

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.dtypes import dequantises_itself
 from lit_peft.core.sharded import sharded_like, whole
 from lit_peft.core.swap import buffers_beside, with_running_statistics
-from lit_peft.core.wrapped import dequantises_itself, parts
+from lit_peft.core.wrapped import parts
 
 if TYPE_CHECKING:
     from lit_peft.core.registry import Adapter

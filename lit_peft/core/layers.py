@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.core import quantized, wrapped
+from lit_peft.core.dtypes import dequantises_itself
 from lit_peft.core.swap import Swapped
 
 _REGISTRY: dict[str, "LayerOps"] = {}
@@ -194,23 +195,23 @@ class LinearOps(LayerOps):
 
     def matrix(self, layer: Any) -> Tensor:
         W = layer.weight
-        return W.dequantize() if wrapped.dequantises_itself(W) else W
+        return W.dequantize() if dequantises_itself(W) else W
 
     def float_matrix(self, layer: Any) -> Tensor:
         W = layer.weight
-        return wrapped.dense(W) if wrapped.dequantises_itself(W) else super().float_matrix(layer)
+        return wrapped.dense(W) if dequantises_itself(W) else super().float_matrix(layer)
 
     def quantization(self, layer: Any) -> str | None:
-        return wrapped.told(layer.weight) if wrapped.dequantises_itself(layer.weight) else None
+        return wrapped.told(layer.weight) if dequantises_itself(layer.weight) else None
 
     def codes(self, layer: Any) -> Tensor:
         return self.stored(layer)[0].detach()
 
     def stored(self, layer: Any) -> list[Tensor]:
-        return wrapped.parts(layer.weight) if wrapped.dequantises_itself(layer.weight) else [layer.weight]
+        return wrapped.parts(layer.weight) if dequantises_itself(layer.weight) else [layer.weight]
 
     def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
-        if not wrapped.dequantises_itself(layer.weight):
+        if not dequantises_itself(layer.weight):
             super().store(layer, W, b)
             return
         wrapped.store(layer, W)
@@ -218,7 +219,7 @@ class LinearOps(LayerOps):
             layer.bias.data.copy_(b)
 
     def keep(self, layer: Any) -> Any:
-        return wrapped.keep(layer) if wrapped.dequantises_itself(layer.weight) else super().keep(layer)
+        return wrapped.keep(layer) if dequantises_itself(layer.weight) else super().keep(layer)
 
     def put_back(self, layer: Any, kept: Any) -> None:
         if isinstance(kept, wrapped.Kept):
@@ -227,7 +228,7 @@ class LinearOps(LayerOps):
             super().put_back(layer, kept)
 
     def make_dense(self, layer: Any, W: Tensor) -> None:
-        if not wrapped.dequantises_itself(layer.weight):
+        if not dequantises_itself(layer.weight):
             super().make_dense(layer, W)
         wrapped.make_dense(layer, W)
 

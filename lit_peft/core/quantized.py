@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_peft.core.dtypes import compute_dtype
+from lit_peft.core.dtypes import compute_dtype, dequantises_itself
 from lit_peft.core.swap import Swapped, swap_class, unswapped, with_mixins
-from lit_peft.core.wrapped import FrozenWrapped, dequantises_itself
+from lit_peft.core.wrapped import FrozenWrapped
 
 # Notices that ask for nothing: an optional kernel that is not there on some CPUs, and a cast before int8 products.
 for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.dtypes import dequantises_itself
+
 MERGED_KEY = "_lit_peft_merged"
 """Where a module keeps what `unmerge` needs. Here, since `attach` asks for it and `merge` stands on `attach`."""
 
@@ -67,7 +69,8 @@ def restore_class(module: nn.Module, mixin: type[Swapped]) -> None:
 
 def holds_numbers(parameter: Tensor) -> bool:
     """Whether a parameter is one of floating point, and not of codes that are stored in such a dtype."""
-    return parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None
+    has_codes = getattr(parameter, "quant_state", None) is not None or dequantises_itself(parameter)
+    return parameter.is_floating_point() and not has_codes
 
 
 class CastsParameters(Swapped):
@@ -128,7 +131,7 @@ def cast_parameters(module: nn.Module, names: Iterable[str], dtype: torch.dtype)
     for name in names:
         parameter = module.get_parameter(name)
         if not holds_numbers(parameter):
-            raise ValueError(f"{name} is quantised ({parameter.dtype}) and cannot be trained; leave it out.")
+            raise ValueError(f"{name} is quantised and cannot be trained; leave it out.")
         if parameter.dtype == dtype:
             continue
         before = parameter.dtype

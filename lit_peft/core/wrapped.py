@@ -12,12 +12,6 @@ from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.swap import Swapped, restore_class, unswapped, with_mixins
 
 
-def dequantises_itself(weight: Any) -> bool:
-    """Whether a weight is such a tensor. Every tensor has a `dequantize`; only these have one of their own."""
-    cls = type(weight)
-    return cls is not nn.Parameter and getattr(cls, "dequantize", Tensor.dequantize) is not Tensor.dequantize
-
-
 class FrozenWrapped(Swapped):
     """A linear layer with such a weight, frozen: it dequantises again in the backward pass.
 

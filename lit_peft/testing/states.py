@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Call
+from lit_peft.core.dtypes import dequantises_itself
 from lit_peft.core.layers import layer_ops
-from lit_peft.core.wrapped import dequantises_itself, parts
+from lit_peft.core.wrapped import parts
 
 
 def perturb(module: nn.Module, only: str = "") -> None:
