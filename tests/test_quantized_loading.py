@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers as tf
+from test_merge_quantized import FEW
 from test_tasks import data
 from test_tasks import trainer as task_trainer
 from torch import nn
@@ -15,7 +16,7 @@ from lit_peft import BitFit, LoRA
 from lit_peft.callbacks import ReproducibleSteps
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import layer_ops
-from lit_peft.core.quantize import make_quantizer, parse, quantize_base, stored_as
+from lit_peft.core.quantize import make_quantizer, parse, quantize_base, recognise, stored_as
 from lit_peft.core.registry import registry
 from lit_peft.demo import ENCODER
 from lit_peft.saving.adapter_folder import AdapterFolder
@@ -301,6 +302,39 @@ def test_a_task_loads_what_quantising_in_place_gives(backbones, name, quantize):
     assert_same_codes(*models)
     logits = [model["model"].eval()(**tokens()).logits for model in models]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+
+
+class TwoScores(tf.PreTrainedModel):
+    """A model whose head, which is left alone, has a name that a layer of its body ends with; so has another layer."""
+
+    config_class, base_model_prefix = tf.PretrainedConfig, "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("pre_score", "last", "not_last")})
+        self.score = nn.Linear(64, 64)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return None
+
+
+@pytest.mark.parametrize("skip", [[], ["last"]])
+@pytest.mark.parametrize("mode", FEW)
+def test_names_that_end_with_others_are_told_apart(mode, skip, tmp_path):
+    """transformers goes by endings and expressions: "score" would leave pre_score alone too."""
+    torch.manual_seed(0)
+    plain = TwoScores(tf.PretrainedConfig())
+    plain.save_pretrained(tmp_path)
+    quantize = {"mode": mode, "skip_modules": skip}
+    with torch.device("meta"):
+        skeleton = TwoScores(tf.PretrainedConfig())
+    given = BaseStorage(quantize, [], "model", torch.device("cpu")).arguments(skeleton)
+    loaded = TwoScores.from_pretrained(tmp_path, **given)
+    recognise(loaded)
+    chosen = quantize_base(plain, make_quantizer(quantize))
+    assert len(chosen) == 3 - len(skip) and "score" not in chosen
+    assert_same_codes(loaded, plain)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ class Quantizer:
         """A transformers quantisation config with which `from_pretrained` gives the same layers; None: there is none.
 
         Args:
-            left_alone: Paths of all layers of `kinds` that must not be quantised.
+            left_alone: What transformers must not quantise, as its configs take that: see `lit_peft.saving.left_alone`.
         """
         return None
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from lit_peft.core.buffers import holds
 from lit_peft.core.checkpoint import umask
 from lit_peft.core.hf_peft import Root, find_models, find_root, has_form, is_inside
-from lit_peft.core.layers import find_layer_ops
 from lit_peft.core.merge import Into, check_mergeable, merge, merged_into, unmerge
 from lit_peft.core.quantize import quantizer_of, recognise, stored_as
 from lit_peft.core.registry import registry
 from lit_peft.core.swap import MERGED_KEY, CastsParameters, holds_numbers
 from lit_peft.methods.base import Method
 from lit_peft.methods.registry import method_class
+from lit_peft.saving.left_alone import left_alone
 from lit_peft.saving.new_folder import new_folder
 
 
@@ -213,15 +212,10 @@ def _without_reading_codes(model: nn.Module) -> Iterator[None]:
 
 def _reading_config(model: nn.Module, kinds: Mapping[str, str]) -> Any:
     """The transformers config of a model's quantised layers, whose paths and kinds these are."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     found = [quantizer_of(model.get_submodule(path)) for path in kinds]
     quantizer = found[0]
-    plain = [path for path, layer in model.named_modules() if path not in kinds and _is_linear(layer)]
-    # transformers goes by endings too: "classifier" would leave "pre_classifier" alone.
-    plain = [p if all(should_convert_module(q, [p]) for q in kinds) else f"^{re.escape(p)}$" for p in plain]
     alike = quantizer is not None and all(type(q) is type(quantizer) and vars(q) == vars(quantizer) for q in found)
-    config = quantizer.reading_config(plain) if quantizer is not None and alike else None
+    config = quantizer.reading_config(left_alone(model, kinds)) if quantizer is not None and alike else None
     if config is None:
         stored = " and ".join(sorted(set(kinds.values())))
         raise ValueError(
@@ -229,11 +223,6 @@ def _reading_config(model: nn.Module, kinds: Mapping[str, str]) -> Any:
             "transformers has no words for that. Merge it into 'dequantized'."
         )
     return config
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    ops = find_layer_ops(layer)
-    return ops is not None and ops.is_linear
 
 
 def read_again(model: nn.Module, folder: Path) -> nn.Module:

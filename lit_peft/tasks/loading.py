@@ -13,6 +13,7 @@ from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer
 from lit_peft.core.targets import find_parameters
 from lit_peft.core.weightless import is_weightless
 from lit_peft.methods.base import Method
+from lit_peft.saving.left_alone import left_alone
 from lit_peft.training.bringing import methods_of
 
 
@@ -57,8 +58,8 @@ class BaseStorage:
             names = (name for name, _ in holder.named_parameters())
             avoid.update(name.rpartition(".")[0] for name in names if name.endswith(".weight") and method.trains(name))
         chosen = choose_layers(holder, quantizer, avoid)
-        left_alone = [path.removeprefix(f"{self.root}.") for path, why in chosen.items() if why is not None]
-        config = quantizer.loading_config(left_alone)
+        paths = {path.removeprefix(f"{self.root}.") for path, why in chosen.items() if why is None}
+        config = quantizer.loading_config(left_alone(skeleton, paths))
         if config is None:
             return {}
         # Without a device_map transformers takes the first GPU; on a CPU it needs none.
