@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,15 @@ from datasets import disable_progress_bars
 
 from lit_peft.handover.paths import PLACED
 
+RANK_ZERO = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+NOTICES = {
+    "transformers.modeling_layers": "Caching is incompatible",  # a classifier has no use for a cache
+    **dict.fromkeys(RANK_ZERO, "Tip:"),
+    # transformers imports torchao wherever it is installed.
+    "torchao": "Failed to load",  # kernels for other GPUs than are here
+    "torch.utils._pytree": "is an Enum subclass",  # of torchao's
+}
+"""Logger -> words of a message that it keeps to itself."""
 HERE = f"{Path(__file__).parent}{os.sep}"
 
 
@@ -38,6 +47,10 @@ def format_warning(message: Any, category: type[Warning], filename: str, lineno:
 _format = warnings.formatwarning
 
 
+def _without(words: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: words not in record.getMessage()
+
+
 def be_quiet(verb: str, answers_only: bool) -> None:
     """Silences what other packages print at every start and nobody can act on; or all but what is asked for."""
     warnings.formatwarning = format_warning
@@ -46,11 +59,9 @@ def be_quiet(verb: str, answers_only: bool) -> None:
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     if verb != "fit":
         warnings.filterwarnings("ignore", ".*dirpath has changed.*")  # where checkpoints would go, if any were written
-    logging.getLogger("transformers.modeling_layers").addFilter(  # a classifier has no use for a cache
-        lambda record: "Caching is incompatible" not in record.getMessage()
-    )
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    for name, words in NOTICES.items():
+        logging.getLogger(name).addFilter(_without(words))
+    for name in RANK_ZERO:
         if answers_only:
             logging.getLogger(name).setLevel(logging.ERROR)
         elif verb in (*PLACED, "plan"):  # which say what they have found themselves
