@@ -611,7 +611,7 @@ def test_a_failed_start_leaves_what_ran(monkeypatch, tmp_path):
     before, folder = snapshot(module), lit_peft.save(module, tmp_path, "one")
     with pytest.raises(ValueError, match="nosuch"):
         fit(module, net_lora(name="two", target_modules="nosuch"))
-    monkeypatch.setattr("lit_peft.saving.folder._fill_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("lit_peft.saving.folder.fill_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         lit_peft.load(module, folder, "two")
     assert registry(module).active == ("one",) and list(registry(module).adapters) == ["one"]

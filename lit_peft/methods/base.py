@@ -18,6 +18,7 @@ from lit_peft.core.registry import Adapter, registry
 from lit_peft.core.targets import Site, find_parameters, find_sites
 from lit_peft.faults import TrainingFault
 from lit_peft.methods.checks import check_choice
+from lit_peft.methods.registry import class_path
 from lit_peft.training import optimizers, seam
 from lit_peft.training.gradients import GradientWatch
 from lit_peft.training.pruning import Pruned, discount_checkpoints, restart_patience
@@ -247,7 +248,7 @@ class Method(pl.Callback):
 
     def spec(self) -> dict[str, Any]:
         """What a checkpoint records of this method: `class_path` and `init_args`."""
-        return {"class_path": _class_path(type(self)), "init_args": self.arguments()}
+        return {"class_path": class_path(type(self)), "init_args": self.arguments()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments().items())})"
@@ -391,12 +392,6 @@ class TargetedMethod(Method):
 
 def _words(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
-
-
-def _class_path(cls: type) -> str:
-    """Import path of a method; the built-in ones under the public name of their package."""
-    module = "lit_peft.methods" if cls.__module__.startswith("lit_peft.methods.") else cls.__module__
-    return f"{module}.{cls.__qualname__}"
 
 
 def _overrides(method: Method, hook: str) -> bool:

@@ -130,7 +130,13 @@ def find(name: str) -> Entry:
     raise ValueError(f"There is no method named {name!r}.{hint} Methods: {', '.join(methods)}.")
 
 
-def method_class(class_path: str) -> "type[Method]":
+def class_path(cls: type) -> str:
+    """What a checkpoint or folder names a method; the built-in ones under their public path."""
+    module = "lit_peft.methods" if cls.__module__.startswith("lit_peft.methods.") else cls.__module__
+    return f"{module}.{cls.__qualname__}"
+
+
+def method_class(path: str) -> "type[Method]":
     """The class that a checkpoint or folder names: of an installed method, or one that is imported already.
 
     Raises:
@@ -140,12 +146,10 @@ def method_class(class_path: str) -> "type[Method]":
     from lit_peft.methods.base import Method
 
     for entry in available().values():
-        if entry.class_path == class_path:
+        if entry.class_path == path:
             return entry.load()
-    module, _, name = class_path.rpartition(".")
+    module, _, name = path.rpartition(".")
     cls = getattr(sys.modules.get(module), name, None)
     if isinstance(cls, type) and issubclass(cls, Method):
         return cls
-    raise CheckpointMismatch(
-        f"The adapter was made with {class_path}, which is not here: import {module or 'it'} first."
-    )
+    raise CheckpointMismatch(f"The adapter was made with {path}, which is not here: import {module or 'it'} first.")

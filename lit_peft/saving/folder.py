@@ -57,6 +57,7 @@ from lit_peft.methods.lora import LoRA
 from lit_peft.methods.registry import available, method_class
 from lit_peft.saving.checkpoint_file import AS_TRAINED, asked_for, load_checkpoint
 from lit_peft.saving.folder_record import check_attached, check_base, differs, make_record, open_folder
+from lit_peft.saving.folder_tensors import fill_additions, fill_base
 from lit_peft.training import seam
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -337,7 +338,7 @@ def _load_folder(
         maps: Any = hf_peft.OwnForm if form is hf_peft.OwnForm else method
         with asked_for(cls, "The folder"):
             own = maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}
-        _fill_additions(own, changes)
+        fill_additions(own, changes)
         if mine is not None and hasattr(form, "exported"):
             masks, packed = _masks(root.pairs(adapter)), mine.get("masks", {})
             if odd := sorted(masks.keys() ^ packed.keys()):
@@ -348,7 +349,7 @@ def _load_folder(
         moving = {root.inside(key) for key in moving_buffers(module, [adapter])} | moved
         if (moved or adapter.update_norm_stats) and (lost := moving - base.keys()):
             raise CheckpointMismatch(f"The folder holds no {min(lost)}, which its adapter moves in training.")
-        _fill_base(root.model, trains, base, moving)
+        fill_base(root.model, trains, base, moving)
         registry(module).moved |= {root.outside(key) for key in moved}  # type: ignore[union-attr]
     except BaseException:
         detach(module, name)
@@ -366,45 +367,3 @@ def _reader(config: Mapping[str, Any]) -> str:
         known = sorted({form["peft_type"] for form in forms.values() if form})
         raise CheckpointMismatch(f"peft_type {config['peft_type']!r} has no method here; known: {', '.join(known)}.")
     return max(fitting, key=lambda path: len(fitting[path]))
-
-
-def _fill_additions(own: Mapping[str, Tensor | list[Tensor]], changes: Mapping[str, Tensor]) -> None:
-    """Writes the tensors of a folder through the views that `to_hf_peft` gave."""
-    if not own:  # the LoRA that stands in for a method without additions
-        changes = {key: tensor for key, tensor in changes.items() if tensor.any()}
-    if set(own) != set(changes):
-        missing, unknown = sorted(set(own) - set(changes)), sorted(set(changes) - set(own))
-        raise CheckpointMismatch(
-            f"The folder lacks {missing[0]}." if missing else f"The folder holds {unknown[0]}, which has no place here."
-        )
-    for key, views in own.items():
-        parts = views if isinstance(views, list) else [views]
-        width = sum(view.shape[-1] for view in parts)
-        _check_fits(key, changes[key], parts[0], torch.Size((*parts[0].shape[:-1], width)))
-        for view, tensor in zip(parts, changes[key].split([v.shape[-1] for v in parts], -1), strict=True):
-            view.detach().copy_(tensor)
-
-
-def _fill_base(model: nn.Module, trains: list[str], base: Mapping[str, Tensor], moving: set[str]) -> None:
-    """Writes what trains and the buffers that moved; what the folder holds besides must be in the base already."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = {id(parameters[name]) for name in trains}
-    own: dict[str, Tensor] = parameters | dict(model.named_buffers())
-    for name, tensor in base.items():
-        _check_fits(name, tensor, own[name], own[name].shape)
-    for name, tensor in base.items():
-        if id(own[name]) in trained or name in moving:
-            own[name].detach().copy_(tensor)
-        elif not torch.equal(own[name].detach().cpu().to(torch.bfloat16), tensor.to(torch.bfloat16)):
-            raise CheckpointMismatch(
-                f"This adapter belongs to another base model: {name}, which it does not train, holds other values."
-            )
-
-
-def _check_fits(name: str, tensor: Tensor, place: Tensor, shape: torch.Size) -> None:
-    if tensor.is_floating_point() != place.is_floating_point():
-        raise CheckpointMismatch(f"{name} is of {tensor.dtype} in the folder and {place.dtype} in the module.")
-    if tensor.shape != shape:
-        raise CheckpointMismatch(
-            f"{name} has shape {list(tensor.shape)} in the folder and {list(shape)} in the module."
-        )
