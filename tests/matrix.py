@@ -96,7 +96,7 @@ class Matrix:
                 cells.append(" ".join([str(self.passed[name, check] or "-"), *marks]))
             rows.append([f"`{title(suite)}`", *cells])
         names = [check.removeprefix("test_").replace("_", " ") for check in checks]
-        meanings = [inspect.cleandoc(CHECKS[check].__doc__) for check in checks]
+        meanings = [" ".join(str(CHECKS[check].__doc__).split()) for check in checks]
         parts = [
             [f"## {heading}"],
             [f"- **{name}**: {meaning}" for name, meaning in zip(names, meanings, strict=True)],
