@@ -256,6 +256,7 @@ def test_codes_that_bitsandbytes_has_packed_are_unpacked():
 
 COPIES = {
     "pickled": lambda module: pickle.loads(pickle.dumps(module)),
+    "pickled, then copied": lambda module: copy.deepcopy(pickle.loads(pickle.dumps(module))),
     "copied": copy.deepcopy,
     "averaged": lambda module: AveragedModel(module).module,
     "moved": lambda module: copy.deepcopy(module).to("cpu"),

@@ -44,6 +44,15 @@ class Frozen4bit(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         return forward_4bit(self, x)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hangs the constants on the weight again, which loses them on its way through pickle and a copy after that.
+
+        bitsandbytes would write a state dict without them.
+        """
+        super().__setstate__(state)  # type: ignore[misc]
+        layer: Any = self
+        layer.weight.quant_state = layer.quant_state
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the constants with their codes; bitsandbytes would read new codes with its old constants."""
         layer: Any = self
