@@ -43,6 +43,8 @@ def test_every_option_has_its_name():
         ("nf", r"Did you mean nf4\?"),
         ("gguf", r"no mode 'gguf'\. Modes: "),
         ({"double_quant": False}, "names no mode; modes: "),
+        (True, "True names no mode; modes: "),
+        (["nf4"], r"\['nf4'\] names no mode; modes: "),
         ({"mode": "nf4", "blocksize": 128}, r"nf4 has no option 'blocksize'\. Did you mean block_size\?"),
         ({"mode": "int8", "double_quant": True}, r"int8 has no option 'double_quant'\. Options: threshold, skip_mod"),
         ({"mode": "nf4", "block_size": "big"}, "block_size is 'big', expected one of 32, 64, "),

@@ -110,7 +110,7 @@ def parse(quantize: Quantize) -> dict[str, Any] | None:
     """
     if quantize is None:
         return None
-    given = {"mode": quantize} if isinstance(quantize, str) else dict(quantize)
+    given = dict(quantize) if isinstance(quantize, Mapping) else {"mode": quantize}
     if not isinstance(mode := given.pop("mode", None), str):
         raise ValueError(f"quantize: {quantize!r} names no mode; modes: {', '.join(modes())}.")
     known = _options(mode)
