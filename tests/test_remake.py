@@ -187,6 +187,7 @@ def test_a_tensor_that_was_written_to_or_that_a_hook_gave_is_kept():
     y.mul_(2)
     assert remade(y) is None
     assert remade(y + 0) is None
+    assert remade(model[1].before(h).detach_()) is None
     with torch.no_grad():
         assert remade(model[1].before(h)) is None
     handle = model[1].before.register_forward_hook(lambda layer, args, y: y * 2)

@@ -75,9 +75,12 @@ def remakable(y: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tenso
 
 
 def remade(x: Tensor) -> Remade | None:
-    """How `x` can be made again in the backward pass; None where it must be kept: not noted, or written to since."""
+    """How `x` can be made again in the backward pass; None where it must be kept.
+
+    It is not noted, has been written to since, or was detached in place, so that nothing would let go of what is made.
+    """
     found: Remade | None = getattr(x, "_lit_peft_remade", None)
-    if found is None or found.recipe.version != x._version:
+    if found is None or found.recipe.version != x._version or x.grad_fn is None:
         return None
     found.recipe.watch(x)
     return found
