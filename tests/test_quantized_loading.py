@@ -337,6 +337,33 @@ def test_names_that_end_with_others_are_told_apart(mode, skip, tmp_path):
     assert_same_codes(loaded, plain)
 
 
+@pytest.mark.parametrize("quantize", [NF4, {"mode": "int8"}], ids=str)
+def test_a_layer_that_the_checkpoint_lacks_is_a_plain_one_that_trains(tmp_path, quantize):
+    """A pooler lies in the body, and a masked language model has none."""
+    tf.BertForMaskedLM(CONFIGS["BERT"]()).save_pretrained(tmp_path)
+    method = LoRA(r=2, quantize=quantize)
+    storage = BaseStorage(parse(quantize), [method], "model", torch.device("cpu"))
+    model, fresh = load_classifier(str(tmp_path), ["a", "b"], torch.float32, storage)
+    assert "bert.pooler.dense.weight" in fresh and type(model.bert.pooler.dense) is nn.Linear
+    model.train_also = fresh
+    method.attach(model)
+    assert len(stored_as(model)) == 12
+    model(**tokens()).logits.sum().backward()
+    assert model.bert.pooler.dense.weight.grad.any()
+    assert not any("bitsandbytes" in str(hook) for hook in model.bert.pooler.dense._load_state_dict_pre_hooks.values())
+    assert model.bert.pooler.dense.state_dict().keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("mode", TRANSFORMERS)
+def test_so_it_is_where_transformers_loads_it_outside_of_a_task(tmp_path, mode):
+    tf.BertForMaskedLM(CONFIGS["BERT"]()).save_pretrained(tmp_path)
+    model = loaded(tmp_path, mode)
+    lora(train_also=["classifier"]).attach(model)
+    assert type(model.bert.pooler.dense) is nn.Linear and len(stored_as(model)) == 12
+    model(**tokens()).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.fixture(scope="module")
 def task_run(tmp_path_factory):
     folder, task = tmp_path_factory.mktemp("task"), TextClassification(backbone="demo")

@@ -108,7 +108,10 @@ class Frozen8bit(Swapped):
 
 
 def adopt(layer: Any) -> None:
-    """Gives a quantised layer the class that it needs in a frozen base; nothing to any other."""
+    """Gives a quantised layer the class that it needs in a frozen base; nothing to any other.
+
+    Of one that was to be quantised and never will be, it is that of a plain layer.
+    """
     kinds = {base.__qualname__ for base in type(layer).__mro__ if base.__module__ == "bitsandbytes.nn.modules"}
     if isinstance(layer, Frozen4bit | Frozen8bit | FrozenWrapped):
         return
@@ -123,6 +126,9 @@ def adopt(layer: Any) -> None:
     elif "Linear8bitLt" in kinds and not layer.state.has_fp16_weights and (scales := scales_8bit(layer)) is not None:
         _keep_8bit(layer, scales)
         _freeze(layer, Frozen8bit)
+    elif kinds & {"Linear4bit", "Linear8bitLt"} and type(layer.weight) is nn.Parameter:
+        # One that the checkpoint did not hold: transformers has left its new values as they are, for ever.
+        _make_plain(layer, layer.weight, nn.Linear)
     elif isinstance(layer, nn.Linear) and dequantises_itself(layer.weight):
         layer.__dict__.pop("extra_repr", None)  # torchao's, which does not pickle, and of a dense one would be wrong
         _freeze(layer, FrozenWrapped)
@@ -293,19 +299,23 @@ def put_back(layer: Any, kept: Kept) -> None:
 
 def make_dense(layer: Any, weight: Tensor, kind: type[nn.Module]) -> None:
     """Makes a layer one of the class that it was quantised from, in place, with a weight in that class's layout."""
-    mixins, _ = unswapped(type(layer))
-    old, hooks = layer.weight, layer._load_state_dict_pre_hooks
+    old = layer.weight
     if issubclass(type(layer), Frozen4bit):
         old.quant_state = None
     else:
         layer.state.CB = layer.state.SCB = None
     old.data = old.data.new_empty(0)  # it may be kept, for `put_back`, and must not hold memory meanwhile
+    _make_plain(layer, nn.Parameter(weight), kind)
+
+
+def _make_plain(layer: Any, weight: nn.Parameter, kind: type[nn.Module]) -> None:
+    (mixins, _), hooks = unswapped(type(layer)), layer._load_state_dict_pre_hooks
     layer.__class__ = with_mixins((mixin for mixin in mixins if not issubclass(mixin, Frozen4bit | Frozen8bit)), kind)
     for key in _own_attributes():
         layer.__dict__.pop(key, None)
     plain = ((key, hook) for key, hook in hooks.items() if not str(hook.__module__).startswith("bitsandbytes"))
     layer._load_state_dict_pre_hooks = OrderedDict(plain)
-    layer._parameters["weight"] = nn.Parameter(weight)
+    layer._parameters["weight"] = weight
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_peft import hub
-from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer
+from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer, recognise
 from lit_peft.core.targets import find_parameters
 from lit_peft.core.weightless import is_weightless
 from lit_peft.methods.base import Method
@@ -108,6 +108,7 @@ def load_classifier(
             output_loading_info=True,
             **quantised,
         )
+    recognise(model)
     if model.config.pad_token_id is None:  # decoders pool the last token before the padding
         model.config.pad_token_id = model.config.eos_token_id
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
