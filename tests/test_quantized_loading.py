@@ -170,6 +170,28 @@ class TestLoading:
         assert set(stored_as(module).values()) == set(stored_as(expected).values())
 
 
+@pytest.mark.parametrize("mode", ["nf4", "fp4", "int8"])
+def test_a_base_that_was_quantised_from_bfloat16_is_the_same(tmp_path, mode):
+    """As one that is not quantised: there are other codes, but few."""
+
+    def model(dtype=torch.float32, seed=0):
+        torch.manual_seed(seed)
+        return nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(12))).to(dtype)
+
+    trained = model()
+    LoRA(r=2, target_modules=["0"], quantize=mode).attach(trained)
+    folder = lit_peft.save(trained, tmp_path)
+    other = model(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lit_peft.load(other, folder)
+    assert any((a != b).any() for path, (a, *_) in codes(trained).items() for b in codes(other)[path][:1])
+    wrong = model(seed=1)
+    wrong[11] = model()[11]
+    with pytest.raises(CheckpointMismatch, match=r"0\.weight holds other values, and 10 more of 12 differ"):
+        lit_peft.load(wrong, folder)
+
+
 def test_an_adapter_that_was_trained_in_float_predicts_on_a_quantised_base(tmp_path):
     trained = Module()
     fit(trained, net_lora())

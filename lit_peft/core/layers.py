@@ -108,10 +108,6 @@ class LayerOps:
         """The quantised weight as it is stored: what a fingerprint is of."""
         return layer.weight.detach()
 
-    def portable(self, layer: Any) -> bool:
-        """Whether every kind of device quantises to the same codes; otherwise a few may differ by a step."""
-        return False
-
     def stored(self, layer: Any) -> list[Tensor]:
         """All tensors that a quantised weight is made of, codes first, then its constants: what memory it takes."""
         return [layer.weight]
@@ -293,9 +289,6 @@ class Linear4bitOps(BitsandbytesOps):
 
     def codes(self, layer: Any) -> Tensor:
         return layer.weight.detach().view(torch.uint8)  # whatever they are stored as
-
-    def portable(self, layer: Any) -> bool:
-        return quantized.state_4bit(layer).quant_type == "nf4"  # of fp4 1 % differ between a CPU and a GPU
 
     def stored(self, layer: Any) -> list[Tensor]:
         state = quantized.state_4bit(layer)
