@@ -136,6 +136,17 @@ def test_the_fast_path_of_an_encoder_layer_does_not_read_codes(stacked):
     assert (fast - build().eval().encoder(x)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_layer_whose_weight_is_computed_is_left_alone(norm):
+    module = nn.Sequential(nn.Linear(8, 8), norm(nn.Linear(8, 8)), nn.Linear(8, 2))
+    lora(target_modules=["0", "1"], quantize=EXACT).attach(module)
+    assert quantised(module) == {"0"}
+    perturb(module)
+    module(torch.randn(3, 8)).sum().backward()
+    assert all(p.grad.any() for p in module.parameters() if p.requires_grad)
+
+
 def test_modules_that_are_named_are_left_alone():
     module = tiny("distilbert")
     LoRA(r=2, quantize=EXACT | {"skip_modules": ["lin2", "*.layer.1"]}).attach(module)

@@ -294,7 +294,10 @@ def choose_layers(module: nn.Module, quantizer: Quantizer, avoid: Iterable[str] 
 
 def _kind(layer: nn.Module, quantizer: Quantizer) -> bool:
     cls = type(layer)
-    return f"{cls.__module__}.{cls.__qualname__}" in quantizer.kinds and "forward" not in layer.__dict__
+    is_own = (
+        "forward" not in layer.__dict__ and "weight" in layer._parameters
+    )  # not computed by a hook, as weight norm's
+    return f"{cls.__module__}.{cls.__qualname__}" in quantizer.kinds and is_own
 
 
 def _inside(path: str, roots: tuple[str, ...]) -> bool:
