@@ -254,6 +254,18 @@ def test_codes_that_bitsandbytes_has_packed_are_unpacked():
     assert module.layer.peft["default"].lora_B.grad.any()
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_a_weight_that_is_computed_is_read_once(method, monkeypatch):
+    """By a weight norm: there is no parameter to read again in the backward pass."""
+    for delta in (LoRADelta, DoRADelta):
+        monkeypatch.setattr(delta, "fused_from", 1)
+    module = Holder(nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT)))
+    type(method)(**method.arguments() | {"target_modules": "layer"}).attach(module)
+    perturb(module)
+    module(layer_input("linear")).square().sum().backward()
+    assert all(p.grad.any() for p in module.parameters() if p.requires_grad)
+
+
 COPIES = {
     "pickled": lambda module: pickle.loads(pickle.dumps(module)),
     "pickled, then copied": lambda module: copy.deepcopy(pickle.loads(pickle.dumps(module))),

@@ -185,13 +185,15 @@ class Call:
     def can_read_again(self) -> bool:
         """Whether a node may read the weight again in the backward pass instead of keeping it: linear, frozen, eager.
 
-        Whatever stands below, and also where the layer's bias trains.
+        Whatever stands below, and also where the layer's bias trains; not a weight that is computed, by a weight norm.
         """
+        weight = self.layer._parameters.get("weight")
         return (
             self.ops.is_linear
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not self.layer._parameters["weight"].requires_grad  # type: ignore[union-attr]
+            and weight is not None
+            and not weight.requires_grad
         )
 
     @property
