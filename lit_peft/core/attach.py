@@ -164,7 +164,9 @@ def _initialise(site: Site, name: str, addition: Addition) -> None:
 
 
 def detach(module: nn.Module, name: str | None = None) -> None:
-    """Takes adapters off again, all of them or the one named; the module is then what it was before.
+    """Takes adapters off again, all of them or the one named; the module is then what it was before they came.
+
+    A base that a method has quantised stays so.
 
     Base parameters that trained, and buffers that moved, get their first values back, unless `keep_originals` was off.
     Buffers that belong to no adapter, as an average that a frozen layer keeps, get them with the last one.

@@ -131,7 +131,10 @@ def cast_parameters(module: nn.Module, names: Iterable[str], dtype: torch.dtype)
     for name in names:
         parameter = module.get_parameter(name)
         if not holds_numbers(parameter):
-            raise ValueError(f"{name} is quantised and cannot be trained; leave it out.")
+            raise ValueError(
+                f"{name} is quantised and cannot be trained: leave it out, or load the base with that layer as it is "
+                "(transformers: llm_int8_skip_modules)."
+            )
         if parameter.dtype == dtype:
             continue
         before = parameter.dtype

@@ -170,7 +170,8 @@ class Method(pl.Callback):
             The registry's record: sites, base parameters that train.
 
         Raises:
-            ValueError: When targets match nothing, the name is taken, or nothing would train.
+            ValueError: When targets match nothing, the name is taken, or nothing would train. What the core refuses
+                after that finds the base quantised already, and it stays so.
         """
         check_attachable(module, self.name)
         patterns = [*self.train_also, *getattr(module, "train_also", ())]

@@ -54,7 +54,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: When there is no such file.
         CheckpointMismatch: When the file is damaged, or belongs to another base or module.
-        ValueError: When the module cannot take an adapter of this name. The module is then as it was.
+        ValueError: When the module cannot take an adapter of this name. The module is then as it was, but for a base
+            that was quantised for it already.
     """
     content = read_checkpoint(path)
     saved, state = content["lit_peft"], registry(module)

@@ -243,7 +243,7 @@ def load(
     Raises:
         FileNotFoundError: When a file is missing.
         CheckpointMismatch: When the folder is damaged, contradicts itself, belongs to another base or holds what no
-            method here has. The module is then as it was.
+            method here has. The module is then as it was, but for a base that was quantised for it already.
         ValueError: When the module cannot take an adapter of this name.
     """
     if Path(path).is_dir() or not (Path(path).is_file() or Path(path).suffix == ".ckpt"):
