@@ -20,7 +20,7 @@ from lit_peft.core.quantize import make_quantizer
 from lit_peft.methods.dora import DoRADelta
 from lit_peft.methods.lora import LoRADelta
 from lit_peft.testing.states import assert_same, by_equation, perturb, same_bits, snapshot
-from lit_peft.testing.subjects import IN, OUT, Holder, holder, layer_input
+from lit_peft.testing.subjects import IN, LAYERS, OUT, Holder, holder, layer_input
 
 FULL = OUT * IN
 
@@ -107,6 +107,35 @@ def test_hira_above_another_adapter_has_the_gradients_of_the_equation(kind):
         compute(x).square().sum().backward()
         found.append([x.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
     assert len(found[0]) == 5
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * slow.abs().max().item())
+
+
+QUANTISED = [kind for kind in LAYERS if kind == "nf4" or kind.startswith("int8")]
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_no_rows_give_no_rows(kind):
+    """As an expert gets them that no token was sent to."""
+    module = holder(kind)
+    lora(target_modules="layer").attach(module)
+    y = module(torch.zeros(0, 5, IN))
+    assert y.shape == (0, 5, OUT)
+    y.sum().backward()
+    assert not module.layer.peft["default"].lora_B.grad.any()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_penalty_on_the_gradient_of_the_input_trains(kind):
+    module, x = holder(kind), layer_input(kind).requires_grad_()
+    lora(target_modules="layer").attach(module)
+    perturb(module)
+    found = []
+    for compute in (module, lambda x: by_equation(module, x)):
+        module.zero_grad()
+        (dx,) = torch.autograd.grad(torch.tanh(compute(x)).sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        found.append([p.grad for p in module.parameters() if p.requires_grad])
     for fast, slow in zip(*found, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * slow.abs().max().item())
 

@@ -232,7 +232,7 @@ def forward_8bit(layer: Any, x: Tensor) -> Tensor:
     inside, outside = _bias(layer.bias, dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     y = bnb.matmul(rows, layer.weight, bias=inside, state=state, threshold=state.threshold)
-    return (y if outside is None else y + outside).to(dtype).view(*x.shape[:-1], -1)
+    return (y if outside is None else y + outside).to(dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def _bias(b: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.swap import Swapped, restore_class, unswapped, with_mixins
@@ -41,7 +40,6 @@ class _Product(torch.autograd.Function):
         return F.linear(x, W.dequantize().to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] @ ctx.weight.dequantize().to(grads[0].dtype), None
 
