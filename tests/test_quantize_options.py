@@ -77,6 +77,22 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         QLoRA()
 
 
+class Grouped(core.Quantizer):
+    """One that asks for an option."""
+
+    def __init__(self, group: int, **common):
+        super().__init__(**common)
+        self.group = group
+
+
+def test_an_option_that_has_no_default_is_asked_for(monkeypatch):
+    points = [EntryPoint("grouped", f"{__name__}:Grouped", core.GROUP)]
+    monkeypatch.setattr(core, "entry_points", lambda group: points)
+    with pytest.raises(ValueError, match=r"quantize: grouped needs group: give \{mode: grouped, group: …\}"):
+        parse("grouped")
+    assert parse({"mode": "grouped", "group": 3}) == {"mode": "grouped", "group": 3, "skip_modules": []}
+
+
 def test_a_gpu_without_bfloat16_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")

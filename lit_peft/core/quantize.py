@@ -118,6 +118,8 @@ def parse(quantize: Quantize) -> dict[str, Any] | None:
         if option not in known:
             raise ValueError(f"quantize: {mode} has no option {option!r}.{_near(option, known, 'Options')}")
     options = {**known, **given}
+    if missing := [option for option, value in options.items() if value is inspect.Parameter.empty]:
+        raise ValueError(f"quantize: {mode} needs {missing[0]}: give {{mode: {mode}, {missing[0]}: …}}.")
     options["skip_modules"] = _made(mode, options).skip_modules  # a wrong value is told before anything is loaded
     return {"mode": mode, **options}
 
@@ -166,7 +168,10 @@ def _quantizer_class(mode: str) -> type[Quantizer]:
 
 
 def _options(mode: str) -> dict[str, Any]:
-    """Options of a mode, with their defaults; those that a constructor hands on as `**common` too."""
+    """Options of a mode, those that a constructor hands on as `**common` too, with their defaults.
+
+    `Parameter.empty` is that of one that must be given.
+    """
     found: dict[str, Any] = {}
     for base in _quantizer_class(mode).__mro__:
         if issubclass(base, Quantizer):
