@@ -147,6 +147,15 @@ def test_a_layer_whose_weight_is_computed_is_left_alone(norm):
     assert all(p.grad.any() for p in module.parameters() if p.requires_grad)
 
 
+def test_what_transformers_keeps_in_float32_is_left_alone_by_name_path_and_weight():
+    module = tiny("distilbert")
+    module._keep_in_fp32_modules = {"lin1", "attention.q_lin"}
+    module._keep_in_fp32_modules_strict = {"attention.k_lin.weight", "n.v_lin"}
+    reasons = choose_layers(module, make_quantizer("nf4"))
+    kept = {path.rpartition(".")[2] for path, why in reasons.items() if why == "transformers keeps it in float32"}
+    assert kept == {"lin1", "q_lin", "k_lin"}
+
+
 def test_modules_that_are_named_are_left_alone():
     module = tiny("distilbert")
     LoRA(r=2, quantize=EXACT | {"skip_modules": ["lin2", "*.layer.1"]}).attach(module)

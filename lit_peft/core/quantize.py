@@ -292,7 +292,7 @@ def choose_layers(module: nn.Module, quantizer: Quantizer, avoid: Iterable[str] 
         (lambda path, layer: path in last, "it is the last layer"),
         (lambda path, layer: id(layer) in outputs, "it is an output embedding"),
         (lambda path, layer: id(layer.weight) in shared, "its weight is used elsewhere too"),
-        (lambda path, layer: not kept.isdisjoint(path.split(".")), "transformers keeps it in float32"),
+        (lambda path, layer: any(f".{k}." in f".{path}.weight." for k in kept), "transformers keeps it in float32"),
     ]
     return {path: next((why for holds, why in reasons if holds(path, layer)), None) for path, layer in layers.items()}
 
