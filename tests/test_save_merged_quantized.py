@@ -85,6 +85,24 @@ def test_a_requantized_folder_is_read_in_as_many_bits_code_by_code(name, kind, o
         read_again(model, tmp_path / "out")
 
 
+def test_a_layer_that_the_base_had_no_weight_for_is_written_as_a_plain_one(tmp_path):
+    """transformers' own configuration would have it read as codes."""
+    plain = tiny("bert")
+    tf.BertForMaskedLM(plain.config).save_pretrained(tmp_path / "base")  # it has no pooler
+    config = make_quantizer(NF4).loading_config([])
+    model = type(plain).from_pretrained(tmp_path / "base", quantization_config=config).eval()
+    LoRA(r=2, dropout=0.0, target_modules="attention", train_also=["pooler", "classifier"]).attach(model)
+    perturb(model)
+    own = model.config.quantization_config
+    save_merged(model, tmp_path / "out", into="requantized")
+    assert model.config.quantization_config is own
+    again = type(plain).from_pretrained(tmp_path / "out", device_map={"": "cpu"}).eval()
+    assert type(again.bert.pooler.dense) is nn.Linear
+    merge(model, into="requantized")
+    recognise(again)
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+
+
 @pytest.mark.parametrize("kind", ["fp4", "nf4 in bfloat16 storage"])
 def test_what_transformers_cannot_make_it_reads(kind, tmp_path):
     """Of blocks of 128 it knows nothing, but the codes are in the folder with their state; of storage it does."""

@@ -167,19 +167,23 @@ def _in_base_dtype(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _told_as_quantised(model: nn.Module) -> Iterator[None]:
-    """Has the configuration of a model whose layers we have quantised say so, for as long as it is written.
+    """Has the configuration of a model with quantised layers say which, for as long as it is written.
+
+    What transformers has left there need not: it names no layer that it found no weight for, and made a new one.
 
     Raises:
         ValueError: When transformers has no words for it.
     """
     config: Any = model.config
+    own = getattr(config, "quantization_config", None)
     kinds = stored_as(model)
-    if not kinds or getattr(config, "quantization_config", None) is not None:
+    if not kinds or (own is not None and quantizer_of(model.get_submodule(next(iter(kinds)))) is None):
         yield
         return
     from transformers.quantizers import AutoHfQuantizer
 
     told: Any = _reading_config(model, kinds)
+    loader = model.__dict__.get("hf_quantizer")
     config.quantization_config = told
     # Some codes are written as several tensors, which is for it to do.
     model.__dict__["hf_quantizer"] = AutoHfQuantizer.from_config(told, pre_quantized=True)
@@ -187,6 +191,10 @@ def _told_as_quantised(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del config.quantization_config, model.__dict__["hf_quantizer"]
+        if own is not None:
+            config.quantization_config = own
+        if loader is not None:
+            model.__dict__["hf_quantizer"] = loader
 
 
 @contextmanager
