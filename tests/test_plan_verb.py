@@ -53,6 +53,15 @@ def test_the_table_says_what_fits(plan):
     assert "512.0 MiB more goes to CUDA itself" in said
 
 
+def test_a_task_is_planned_in_bfloat16_throughout(plan):
+    """Its metrics, which keep float64 whatever the module is cast to, are copied without values."""
+    words = ["--config", "quickstart", "--json", "--alternatives", "false", "--method", "FullFineTuning"]
+    plain, half = (json.loads(plan(*words, *more))["plans"][0] for more in ([], ["--trainer.precision", "bf16-true"]))
+    assert half["name"] == "FullFineTuning, bfloat16"
+    assert half["gradients"] == pytest.approx(plain["gradients"] / 2, rel=0.01)
+    assert half["activations"] < 0.6 * plain["activations"]
+
+
 def test_an_unknown_gpu_ends_with_the_nearest(plan, capsys):
     with pytest.raises(SystemExit) as end:
         plan("--config", "quickstart", "--gpu", "H10O")

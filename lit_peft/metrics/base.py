@@ -79,7 +79,10 @@ class SumMetric(Metric):
         """
         super()._apply(fn, exclude_state=tuple(self._defaults))
         for name in self._defaults:
-            value = getattr(self, name).to(self.device, sum_dtype(self.device))
+            value = getattr(self, name)
+            if value.is_meta:  # of a copy without values, which counts nothing and has none to move
+                continue
+            value = value.to(self.device, sum_dtype(self.device))
             setattr(self, name, value)
             self._defaults[name] = torch.zeros_like(value)
         return self
