@@ -53,6 +53,17 @@ def test_the_table_says_what_fits(plan):
     assert "512.0 MiB more goes to CUDA itself" in said
 
 
+def test_a_run_is_planned_by_its_own_configuration(plan, monkeypatch, tmp_path):
+    """A fit writes every option that it has into it."""
+    words = ["fit", "--config", "quickstart", "--trainer.max_steps", "1", "--base_test", "false", "--method.r", "2"]
+    words += [w for name in ("train", "val", "test") for w in (f"--data.limit_{name}", "8")]
+    monkeypatch.setattr("sys.argv", ["lit-peft", *words])
+    main(words)
+    said = plan("--run", str(tmp_path / "runs/quickstart/version_0"), "--json", "--alternatives", "false")
+    found = json.loads(said[said.rindex("\n{\n") :])  # behind what the fit has printed
+    assert [p["name"] for p in found["plans"]] == ["LoRA r 2, float32"]
+
+
 def test_a_task_is_planned_in_bfloat16_throughout(plan):
     """Its metrics, which keep float64 whatever the module is cast to, are copied without values."""
     words = ["--config", "quickstart", "--json", "--alternatives", "false", "--method", "FullFineTuning"]

@@ -159,6 +159,7 @@ class Trainer(pl.Trainer):
         alternatives: bool = True,
         json: bool = False,
         ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Tell what memory a training step will take, by part, and whether it fits a GPU.
 
@@ -168,7 +169,8 @@ class Trainer(pl.Trainer):
             gpu: H100, A100-40GB, T4, ..., or a size, 24GiB; null: the one that is here.
             alternatives: Whether to plan other methods and storages of the base beside it.
             json: Whether to print JSON instead of a table.
-            ckpt_path: A run's checkpoint, as `--run FOLDER` names it; it is not read.
+            ckpt_path: A run's checkpoint, as `--run FOLDER` names it; of it the classes are taken, and no weights.
+            weights_only: Passed over; the configuration of a run has it.
         """
         found_gpu = gpu_bytes(gpu)
         found, about = plan_run(self, model, datamodule, found_gpu, alternatives)
