@@ -4,6 +4,7 @@ import json
 
 import lightning.pytorch as pl
 import pytest
+from rich.console import Console
 
 from lit_peft.callbacks import PeakPrediction
 from lit_peft.callbacks.memory import predict
@@ -14,7 +15,7 @@ from lit_peft.data import TextClassificationDataModule
 from lit_peft.methods import LoRA
 from lit_peft.planning import plan as plan_step
 from lit_peft.planning.plan import Plan
-from lit_peft.planning.text import fits
+from lit_peft.planning.text import fits, table
 from lit_peft.tasks import TextClassification
 
 
@@ -48,9 +49,27 @@ def test_json_of_a_recipe_reads_no_weights(plan, monkeypatch, tmp_path):
 def test_the_table_says_what_fits(plan):
     said = plan("--config", "quickstart", "--gpu", "520MiB", "--alternatives", "false", "--method", "QLoRA")
     said = " ".join(said.split())
-    assert "a batch of 32 x 64, the longest that data.max_length allows" in said
-    assert "MiB │ no peak is what torch.cuda.max_memory_allocated will say" in said
-    assert "512.0 MiB more goes to CUDA itself" in said
+    assert "on one GPU: a batch of 32 x 64, the longest that data.max_length allows" in said
+    assert "fits │ no peak is what torch.cuda.max_memory_allocated will say" in said
+    assert "512.0 MiB more goes to CUDA itself, which `fits` counts: whether it fits 520MiB, 520.0 MiB." in said
+
+
+def test_the_table_is_whole_where_a_terminal_has_80_columns(capsys):
+    names = ["BottleneckAdapter, float32", "BottleneckAdapter, int8", "LoRA r 16, nf4", "FullFineTuning, float32"]
+    sizes = [3 << 10, 5 << 20, 1023 << 20, 37 << 30, 0, 100 << 30]
+    plans = [Plan(name, *sizes, 0, peak=103 << 30) for name in [*names, names[0]]]
+    Console(width=80).print(table(plans, "Title", ("NVIDIA GeForce RTX 4090", 24 << 30)), highlight=False)
+    said = capsys.readouterr().out
+    assert "…" not in said
+    rows = {line.partition("│")[0].strip(): line for line in said.splitlines() if "│" in line}
+    assert (
+        rows["base"].count("3.0 KiB") == rows["gradients"].count("37.00 GiB") == rows["peak"].count("103.00 GiB") == 5
+    )
+    assert rows["fits"].count("no") == 5
+    headers = [line.split("┃")[1:] for line in said.splitlines() if "┃" in line]
+    assert ["".join(part.strip() for part in column) for column in zip(*headers, strict=True)][:4] == [
+        name.replace(", ", ",") for name in names
+    ]
 
 
 def test_a_run_is_planned_by_its_own_configuration(plan, monkeypatch, tmp_path):

@@ -87,7 +87,7 @@ def title(about: dict[str, Any]) -> str:
     """One line on what is planned."""
     shape = " x ".join(map(str, about["batch"]))
     which = "the longest that data.max_length allows" if about["longest"] else "the first of the training data"
-    return f"Memory of a training step: a batch of {shape}, {which}, precision {about['precision']}"
+    return f"Memory of a training step on one GPU: a batch of {shape}, {which}, precision {about['precision']}"
 
 
 def _first_batch(model: Any, data: Any) -> Any:

@@ -10,7 +10,7 @@ from rich.text import Text
 from lit_peft.planning.gpus import CONTEXT
 from lit_peft.planning.plan import Plan
 
-COLUMNS = ("base", "constants", "trains", "gradients", "optimizer", "activations", "peak")
+ROWS = ("base", "constants", "trains", "gradients", "optimizer", "activations", "peak")
 
 
 def fits(plan: Plan, gpu: tuple[str, int] | None) -> bool | None:
@@ -19,14 +19,14 @@ def fits(plan: Plan, gpu: tuple[str, int] | None) -> bool | None:
 
 
 def size(n: int) -> str:
-    """Bytes as GiB, or MiB where that says more."""
-    if not n:
-        return "0"
-    return f"{n / 2**30:.2f} GiB" if n >= 1 << 30 else f"{n / 2**20:,.1f} MiB"
+    """Bytes in the unit that fits, in ten characters up to a thousand GiB."""
+    units = ((1 << 30, "GiB", 2), (1 << 20, "MiB", 1), (1 << 10, "KiB", 1))
+    unit, name, digits = next((u for u in units if n * 1024 >= 1000 * u[0]), units[-1])
+    return f"{n / unit:,.{digits}f} {name}" if n else "0"
 
 
 def table(plans: Sequence[Plan], title: str, gpu: tuple[str, int] | None) -> Group:
-    """One row a plan, the chosen one first; below, what the figures mean.
+    """One column a plan, the chosen one first, so that 80 characters do; below, what the figures mean.
 
     Args:
         plans: The plans.
@@ -34,20 +34,22 @@ def table(plans: Sequence[Plan], title: str, gpu: tuple[str, int] | None) -> Gro
         gpu: Name and bytes of the GPU, None where none is known.
     """
     made = Table(show_edge=False, pad_edge=False)
-    made.add_column("", overflow="fold")
-    for column in COLUMNS:
-        made.add_column(column, justify="right", no_wrap=True)
-    if gpu is not None:
-        made.add_column(f"fits {gpu[0]}", justify="right")
+    made.add_column("", no_wrap=True)
+    parts = [plan.parts() | {"trains": plan.adapters, "peak": plan.peak} for plan in plans]
+    sizes = [[size(of[row]) for row in ROWS] for of in parts]
     for i, plan in enumerate(plans):
-        parts = plan.parts() | {"trains": plan.adapters, "peak": plan.peak}
-        verdict = [] if gpu is None else ["yes" if fits(plan, gpu) else "no"]
-        made.add_row(plan.name, *(size(parts[c]) for c in COLUMNS), *verdict, style="bold" if i == 0 else "")
+        name, style = Text(plan.name.replace(", ", ",\n")), "bold" if i == 0 else ""  # a name folds, sizes do not
+        made.add_column(name, justify="right", overflow="fold", min_width=max(map(len, sizes[i])), style=style)
+    for row, *found in zip(ROWS, *sizes, strict=True):
+        made.add_row(row, *found, end_section=gpu is not None and row == ROWS[-1])
+    if gpu is not None:
+        made.add_row("fits", *("yes" if fits(plan, gpu) else "no" for plan in plans))
     lines = [
         "peak is what torch.cuda.max_memory_allocated will say, "
         f"{size(plans[0].workspaces)} of workspaces included; gradients and activations need not be at their most at "
         "once.",
-        f"{size(CONTEXT)} more goes to CUDA itself" + (", which `fits` counts." if gpu else "."),
+        f"{size(CONTEXT)} more goes to CUDA itself"
+        + (f", which `fits` counts: whether it fits {gpu[0]}, {size(gpu[1])}." if gpu else "."),
     ]
     if gpu is None:
         lines.append("No GPU is here, and none was named: --gpu H100, or --gpu 24GiB.")
