@@ -255,6 +255,11 @@ def test_planning_leaves_nothing_fake_behind():
 def test_gpus_by_name_and_size():
     assert gpu_bytes("h100") == ("H100", 80 << 30)
     assert gpu_bytes("NVIDIA A100 40GB") == ("A100-40GB", 40 << 30)
+    assert gpu_bytes("A100-80GB") == ("A100", 80 << 30)
+    assert gpu_bytes("NVIDIA H100 80GB HBM3") == ("H100", 80 << 30)
+    assert gpu_bytes("NVIDIA A100-PCIE-40GB")[1] == 40 << 30
+    assert gpu_bytes("Tesla V100-SXM2-32GB") == ("V100", 32 << 30)
+    assert gpu_bytes("NVIDIA GeForce RTX 4090") == ("RTX4090", 24 << 30)
     assert gpu_bytes("24GiB") == ("24GiB", 24 << 30)
     assert gpu_bytes("512 MiB")[1] == CONTEXT
     with pytest.raises(ValueError, match=r"'H10' is not known. Did you mean 'H100'"):

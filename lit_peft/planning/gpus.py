@@ -31,7 +31,8 @@ def gpu_bytes(gpu: str | None) -> tuple[str, int] | None:
     """Name and bytes of the GPU named, or of the one that is present; None where there is neither.
 
     Args:
-        gpu: A name of `SIZES`, in any case, or a size, "24GiB" or "24GB"; None: what is here.
+        gpu: A name of `SIZES`, in any case, one as drivers give it, "NVIDIA H100 80GB HBM3", or a size, "24GiB" or
+            "24GB"; None: what is here.
 
     Raises:
         ValueError: For another name, with the nearest one.
@@ -45,16 +46,19 @@ def gpu_bytes(gpu: str | None) -> tuple[str, int] | None:
         unit = GIB if size[2].lower().startswith("g") else 1 << 20
         return gpu.strip(), int(float(size[1]) * unit)
     folded = {_folded(name): name for name in SIZES}
-    name = folded.get(_folded(gpu)) or folded.get(_folded(gpu).removeprefix("nvidia"))
-    if name is None:
-        raise ValueError(
-            f"gpu: {gpu!r} is not known.{nearest(gpu, SIZES)} Known: {', '.join(SIZES)}; or a size, 24GiB."
-        )
-    return name, SIZES[name] * GIB
+    asked = _folded(gpu)
+    if (name := folded.get(asked)) is not None:
+        return name, SIZES[name] * GIB
+    # "NVIDIA A100-SXM4-80GB", as drivers say it: a name, how it is built in, and a size where there are two.
+    for known in sorted(folded, key=len, reverse=True):
+        if rest := re.fullmatch(rf"{known}(?:sxm\d?|pcie|nvl|hbm\d?e?|(\d+)gb)*", asked):
+            return folded[known], int(rest[1] or SIZES[folded[known]]) * GIB
+    hint = f" Did you mean '{gpu.strip()}GiB'?" if re.fullmatch(r"\s*\d+\s*", gpu) else nearest(gpu, SIZES)
+    raise ValueError(f"gpu: {gpu!r} is not known.{hint} Known: {', '.join(SIZES)}; or a size, 24GiB.")
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).lower()
+    return re.sub(r"nvidia|tesla|geforce|[\s_-]", "", name.lower())
 
 
 def workspaces(gpu: tuple[str, int] | None) -> int:
