@@ -303,6 +303,11 @@ class LitPeftCLI(LightningCLI):
         if self._get(self.config_init, "score"):
             self._remember("test_split")
 
+    def before_plan(self) -> None:
+        asked = str(self._get(self.config_init, "trainer", default={}).get("precision"))
+        if asked in ("16-mixed", "16") and isinstance(self.trainer, Trainer):
+            self.trainer.planned_precision = "16-mixed"  # on a CPU Lightning has put bfloat16 in its place
+
     def _remember(self, split: str) -> None:
         """Before the data are read: the checkpoint, which tells them later, would be late, and an adapter has none."""
         if not hasattr(self.datamodule, "remember"):

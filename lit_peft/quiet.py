@@ -59,6 +59,8 @@ def be_quiet(verb: str, answers_only: bool) -> None:
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     if verb != "fit":
         warnings.filterwarnings("ignore", ".*dirpath has changed.*")  # where checkpoints would go, if any were written
+    if verb == "plan":
+        warnings.filterwarnings("ignore", ".*fp16 is not supported on CPU.*")  # where it is planned, and does not run
     for name, words in NOTICES.items():
         logging.getLogger(name).addFilter(_without(words))
     for name in RANK_ZERO:

@@ -92,6 +92,12 @@ def test_a_task_is_planned_in_bfloat16_throughout(plan):
     assert half["activations"] < 0.6 * plain["activations"]
 
 
+@pytest.mark.filterwarnings("error:.*fp16 is not supported on CPU")
+def test_float16_is_planned_though_the_cpu_that_plans_has_it_not(plan):
+    found = json.loads(plan("--config", "quickstart", "--json", "--trainer.precision", "16-mixed"))
+    assert found["precision"] == "16-mixed"
+
+
 def test_an_unknown_gpu_ends_with_the_nearest(plan, capsys):
     with pytest.raises(SystemExit) as end:
         plan("--config", "quickstart", "--gpu", "H10O")

@@ -51,6 +51,9 @@ _OURS = "The run's adapter folder holds it, for lit_peft.load and `lit-peft pred
 class Trainer(pl.Trainer):
     """Lightning's trainer with three verbs more, of which the command line makes subcommands."""
 
+    planned_precision: str | None = None
+    """That of the run which `plan` plans, where a CPU has it not; null: the trainer's."""
+
     def merge(
         self,
         model: pl.LightningModule,
@@ -173,7 +176,7 @@ class Trainer(pl.Trainer):
             weights_only: Passed over; the configuration of a run has it.
         """
         found_gpu = gpu_bytes(gpu)
-        found, about = plan_run(self, model, datamodule, found_gpu, alternatives)
+        found, about = plan_run(self, model, datamodule, found_gpu, alternatives, self.planned_precision)
         if json:
             print(dumps(as_json(found, about, found_gpu), indent=2))
         else:

@@ -13,12 +13,15 @@ from lit_peft.core.quantize import make_quantizer, quantize_base
 from lit_peft.core.registry import registry
 from lit_peft.core.targets import find_parameters
 from lit_peft.methods.base import Method
+from lit_peft.methods.checks import check_choice
 from lit_peft.planning.fakes import fake_batch, fake_mode, faked, on_meta, stored
 from lit_peft.planning.gpus import workspaces as _workspaces
 from lit_peft.planning.live import LiveBytes, allocated
 from lit_peft.planning.on_gpu import as_on_gpu
 from lit_peft.planning.optimizer import MakeOptimizer, OptimizerBytes, optimizer_bytes
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+"""What a step can be planned in."""
 Step = Callable[[Any, Any], Tensor]
 """Module and batch -> loss."""
 
@@ -101,7 +104,7 @@ def plan(
         batch: What a step is given, tensors on any device: of a module that returns a loss its arguments by name, of a
             LightningModule what `training_step` takes.
         optimizer: Called with what trains; null: AdamW.
-        precision: Lightning's: 32-true, bf16-mixed, 16-mixed or bf16-true.
+        precision: Lightning's, one of `PRECISIONS`.
         step: Module and batch -> loss; null: `training_step(batch, 0)`, or `module(**batch)`'s loss.
         keeps_gradients: Whether gradients of the step before live through a forward pass: so in Lightning, which sets
             them to None before the backward pass, and not in a loop that does so at its end.
@@ -112,8 +115,10 @@ def plan(
         notes: Kept with the plan.
 
     Raises:
-        ValueError: When nothing would train, the method does not fit the model, or the step depends on values.
+        ValueError: When nothing would train, the method does not fit the model, the step depends on values, or the
+            precision is another.
     """
+    check_choice("precision", precision, PRECISIONS)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     true = torch.bfloat16 if precision == "bf16-true" else None
     module = on_meta(model)

@@ -17,7 +17,7 @@ from lit_peft.training.liger import is_installed
 
 
 def plan_run(
-    trainer: Any, model: Any, data: Any, gpu: tuple[str, int] | None, others: bool = True
+    trainer: Any, model: Any, data: Any, gpu: tuple[str, int] | None, others: bool = True, precision: str | None = None
 ) -> tuple[list[Plan], dict[str, Any]]:
     """Plans of a run, and what they are of.
 
@@ -31,12 +31,13 @@ def plan_run(
         data: Its data module, or None.
         gpu: Name and bytes of the GPU.
         others: Whether to plan alternatives as well.
+        precision: That of the run, where its trainer, on a CPU, has another; null: the trainer's.
 
     Raises:
         ValueError: When there is no method, another module or its data cannot be built without the trainer, or Liger
             does not know the model.
     """
-    notes = []
+    notes, precision = [], precision or str(trainer.precision)
     if getattr(model, "compiles", False):
         notes.append("The step is planned eager; compiled, fused operations keep less.")
     method, *more = methods(trainer)
@@ -67,7 +68,7 @@ def plan_run(
             batch,
             optimizer=make if callable(make) else None,
             others=others,
-            precision=str(trainer.precision),
+            precision=precision,
             accumulates=trainer.accumulate_grad_batches > 1,
             workspaces=workspaces(gpu),
             notes=tuple(notes),
@@ -76,7 +77,7 @@ def plan_run(
     longest = max(shapes, key=lambda t: t.ndim and t.numel())
     about = {
         "batch": list(longest.shape),
-        "precision": str(trainer.precision),
+        "precision": precision,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "longest": ours,
     }
