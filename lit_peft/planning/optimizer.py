@@ -44,7 +44,7 @@ def optimizer_bytes(
             for all that are built later.
 
     Raises:
-        ValueError: For an optimizer whose step depends on values.
+        ValueError: For an optimizer whose step depends on values, or on a closure.
     """
     optimizer: Any = (make or AdamW)(list(parameters))
     for group in optimizer.param_groups:
@@ -56,10 +56,10 @@ def optimizer_bytes(
         with warnings.catch_warnings(), fake, live:
             warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
             optimizer.step()
-    except RuntimeError as error:  # what fake tensors raise of values that they have not
+    except (RuntimeError, TypeError) as error:  # there are no values to look at, and no closure to call
         raise ValueError(
-            f"{type(optimizer).__name__} looks at values in its step, so that its memory cannot be told beforehand "
-            f"({str(error).splitlines()[0]})."
+            f"{type(optimizer).__name__} cannot make a step on tensors that have no values, so that its memory cannot "
+            f"be told beforehand ({str(error).splitlines()[0]})."
         ) from error
     state = host = 0
     seen = set[int]()
