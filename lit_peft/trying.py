@@ -42,17 +42,19 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: When it is not the folder of an adapter.
-        ValueError: For fit; when the base, or what to predict, is not known.
+        ValueError: For fit and plan; when the base, or what to predict, is not known.
     """
     words, folders = take(arguments, "--adapter")
     if not folders:
         return words
     folder = folders[-1]
-    if words[0] == "fit":
-        raise ValueError(
-            "--adapter is for validate, test and predict. To train an adapter on, go on with its run, "
-            "lit-peft fit --run FOLDER, or use lit_peft.load in Python."
+    if words[0] in ("fit", "plan"):
+        way_out = (
+            "To train an adapter on, go on with its run, lit-peft fit --run FOLDER, or use lit_peft.load in Python."
+            if words[0] == "fit"
+            else "To plan the training of one, name its run: lit-peft plan --run FOLDER."
         )
+        raise ValueError(f"--adapter is for validate, test and predict. {way_out}")
     config, tensors, mine = open_folder(folder)
     known = (mine or {}).get("model", {})
     models = settings(words, "model")

@@ -131,6 +131,7 @@ def test_predict_writes_what_an_adapter_says_of_a_file(run, theirs, tmp_path, mo
             ["fit", "--config", "quickstart", "--adapter", "{run}/adapter"],
             "--adapter is for validate, test and predict",
         ),
+        (["plan", "--config", "quickstart", "--adapter", "{run}/adapter"], "its run: lit-peft plan --run FOLDER."),
         (["predict", "--adapter", "{run}", "--text", "x"], "is no adapter folder: it has no adapter_config.json"),
         (["predict", "--adapter", "{run}/adapter"], "Nothing says what to predict: give --data.path FILE"),
         (["predict", "--run", "{run}", "--text_pair", "x"], "give the first, --text"),
