@@ -155,6 +155,24 @@ def test_data_that_cannot_be_had_are_told(plan, capsys, monkeypatch, tmp_path):
     assert "Data.train_dataloader does not work without a trainer (RuntimeError: no file here)" in told
 
 
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ("return None", "training_step of Net returns no loss"),
+        ("self.optimizers().step()", "training_step of Net asks for its trainer, and there is none"),
+        ("return batch[0].sum().item()", "a step of Net depends on the values of its batch"),
+    ],
+)
+def test_steps_that_cannot_be_made_are_told(plan, capsys, monkeypatch, tmp_path, step, told):
+    name = f"plan_step_{len(step)}"  # a module of its own: Python keeps those that it has imported
+    (tmp_path / f"{name}.py").write_text(OWN.replace("x, y = batch", step))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--model", f"{name}.Net", "--data", f"{name}.Data", "--method", "LoRA"]
+    with pytest.raises(SystemExit):
+        plan(*words, "--method.target_modules", "layers.0")
+    assert told in capsys.readouterr().err
+
+
 def test_cuda_itself_counts():
     plan = Plan("x", 0, 0, 0, 0, 0, 0, 0, peak=23 << 30)
     assert fits(plan, ("L4", 24 << 30)) and not fits(plan, ("L4", int(23.4 * 2**30))) and fits(plan, None) is None

@@ -20,6 +20,9 @@ from lit_peft.planning.live import LiveBytes, allocated
 from lit_peft.planning.on_gpu import as_on_gpu
 from lit_peft.planning.optimizer import MakeOptimizer, OptimizerBytes, optimizer_bytes
 
+_OWN_STEP = (
+    "In Python, lit_peft.planning.plan(model, method, batch, step=…) takes another step, (model, batch) -> loss."
+)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 """What a step can be planned in."""
 Step = Callable[[Any, Any], Tensor]
@@ -198,19 +201,28 @@ def _additions(module: nn.Module) -> Iterator[Tensor]:
 def _step(module: Any, batch: Any) -> Tensor:
     if hasattr(module, "training_step"):
         output = module.training_step(batch, 0)
-        return output["loss"] if isinstance(output, Mapping) else output
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is None:
+            raise ValueError(f"plan: training_step of {type(module).__name__} returns no loss. {_OWN_STEP}")
+        return loss
     output = module(**batch)
     return output if isinstance(output, Tensor) else output.loss
 
 
 @contextmanager
 def _explained(kind: str) -> Iterator[None]:
-    """Tells what fake tensors raise where a step depends on values."""
+    """Tells what a step raises that depends on values, or on a trainer."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     try:
         yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except RuntimeError as error:
+        if "is not attached to a `Trainer`" in str(error):
+            raise ValueError(
+                f"plan: training_step of {kind} asks for its trainer, and there is none. {_OWN_STEP}"
+            ) from error
+        if not isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            raise
         raise ValueError(
             f"plan: a step of {kind} depends on the values of its batch ({error.func}), which fake tensors have not: "
             "its activations cannot be told before the run."
