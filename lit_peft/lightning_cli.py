@@ -54,6 +54,7 @@ from lit_peft.runs import (
 )
 from lit_peft.start import find_files, given_options, knowledge, starting_checkpoint
 from lit_peft.training import paged
+from lit_peft.training.liger import check_liger
 from lit_peft.trying import TextPrinter, take_texts, use_adapter
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -284,6 +285,8 @@ class LitPeftCLI(LightningCLI):
     # ------------------------------------------------------------------------------------------ the verbs
 
     def before_fit(self) -> None:
+        if getattr(self.model, "kernels", None) == "liger":
+            check_liger(self.trainer.strategy.root_device)  # not after the test before training, which may take long
         if (
             self._get(self.config_init, "base_test")
             and is_overridden("test_step", self.model)

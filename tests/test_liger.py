@@ -11,6 +11,8 @@ from models import TINY, tiny
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from lit_peft.callbacks import RunReport
+from lit_peft.cli import main
 from lit_peft.core.active import Adapted
 from lit_peft.core.attach import detach
 from lit_peft.core.remake import NotesInput
@@ -211,6 +213,16 @@ def test_a_cpu_is_refused(calls, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     with pytest.raises(ValueError, match="needs a GPU"):
         use_liger(tiny("llama"))
+
+
+def test_a_fit_on_a_cpu_is_refused_before_anything_is_scored(calls, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RunReport, "measure_base", lambda *_: pytest.fail("the test set was scored first"))
+    words = ["fit", "--config", "quickstart", "--model.kernels", "liger", "--trainer.accelerator", "cpu"]
+    monkeypatch.setattr("sys.argv", ["lit-peft", *words])
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "kernels: liger needs a GPU" in capsys.readouterr().err
 
 
 def test_without_the_package(monkeypatch):

@@ -40,11 +40,7 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
     Raises:
         ValueError: When the package is missing, there is no GPU, or Liger does not know the architecture.
     """
-    if not is_installed():
-        raise ValueError("kernels: liger needs a package that is not there: pip install 'lit-peft[liger]'.")
-    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device.type == "cpu":
-        raise ValueError("kernels: liger needs a GPU, and this model runs on a CPU; leave kernels out.")
+    check_liger(device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
 
     architecture = getattr(getattr(model, "config", None), "model_type", None)
@@ -62,6 +58,14 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
     for module in model.modules():
         _take_over(module)
     note_inputs(model)
+
+
+def check_liger(device: torch.device) -> None:
+    """Raises ValueError where Liger's package is missing, or a model would run on a CPU; before one is built."""
+    if not is_installed():
+        raise ValueError("kernels: liger needs a package that is not there: pip install 'lit-peft[liger]'.")
+    if device.type == "cpu":
+        raise ValueError("kernels: liger needs a GPU, and this model runs on a CPU; leave kernels out.")
 
 
 def is_installed() -> bool:
