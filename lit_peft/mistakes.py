@@ -137,7 +137,8 @@ def _unrecognized(arguments: Sequence[str], words: str) -> str:
         known = _parameters(arguments, section)
         return f"unknown option {flag}.{_nearest_option(section, rest, known)}{_listed(known)}"
     sections = [*OF_VERB.get(arguments[0], ()), *FLAGS, *CLASSES, *FIXED]
-    homes = [f"--{s}.{name}" for s in CLASSES if name in _parameters(arguments, s)]
+    names = (name, ELSEWHERE.get(name, name))
+    homes = [f"--{s}.{n}" for n in names for s in CLASSES if n in _parameters(arguments, s)]
     if homes:
         return f"unknown option {flag}. It is an argument of the {homes[0][2:].partition('.')[0]}: {homes[0]}."
     if rest and (close := nearest(section, [*CLASSES, *FIXED])):

@@ -55,6 +55,7 @@ MISTAKES = [
     quick("HF's name of 8 bit", "--method.load_in_8bit true", "Here it is 'quantize'"),
     quick("quantize at the model", "--model.quantize nf4", "It belongs to another section: --method.quantize"),
     quick("quantize without its section", "--quantize nf4", "an argument of the method: --method.quantize"),
+    quick("HF's name without a section", "--load_in_4bit true", "an argument of the method: --method.quantize"),
     quick("an unknown option of 4 bit", "--method.quantize.mode nf4 --method.quantize.blocks 64", "mean block_size?"),
     quick("text for a block size", "--method.quantize nf4 --method.quantize.block_size big", "expected one of 32, 64"),
     quick("an option of another mode", "--config quantize/nf4 --method.quantize.mode int8", "no option 'double_quant'"),
