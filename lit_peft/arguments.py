@@ -302,11 +302,17 @@ def change_method(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         name, parameters = method.__name__, method.parameters()
         defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+        written = {key: p.default for key, p in before.parameters().items()}  # nf4, which is kept with all its options
         try:
-            usual = before().arguments()
+            kept = before().arguments()
         except TypeError:  # it has arguments without a default
-            usual = {key: p.default for key, p in before.parameters().items()}
-        chosen = {k: v for k, v in given.items() if k not in setting.init_args and not _equal(v, usual.get(k))}
+            kept = {}
+        usual = (written, kept)
+        chosen = {
+            k: v
+            for k, v in given.items()
+            if k not in setting.init_args and not any(k in of and _equal(v, of[k]) for of in usual)
+        }
         lines.append(f"Method: {name} with its own defaults, instead of {before.__name__}.")
         for key, value in chosen.items():
             what = "carried over" if key in parameters else f"dropped, {name} has no such argument"

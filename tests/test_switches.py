@@ -265,6 +265,16 @@ def test_only_choices_are_told(arguments, lines):
     assert all(line in told for line, told in zip(lines, found, strict=True))
 
 
+def test_the_defaults_of_a_run_are_no_choices_however_they_are_written(tmp_path):
+    """Its config.yaml has each as the signature has it: nf4 and null, which the method keeps as mappings."""
+    plain = {"r": 4, "quantize": "nf4", "target_modules": "all-linear", "rank_pattern": None, "alpha": 16.0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"method": {"class_path": "QLoRA", "init_args": plain}}))
+    words, lines = change_method(["fit", "--config", str(tmp_path / "config.yaml"), "--method", "LoRA"])
+    assert lines[1:] == ["  method.r 4: carried over"]
+    again = json.loads(words[words.index("--method") + 1])["init_args"]
+    assert (again["r"], again["quantize"], again["target_modules"]) == (4, None, None)
+
+
 def test_a_changed_method_is_changed_once_when_ranks_start_again():
     words, _ = changed("--method", "BitFit")
     assert change_method(words)[0] == words
