@@ -1,6 +1,7 @@
 """Gradient checkpointing: the gradients are what they are without it, and what waits is the blocks' inputs."""
 
 import copy
+import functools
 import pickle
 import warnings
 import weakref
@@ -229,6 +230,27 @@ def test_backward_may_run_twice_and_two_graphs_may_wait(device_of_its_own):
         first.backward()
         second.backward()
     assert_same({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in plain.named_parameters()})
+
+
+def test_a_block_that_is_given_its_input_by_name_is_checkpointed_and_nothing_waits(monkeypatch, device_of_its_own):
+    copies, offload = Copies(monkeypatch), Offload()
+    x, shared = torch.rand(2, 4, requires_grad=True), torch.rand(2, 4)
+    offload(functools.partial(torch.mul, input=x, other=shared)).sum().backward()
+    assert torch.equal(x.grad, shared) and copies.log == []
+
+
+def test_no_pinned_memory_left_is_one_error(monkeypatch, device_of_its_own):
+    """Not a second one, from the clean-up of what could not be made."""
+
+    def full(x):
+        raise torch.OutOfMemoryError("pinned")
+
+    monkeypatch.setattr(checkpointing, "_pinned_like", full)
+    seen = []
+    monkeypatch.setattr("sys.unraisablehook", seen.append)
+    with pytest.raises(torch.OutOfMemoryError, match="pinned"):
+        Offload()(torch.sin, torch.rand(2, requires_grad=True) * 1)
+    assert seen == []
 
 
 def test_only_what_is_a_blocks_own_waits(monkeypatch, device_of_its_own):

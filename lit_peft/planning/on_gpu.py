@@ -132,9 +132,9 @@ def _taken() -> dict[tuple[Any, str], Callable[..., Any]]:
     }
 
 
-def _offloaded(self: Any, block: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _offloaded(self: Any, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Checkpoints a block whose input waits on the host: on the meta device, where nothing is counted."""
-    place = hidden.untyped_storage()._cdata
+    place = args[0].untyped_storage()._cdata if args else None
 
     def put(x: Tensor) -> Tensor:
         return x.to("meta") if x.untyped_storage()._cdata == place and x.requires_grad else x
@@ -143,7 +143,7 @@ def _offloaded(self: Any, block: Callable[..., Any], hidden: Tensor, *args: Any,
         return torch.empty_like(x, device="cpu") if x.device.type == "meta" else x
 
     with torch.autograd.graph.saved_tensors_hooks(put, get):
-        return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 def _matmul_8bit(

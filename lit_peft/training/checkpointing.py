@@ -60,14 +60,15 @@ class Offload:
     def __reduce__(self) -> Any:
         return type(self), ()  # for copies and pickles: what waits belongs to a graph here
 
-    def __call__(self, block: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the block returns."""
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the block returns; where hidden states are given to it by name, nothing waits on the host."""
+        hidden: Any = args[0] if args else None
         if not self._takes(hidden):
-            return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
+            return checkpoint(block, *args, use_reentrant=False, **kwargs)
         place = hidden.data_ptr()  # not `hidden` itself, which the hooks would keep
         with saved_tensors_hooks(lambda x: self._put(x) if x.data_ptr() == place else x, _get):
             # Non-reentrant checkpoint saves its arguments as a node does, and has hooks of its own for all within.
-            return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
+            return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
     def _takes(self, hidden: Any) -> bool:
         if not (torch.is_tensor(hidden) and hidden.is_floating_point() and hidden.requires_grad):
@@ -97,9 +98,10 @@ class _Input:
     def __init__(self, x: Tensor, side: Any, previous: Callable[[], "_Input | None"]) -> None:
         self.kind, self.side, self.previous = torch.get_device_module(x.device), side, previous
         self.device = x.device
+        self.on_device: Tensor | None = None  # so that one that could not be made leaves nothing to give back
         self.on_host = _pinned_like(x)
-        self.on_device: Tensor | None = x
         self._copy(self.on_host, x)
+        self.on_device = x
 
     def _copy(self, to: Tensor, x: Tensor) -> None:
         self.side.wait_stream(self.kind.current_stream(self.device))
