@@ -187,6 +187,17 @@ def test_other_models_are_as_they_were(calls):
     assert chosen(q, q, cos, cos)[0] is q and calls == ["rope"]
 
 
+def test_a_model_of_a_class_of_ones_own_leaves_transformers_as_it_was(calls):
+    class Mine(modeling_llama.LlamaForCausalLM):
+        pass
+
+    before = {name: vars(modeling_llama)[name] for name in ("LlamaRMSNorm", "LlamaMLP")}
+    model = Mine(tiny("llama").config)
+    use_liger(model, GPU)
+    assert {name: vars(modeling_llama)[name] for name in before} == before
+    assert isinstance(model, LigerModel)
+
+
 def test_a_classifier_has_no_loss_to_fuse(calls):
     config = copy.deepcopy(tiny("llama").config)
     config.pad_token_id = 0

@@ -49,7 +49,7 @@ def use_liger(model: nn.Module, device: torch.device | None = None) -> None:
             f"kernels: Liger has none for {architecture or type(model).__name__}; it knows {', '.join(sorted(KNOWN))}. "
             "Leave kernels out."
         )
-    modeling = sys.modules[type(model).__module__]
+    modeling = sys.modules[_home(type(model))]
     before = dict(vars(modeling))
     try:
         KNOWN[architecture](model=model, **_options(model, KNOWN[architecture]))
@@ -71,6 +71,13 @@ def check_liger(device: torch.device) -> None:
 def is_installed() -> bool:
     """Whether the package with the kernels is there."""
     return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _home(cls: type) -> str:
+    """The module of transformers that Liger writes into; a model may be of a class of one's own that extends it."""
+    return next(
+        (base.__module__ for base in cls.__mro__ if base.__module__.startswith("transformers.")), cls.__module__
+    )
 
 
 def _options(model: Any, apply: Callable[..., None]) -> dict[str, bool]:
