@@ -92,6 +92,15 @@ def test_the_parts_of_lora_are_the_arithmetic():
     assert found.static + found.activations <= found.peak <= found.total
 
 
+def test_a_method_is_planned_beside_what_is_attached_already():
+    model, alone = llama(), plan(llama(), LoRA(r=4), texts())
+    LoRA(r=4, name="first").attach(model)
+    assert plan(model, None, texts()).gradients == alone.gradients
+    assert plan(model, LoRA(r=4), texts()).gradients == 2 * alone.gradients
+    with pytest.raises(ValueError, match="'first'"):
+        plan(model, LoRA(r=4, name="first"), texts())
+
+
 def test_activations_are_those_alone():
     """However much larger the weights are."""
     found = plan(llama(width=1024), LoRA(r=4, target_modules="all-linear"), texts(batch=1, length=8))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.quantize import make_quantizer, quantize_base
-from lit_peft.core.registry import registry
 from lit_peft.core.targets import find_parameters
 from lit_peft.methods.base import Method
 from lit_peft.methods.checks import check_choice
@@ -102,8 +101,7 @@ def plan(
 
     Args:
         model: A module on any device, best the meta device; it stays as it is.
-        method: What is attached to a copy of it; null where one is attached already, or all that requires a gradient
-            is to train.
+        method: What is attached to a copy of it, beside what is attached already; null: nothing more is.
         batch: What a step is given, tensors on any device: of a module that returns a loss its arguments by name, of a
             LightningModule what `training_step` takes.
         optimizer: Called with what trains; null: AdamW.
@@ -128,7 +126,7 @@ def plan(
     method = copy.deepcopy(method)
     if true is not None:
         module.to(true)
-    if method is not None and registry(module) is None:
+    if method is not None:
         _attach(module, method, true)
     if prepare is not None:
         prepare(module)
