@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from lit_peft import hub
 from lit_peft.arguments import configs
 from lit_peft.callbacks.speed import SpeedMonitor
+from lit_peft.callbacks.tables import count_parameters
 from lit_peft.data import SST2DataModule
 from lit_peft.tasks import TextClassification
 
@@ -164,8 +165,8 @@ def main() -> None:
     for score in (loop.validate, loop.test):
         scores |= score(model, sentences, ckpt_path=best.best_model_path, verbose=False, weights_only=False)[0]
     Path(best.best_model_path).unlink()  # holds the whole base
-    scores["params/trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    scores["params/trainable_share"] = scores["params/trainable"] / sum(p.numel() for p in model.parameters())
+    counts = count_parameters(model)  # of packed weights by what they stand for, as in rows of ours
+    scores |= {"params/trainable": counts.trainable, "params/trainable_share": counts.share}
     scores |= {"time/train_s": speed.train_s, "memory/peak_bytes": speed.peak_bytes}
     Path(args.out, "metrics.json").write_text(json.dumps(scores))
 
