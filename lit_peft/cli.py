@@ -133,7 +133,9 @@ def _describe(names: list[str]) -> None:
     except ValueError as error:
         fail(str(error))
     from lit_peft.methods.describe import describe
+    from lit_peft.quiet import be_quiet
 
+    be_quiet("methods", answers_only=False)  # a model of transformers' is made
     print("\n\n".join(describe(entry.load()) for entry in entries))
 
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import disable_progress_bars
-
 from lit_peft.handover.paths import PLACED
 
 RANK_ZERO = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
@@ -70,5 +68,7 @@ def be_quiet(verb: str, answers_only: bool) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
             logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     if answers_only:
+        from datasets import disable_progress_bars
+
         disable_progress_bars()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

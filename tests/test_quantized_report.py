@@ -119,4 +119,5 @@ def test_the_method_is_described_without_values(capsys):
     cli.main(["methods", "qlora"])
     printed = capsys.readouterr().out
     assert "quantize (default 'nf4')" in printed and "Learning rate: 0.0002" in printed
+    assert "Optimizer: bitsandbytes.optim.PagedAdamW\n" in printed
     assert "of 72,263,426 parameters train" in printed and "Merges into the weights: yes" in printed

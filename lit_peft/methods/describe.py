@@ -13,7 +13,7 @@ from lit_peft.methods.base import Method
 
 
 def describe(cls: type[Method]) -> str:
-    """Summary, equation and paper; arguments with their defaults; share of DistilBERT's parameters; merging."""
+    """Summary, equation and paper; arguments with their defaults; what a task takes; share of DistilBERT; merging."""
     documented: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Method) and base.__doc__:
@@ -25,7 +25,8 @@ def describe(cls: type[Method]) -> str:
         text = re.sub(r"\s+", " ", documented.get(name, "")).strip()
         line = f"  {name} ({default}){': ' * bool(text)}{text}"
         lines.append(textwrap.fill(line, 100, subsequent_indent="      "))
-    return "\n".join([*lines, "", f"Learning rate: {cls.learning_rate:g}", *_on_distilbert(cls)])
+    lines += ["", f"Learning rate: {cls.learning_rate:g}", f"Optimizer: {cls.optimizer}"]
+    return "\n".join([*lines, *_on_distilbert(cls)])
 
 
 def why_not_mergeable(cls: type[Method]) -> str | None:
