@@ -154,8 +154,9 @@ def test_marks_of_shared_memory_stay_out_of_checkpoints():
     assert state_of(optimizer)["state1"].is_paged  # the run itself goes on with its own
 
 
-def test_what_is_restored_is_paged_before_the_next_step(monkeypatch):
-    optimizer = stepped()
+@pytest.mark.parametrize("name", ["PagedAdamW", "PagedAdEMAMix"])
+def test_what_is_restored_is_paged_before_the_next_step(name, monkeypatch):
+    optimizer = stepped(name)
     saved = optimizer.state_dict()
     made: list[torch.Tensor] = []
 
@@ -164,7 +165,7 @@ def test_what_is_restored_is_paged_before_the_next_step(monkeypatch):
         made[-1].is_paged = True
         return made[-1]
 
-    other = stepped()
+    other = stepped(name)
     other.is_paged = True
     monkeypatch.setattr(other, "get_state_buffer", shared)
     monkeypatch.setattr(other, "prefetch_state", lambda p: None)

@@ -54,5 +54,6 @@ def _page(optimizer: Any, *_: Any) -> None:
     for p, state in optimizer.state.items() if optimizer.is_paged else ():
         for key in ("state1", "state2"):
             if key in state and not getattr(state[key], "is_paged", False):
-                state[key] = optimizer.get_state_buffer(p, dtype=state[key].dtype).copy_(state[key])  # small: plain
+                like = p.detach().expand(state[key].shape)  # AdEMAMix keeps two averages in one tensor
+                state[key] = optimizer.get_state_buffer(like, dtype=state[key].dtype).copy_(state[key])  # small: plain
     optimizer.__dict__[_STATE] = optimizer.state
