@@ -646,6 +646,17 @@ def test_folders_and_checkpoints_come_again_in_other_trainers(tmp_path):
     assert set(registry(fresh).adapters) == {"a", "b", "c"}
 
 
+@pytest.mark.parametrize("name", ["default", "a"])
+def test_all_of_a_checkpoint_run_also_where_one_has_the_name_that_the_folder_has(name, tmp_path):
+    module = heads()
+    set_active(module, ["a", "b"], head="a")
+    run, fresh = trainer(), Module()
+    (expected,) = run.test(module, loader(), verbose=False)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    (found,) = trainer(lit_peft.AdapterFolder(str(tmp_path / "two.ckpt"), name)).test(fresh, loader(), verbose=False)
+    assert registry(fresh).active == ("a", "b") and found == expected
+
+
 def test_one_of_several_whose_head_counted_is_detached():
     module = heads()
     set_active(module, None)

@@ -55,9 +55,13 @@ class AdapterFolder(Method):
         return next((found for spec in specs if (found := spec["init_args"].get("quantize")) is not None), None)
 
     def names_on(self, module: nn.Module) -> list[str]:
-        """Several, where a checkpoint brings several."""
-        state, source = registry(module), str(Path(self.path).resolve())
-        found = [name for name, a in state.adapters.items() if a.source == source] if state is not None else []
+        """Several, where a checkpoint brings several, which keep their names."""
+        state, source = registry(module), Path(self.path).resolve()
+        found = [name for name, a in state.adapters.items() if a.source == str(source)] if state is not None else []
+        if len(found) > 1 and source.is_file():  # which may be loaded twice, under two names, where it holds one
+            kept = read_checkpoint(source)[RECORD]["methods"]
+            if len(kept) > 1:
+                return [name for name in found if name in kept]
         return [self.name] if self.name in found else found or super().names_on(module)
 
     def is_same(self, adapter: Adapter) -> bool:
