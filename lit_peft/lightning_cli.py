@@ -55,6 +55,7 @@ from lit_peft.runs import (
 from lit_peft.start import find_files, given_options, knowledge, starting_checkpoint
 from lit_peft.training import paged
 from lit_peft.training.liger import check_liger
+from lit_peft.training.seam import check_names
 from lit_peft.trying import TextPrinter, take_texts, use_adapter
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -236,6 +237,7 @@ class LitPeftCLI(LightningCLI):
         return self._trainer(config | {"callbacks": [method, *own, *forced]})
 
     def _trainer(self, arguments: dict[str, Any]) -> pl.Trainer:
+        check_names([c for c in arguments["callbacks"] if isinstance(c, Method)])  # Lightning's answer names no way out
         try:
             return self.trainer_class(**arguments)
         except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # of a value that it did not expect

@@ -119,6 +119,7 @@ MISTAKES = [
     quick("validation after no step", "--trainer.val_check_interval 0", "must be a number above 0, not 0"),
     quick("a callback misspelt", "--trainer.callbacks EarlyStoping", "Did you mean 'EarlyStopping'?"),
     quick("a callback without what it wants", "--trainer.callbacks EarlyStopping", "give --trainer.callbacks.monitor"),
+    quick("two methods of one name", "--trainer.callbacks lit_peft.LoRA", "2 methods are named 'default'"),
     quick("early stopping switched off", "--early_stopping null", "early_stopping takes options"),
     quick("a GPU that is not there", "--trainer.accelerator gpu", "this machine has no GPU; use auto or cpu"),
     quick("a precision that is none", "--trainer.precision bf61-true", "Did you mean 'bf16-true'?"),

@@ -13,10 +13,10 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -44,6 +44,9 @@ from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
 from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
 from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
+
+if TYPE_CHECKING:
+    from lit_peft.methods.base import Method
 
 BUILT_IN = "_lit_peft_built_in"
 """Where a module keeps how much memory it took to load the base, quantise it and attach; see `lit_peft.core.memory`."""
@@ -206,10 +209,7 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         ValueError: For a plugin that would quantise the adapters, a precision that cannot train them, callbacks
             that copy the module before the adapters are there, or two methods of one name.
     """
-    names = [method.name for method in methods(trainer)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} methods are named {name!r}; give each a `name` of its own.")
+    check_names(methods(trainer))
     last = trainer.callbacks.index(methods(trainer)[-1])  # type: ignore[attr-defined]
     for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         averages = is_a(callback, "WeightAveraging")
@@ -236,6 +236,14 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for key in (BUILT, BEGAN):
         module.__dict__.pop(key, None)
     module.__dict__["_lit_peft_early"] = any(is_a(c, "WeightAveraging") for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def check_names(methods: Sequence["Method"]) -> None:
+    """Raises ValueError where two methods of a trainer have one name."""
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} methods are named {name!r}; give each a `name` of its own.")
 
 
 def adapt(module: Any) -> None:
