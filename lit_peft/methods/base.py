@@ -182,8 +182,7 @@ class Method(pl.Callback):
             self.plan(sites)
             additions = [(site, addition) for site in sites if (addition := self.build(site)) is not None]
         base = {name for name, _ in module.named_parameters() if ".peft." not in f".{name}" and self.trains(name)}
-        weights = (name.rpartition(".") for name in base)
-        self._quantize(module, [*also.roots, *(path for path, _, kind in weights if kind == "weight")])
+        self._quantize(module)
         return attach(
             module,
             self.name,
@@ -201,8 +200,16 @@ class Method(pl.Callback):
         """How the base is to be stored, all options by name; asked before it is loaded. None: as it comes."""
         return self.quantize
 
-    def _quantize(self, module: nn.Module, avoid: Sequence[str]) -> None:
+    def keeps_float(self, module: nn.Module) -> set[str]:
+        """Paths of what trains in the base of a module, and is left alone where the base is quantised."""
+        patterns = [*self.train_also, *getattr(module, "train_also", ())]
+        names = (name.rpartition(".") for name, _ in module.named_parameters() if ".peft." not in f".{name}")
+        weights = (path for path, dot, kind in names if kind == "weight" and self.trains(f"{path}{dot}{kind}"))
+        return {*find_parameters(module, patterns).roots, *weights}
+
+    def _quantize(self, module: nn.Module) -> None:
         if self.quantize is not None:
+            avoid = self.keeps_float(module)
             trainer, quantizer = getattr(module, "_trainer", None), make_quantizer(self.quantize)
             device = None if trainer is None else trainer.strategy.root_device
             quantizer.check_device(device or next(module.parameters()).device)

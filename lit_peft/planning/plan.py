@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.quantize import make_quantizer, quantize_base
-from lit_peft.core.targets import find_parameters
 from lit_peft.methods.base import Method
 from lit_peft.methods.checks import check_choice
 from lit_peft.planning.fakes import fake_batch, fake_mode, faked, on_meta, stored
@@ -182,10 +181,7 @@ def _attach(module: nn.Module, method: Method, dtype: torch.dtype | None) -> Non
     """Attaches a method to a module on the meta device, its base quantised before as it would be."""
     quantize = method.base_storage()
     if quantize is not None:
-        avoid = set(find_parameters(module, [*method.train_also, *getattr(module, "train_also", ())]).roots)
-        names = (name for name, _ in module.named_parameters())
-        avoid.update(name.rpartition(".")[0] for name in names if name.endswith(".weight") and method.trains(name))
-        quantize_base(module, make_quantizer(quantize), avoid, torch.device("meta"))
+        quantize_base(module, make_quantizer(quantize), method.keeps_float(module), torch.device("meta"))
     method.attach(module, dtype)
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from lit_peft import hub
 from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer, recognise
-from lit_peft.core.targets import find_parameters
 from lit_peft.core.weightless import is_weightless
 from lit_peft.methods.base import Method
 from lit_peft.saving.left_alone import left_alone
@@ -52,11 +51,7 @@ class BaseStorage:
         if getattr(skeleton.config, "quantization_config", None) is not None:
             return {}
         quantizer, holder = make_quantizer(self.quantize), nn.ModuleDict({self.root: skeleton})
-        avoid = set[str]()
-        for method in self.methods:
-            avoid.update(find_parameters(holder, method.train_also).roots)
-            names = (name for name, _ in holder.named_parameters())
-            avoid.update(name.rpartition(".")[0] for name in names if name.endswith(".weight") and method.trains(name))
+        avoid = set[str]().union(*(method.keeps_float(holder) for method in self.methods))
         chosen = choose_layers(holder, quantizer, avoid)
         paths = {path.removeprefix(f"{self.root}.") for path, why in chosen.items() if why is None}
         config = quantizer.loading_config(left_alone(skeleton, paths))
