@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.memory import Growth
+from lit_peft.core.plain import float_dtype
 from lit_peft.core.quantize import stored_as
 from lit_peft.training.seam import BUILT_IN
 
@@ -29,7 +30,7 @@ def storage_lines(module: nn.Module, left_alone: Mapping[str, str]) -> list[str]
     kinds = stored_as(module)
     if not kinds:
         return []
-    entries, dtype, sizes = logical_numel(module), _dtype(module), dict[str, int]()
+    entries, dtype, sizes = logical_numel(module), float_dtype(module) or torch.get_default_dtype(), dict[str, int]()
     for path in kinds:
         layer = module.get_submodule(path)
         sizes[path] = sum(t.numel() * t.element_size() for t in layer_ops(layer).stored(layer))
@@ -47,14 +48,6 @@ def storage_lines(module: nn.Module, left_alone: Mapping[str, str]) -> list[str]
     if known := [f"{_mib(size)} of {what}" for what, size in took.items() if size is not None]:
         lines.append(f"Loading took up to {' and '.join(known)}.")
     return lines
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of what is frozen and not quantised, embeddings and norms: that of the base."""
-    packed = {f"{path}.weight".lstrip(".") for path in stored_as(module)}
-    plain = (p for name, p in module.named_parameters() if name not in packed and ".peft." not in f".{name}")
-    found = [p.dtype for p in plain if p.is_floating_point()]
-    return max(set(found), key=found.count, default=torch.get_default_dtype())
 
 
 def _by_reason(left_alone: Mapping[str, str]) -> Iterator[str]:
