@@ -283,9 +283,7 @@ class Linear4bitOps(BitsandbytesOps):
 
     def quantization(self, layer: Any) -> str | None:
         state = quantized.state_4bit(layer)
-        if state is None:
-            return None
-        return f"{state.quant_type} in blocks of {state.blocksize}{', double' if state.nested else ''}"
+        return None if state is None else quantized.told_4bit(state.quant_type, state.blocksize, state.nested)
 
     def codes(self, layer: Any) -> Tensor:
         return layer.weight.detach().view(torch.uint8)  # whatever they are stored as

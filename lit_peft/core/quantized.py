@@ -148,6 +148,11 @@ def state_4bit(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
+def told_4bit(quant_type: str, block_size: int, nested: bool) -> str:
+    """What a weight in 4 bits is stored as; a layer and its quantiser say the same."""
+    return f"{quant_type} in blocks of {block_size}{', double' if nested else ''}"
+
+
 def dense_4bit(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a 4-bit layer, [out, in]; by default in the dtype that it was quantised from."""
     state = state_4bit(layer)

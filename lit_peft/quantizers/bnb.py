@@ -11,7 +11,7 @@ from torch import nn
 from lit_peft.core.dtypes import DTYPES
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import Quantizer, StoredSize
-from lit_peft.core.quantized import SOURCE, Frozen4bit, Frozen8bit, adopt, bitsandbytes, state_4bit
+from lit_peft.core.quantized import SOURCE, Frozen4bit, Frozen8bit, adopt, bitsandbytes, state_4bit, told_4bit
 from lit_peft.methods.checks import check_choice, check_range
 
 if importlib.util.find_spec("bitsandbytes") is None:  # imported when the first layer is quantised: it takes seconds
@@ -58,7 +58,7 @@ class _FourBit(Quantizer):
 
     @property
     def stored_as(self) -> str:
-        return f"{self.quant_type} in blocks of {self.block_size}{', double' if self.double_quant else ''}"
+        return told_4bit(self.quant_type, self.block_size, self.double_quant)
 
     def check_device(self, device: torch.device) -> None:
         if self.compute_dtype != torch.bfloat16 or device.type != "cuda":
@@ -87,9 +87,7 @@ class _FourBit(Quantizer):
             module=new,
         )
         if device.type == "meta":  # as which `.to` would leave the weight
-            bnb.functional.quantize_blockwise(
-                torch.zeros(1, device="cpu")
-            )  # makes the table that all layers then share
+            bnb.functional.quantize_blockwise(torch.zeros(1, device="cpu"))  # makes the table that all layers share
             new.weight = weight._quantize(device)
         else:
             new.weight = weight.to(device)
