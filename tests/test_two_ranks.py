@@ -80,24 +80,27 @@ def test_two_ranks_under_fsdp2_equal_one(two_ranks, name):
 QUANTISED = ("nf4", {"compute_dtype": "float32", "storage_dtype": "float32"}), ("int8", {})
 
 
-def quantised_step(rank: int, name: str, mode: str, wrapped: str) -> dict[str, torch.Tensor]:
-    """Output and gradients of two quantised layers, whole; each of two ranks has half of the batch."""
+def spread(module: Any, wrapped: str) -> Any:
+    """What a rank runs of two layers: sharded layer by layer by fsdp2, wrapped by ddp, or as they are."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if wrapped == "fsdp2":
+        mesh = init_device_mesh("cpu", (2,))
+        for child in (module.a, module.b, module):
+            fully_shard(child, mesh=mesh)
+    return nn.parallel.DistributedDataParallel(module) if wrapped == "ddp" else module
+
+
+def quantised_step(rank: int, name: str, mode: str, wrapped: str) -> dict[str, torch.Tensor]:
+    """Output and gradients of two quantised layers, whole; each of two ranks has half of the batch."""
     torch.manual_seed(0)
     module: Any = Two()
     for layer in (module.a, module.b):
         make_quantizer({"mode": mode, **dict(QUANTISED)[mode]}).quantize(layer, torch.device("cpu"))
     METHODS[name](target_modules=["a", "b"]).attach(module)
     perturb(module)
-    model = module
-    if wrapped == "fsdp2":
-        mesh = init_device_mesh("cpu", (2,))
-        for child in (module.a, module.b, module):
-            fully_shard(child, mesh=mesh)
-    elif wrapped == "ddp":
-        model = nn.parallel.DistributedDataParallel(module)
+    model = spread(module, wrapped)
     x = torch.randn(4, IN, generator=torch.Generator().manual_seed(3))
     y = model(x if wrapped == "no" else x[2 * rank : 2 * rank + 2])
     y.square().mean().backward()
@@ -122,9 +125,6 @@ def test_two_ranks_on_a_quantised_base_equal_one(two_ranks, name, mode, wrapped)
 
 def _switched(rank: int, folder: str, sharded: bool) -> dict[str, torch.Tensor]:
     """Outputs of two adapters with a head of their own, alone, summed, off, and loaded from a folder."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     torch.manual_seed(0)
     module = Two()
     for name in ("one", "two"):
@@ -133,10 +133,7 @@ def _switched(rank: int, folder: str, sharded: bool) -> dict[str, torch.Tensor]:
         perturb(module)
         if name == "two":
             perturb(module)
-    if sharded:
-        mesh = init_device_mesh("cpu", (2,))
-        for child in (module.a, module.b, module):
-            fully_shard(child, mesh=mesh)
+    spread(module, "fsdp2" if sharded else "no")
     x = torch.randn(4, IN, generator=torch.Generator().manual_seed(3))
     found = {}
     for names in ("one", "two", None, ["one", "two"], {"one": 0.5}):
@@ -166,21 +163,12 @@ def test_switching_under_fsdp2_is_that_of_one_process(two_ranks, tmp_path):
 
 def _adalora_steps(rank: int, wrapped: str) -> list[torch.Tensor]:
     """`A`, `E`, `B` of two layers after six steps; each of two ranks has half of the batch."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     torch.manual_seed(0)
     module: Any = Two()
     method = AdaLoRA(init_r=5, target_r=2, tinit=0.0, total_steps=6, every=2, target_modules=["a", "b"])
     method.attach(module)
     perturb(module)
-    model = module
-    if wrapped == "fsdp2":
-        mesh = init_device_mesh("cpu", (2,))
-        for child in (module.a, module.b, module):
-            fully_shard(child, mesh=mesh)
-    elif wrapped == "ddp":
-        model = nn.parallel.DistributedDataParallel(module)
+    model = spread(module, wrapped)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
     generator = torch.Generator().manual_seed(3)
     for _ in range(6):
@@ -207,21 +195,12 @@ def test_adalora_masks_on_two_ranks_as_on_one(two_ranks, wrapped):
 
 def _sparse_steps(rank: int, sparsity: Any, wrapped: str) -> list[torch.Tensor]:
     """State of two layers after ten steps; each of two ranks has half of the batch."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     torch.manual_seed(0)
     module: Any = Two()
     method = SparseLoRA(sparsity, r=5, dropout=0.0, begin=0.2, every=3, target_modules=["a", "b"])
     method.attach(module)
     perturb(module)
-    model = module
-    if wrapped == "fsdp2":
-        mesh = init_device_mesh("cpu", (2,))
-        for child in (module.a, module.b, module):
-            fully_shard(child, mesh=mesh)
-    elif wrapped == "ddp":
-        model = nn.parallel.DistributedDataParallel(module)
+    model = spread(module, wrapped)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-3)
     generator = torch.Generator().manual_seed(3)
     for step in range(1, 11):
