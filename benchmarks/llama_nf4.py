@@ -1,5 +1,6 @@
 """Llamas with random weights in NF4, built layer by layer: what benchmarks/qlora.py trains."""
 
+import copy
 import time
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def skeleton(shape: str, length: int) -> Any:
         return transformers.LlamaForCausalLM(config).to(torch.bfloat16).train().requires_grad_(False)
 
 
-def build(shape: str, length: int, device: str, liger: bool) -> Built:
+def build(shape: str, length: int, device: str) -> Built:
     """The skeleton with values, its linear layers in NF4 with double quantisation.
 
     One decoder layer after another gets its values on the device and is quantised, so that at most one of them is there
@@ -67,12 +68,17 @@ def build(shape: str, length: int, device: str, liger: bool) -> Built:
         materialise(rest, device, generator)
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed, not drawn
-    if liger:
-        with_liger(model)
     if device == "cuda":
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     return Built(model, time.perf_counter() - start, gib(peak, device), len(chosen))
+
+
+def twin(model: Any) -> Any:
+    """A model of its own of the same tensors, the constants of their codes included."""
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [state for layer in model.modules() if (state := getattr(layer, "quant_state", None)) is not None]
+    return copy.deepcopy(model, {id(one): one for one in shared})
 
 
 def with_liger(model: Any) -> None:

@@ -11,7 +11,7 @@ serves all rows: in each round every row puts its adapters on, warms up, is time
 that rotates. A step is zero_grad, forward, backward and fused AdamW, or, for 65 B, bitsandbytes' paged AdamW in 32 bit;
 on a GPU it is timed by its events. "kernels" is what the GPU's kernels take of it: a step takes longer where the host,
 which launches them, is slow; it is had from one more round. Liger's kernels are in all rows unless --no-liger says
-otherwise.
+otherwise: as transformers applies them in those of HF PEFT and in the floor, by `kernels: liger` in ours.
 
 A row is named library-dtype: the dtype is that of the adapters. "-autocast" runs the forward under bfloat16 autocast.
 "hf-float32" is HF PEFT as it comes; its rows run on bitsandbytes' own layers, and so does "floor": the frozen base
@@ -40,7 +40,19 @@ import peft
 import torch
 import transformers
 from llama_nf4 import SHAPES, build, gib
-from qlora_rows import ROWS, THEIRS, Row, adapted, agreement, autocast, checkpointed, optimizer_of, planned, tokens
+from qlora_rows import (
+    ROWS,
+    THEIRS,
+    Row,
+    adapted,
+    agreement,
+    autocast,
+    by_library,
+    checkpointed,
+    optimizer_of,
+    planned,
+    tokens,
+)
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "8b": {"batch": 4, "length": 1024, "r": 16, "alpha": 32, "rounds": 3, "warmup": 2, "steps": 5, "paged": False},
@@ -108,7 +120,7 @@ def kernels_ms(step: Callable[[], None]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
 
 
-def measure(model: Any, row: Row, args: argparse.Namespace, profiled: bool = False) -> dict[str, Any]:
+def measure(models: dict[str, Any], row: Row, args: argparse.Namespace, profiled: bool = False) -> dict[str, Any]:
     """Milliseconds of each step after the first ones, the losses of all, and memory in GiB.
 
     Where it is profiled, no steps are timed: a profiler goes on to slow the launches of a process that has had one.
@@ -117,7 +129,7 @@ def measure(model: Any, row: Row, args: argparse.Namespace, profiled: bool = Fal
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    with adapted(model, row, args) as outer, checkpointed(model, row):
+    with adapted(models, row, args) as outer, checkpointed(models[row.library], row):
         trainable = [p for p in outer.parameters() if p.requires_grad]
         optimizer = optimizer_of(trainable, args) if trainable else None
         ids, losses, clock = tokens(args), [], Clock(device)
@@ -258,7 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     names = chosen(args, parser)
 
     transformers.utils.logging.set_verbosity_error()
-    built = build(args.shape, args.length, args.device, args.liger)
+    built = build(args.shape, args.length, args.device)
+    models = by_library(built.model, args)
     packages = {"torch": torch, "transformers": transformers, "peft": peft, "bitsandbytes": bitsandbytes}
     setting = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
@@ -269,14 +282,14 @@ def main(argv: list[str] | None = None) -> None:
     peak = f", peak {built.peak_gib:.2f} GiB" if built.peak_gib is not None else ""
     print(f"built in {built.seconds:.1f} s{peak}; {built.layers} layers in 4 bit", flush=True)
     if args.check:
-        setting["agreement"] = agreement(built.model, args)
+        setting["agreement"] = agreement(models, args)
         print("| equal adapters | loss differs by | gradients by |\n|---|---|---|")
         for what, (loss, gradient) in setting["agreement"].items():
             print(f"| {what} | {loss:.2e} | {gradient:.2e} |", flush=True)
     results: list[dict[str, Any]] = []
     for i in range(args.rounds + (args.device == "cuda")):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            found = measure(built.model, ROWS[name], args, profiled=i == args.rounds)
+            found = measure(models, ROWS[name], args, profiled=i == args.rounds)
             results.append({"row": name, "round": i, **found})
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)

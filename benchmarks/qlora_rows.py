@@ -10,13 +10,14 @@ import bitsandbytes
 import peft
 import torch
 from llama import TARGETS, theirs
-from llama_nf4 import SHAPES, skeleton, with_liger
+from llama_nf4 import SHAPES, skeleton, twin, with_liger
 from torch import Tensor, nn
 
-from lit_peft.core.quantized import Frozen4bit, adopt
+from lit_peft.core.quantized import Frozen4bit
 from lit_peft.core.swap import restore_class
 from lit_peft.methods import LoRA
 from lit_peft.training.checkpointing import checkpoint_activations
+from lit_peft.training.liger import use_liger
 
 
 class Row(NamedTuple):
@@ -52,34 +53,40 @@ def lora(row: Row, args: argparse.Namespace, **more: Any) -> LoRA:
     return LoRA(args.r, args.alpha, 0.0, target_modules=TARGETS, adapter_dtype=row.dtype, **more)
 
 
+def by_library(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The base of each library's rows, of the same tensors.
+
+    Liger is in it as a user of that library has it, and HF PEFT's is on the layers of bitsandbytes as they come.
+    """
+    models = {"ours": twin(model), "hf": model, "floor": model}
+    for layer in model.modules():
+        if isinstance(layer, Frozen4bit):
+            restore_class(layer, Frozen4bit)
+    model.is_loaded_in_4bit = True  # by which HF PEFT chooses its 4-bit layers; transformers' loader sets it
+    if args.liger:
+        use_liger(models["ours"])
+        with_liger(model)
+    return models
+
+
 @contextmanager
-def adapted(model: Any, row: Row, args: argparse.Namespace) -> Iterator[nn.Module]:
-    """The model with the adapters of a row; afterwards it is what it was."""
+def adapted(models: dict[str, Any], row: Row, args: argparse.Namespace) -> Iterator[nn.Module]:
+    """A row's base with its adapters; afterwards it is what it was."""
+    model = models[row.library]
     if row.library == "ours":
         method = lora(row, args)
         method.attach(model)
-        try:
-            yield model
-        finally:
-            method.detach(model)
-        return
-    frozen = [layer for layer in model.modules() if isinstance(layer, Frozen4bit)]
-    for layer in frozen:
-        restore_class(layer, Frozen4bit)  # bitsandbytes' own forward
-    model.is_loaded_in_4bit = True  # by which HF PEFT chooses its 4-bit layers; transformers' loader sets it
-    try:
-        if row.library == "floor":
-            handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, y: y.requires_grad_())
-            yield model
-            handle.remove()
-        else:
-            config = peft.LoraConfig(r=args.r, lora_alpha=args.alpha, target_modules=TARGETS)
-            outer: Any = theirs(config, None if row.dtype == "float32" else torch.bfloat16)(model)
-            yield outer
-            outer.unload()
-    finally:
-        for layer in frozen:
-            adopt(layer)
+        yield model
+        method.detach(model)
+    elif row.library == "floor":
+        handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, y: y.requires_grad_())
+        yield model
+        handle.remove()
+    else:
+        config = peft.LoraConfig(r=args.r, lora_alpha=args.alpha, target_modules=TARGETS)
+        outer: Any = theirs(config, None if row.dtype == "float32" else torch.bfloat16)(model)
+        yield outer
+        outer.unload()
 
 
 def checkpoint(model: Any, row: Row) -> None:
@@ -123,7 +130,7 @@ def planned(row: Row, args: argparse.Namespace) -> Any:
 
     ids, model = tokens(args), skeleton(args.shape, args.length)
     if args.liger:
-        with_liger(model)
+        use_liger(model, torch.device("cuda"))
     return plan(
         model,
         lora(row, args, quantize="nf4"),
@@ -135,7 +142,7 @@ def planned(row: Row, args: argparse.Namespace) -> Any:
     )
 
 
-def agreement(model: Any, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def agreement(models: dict[str, Any], args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """What is compared -> difference of the losses, and of all gradients, |a - b| / |b|, with equal adapters.
 
     The last one is HF PEFT beside itself, its adapters computing in float32 and in bfloat16: how far rounding carries.
@@ -147,7 +154,7 @@ def agreement(model: Any, args: argparse.Namespace) -> dict[str, tuple[float, fl
     pairs = (("ours-float32", THEIRS), ("ours-bfloat16", "hf-bfloat16"), ("hf-float32", "hf-bfloat16"))
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         row = ROWS[name]
-        with adapted(model, row, args) as outer:
+        with adapted(models, row, args) as outer:
             factors = {_common(key): p for key, p in outer.named_parameters() if p.requires_grad}
             generator = torch.Generator().manual_seed(2)
             with torch.no_grad():

@@ -66,16 +66,18 @@ def test_an_unknown_row_is_told(qlora, capsys):
     assert "no row 'theirs'; there are floor, hf-float32" in capsys.readouterr().err
 
 
-def test_rows_of_hf_peft_run_on_the_layers_of_bitsandbytes(qlora):
-    model = qlora.build("tiny", 16, "cpu", liger=False).model
-    args = argparse.Namespace(r=4, alpha=8)
+def test_rows_of_hf_peft_run_on_the_layers_of_bitsandbytes_and_ours_on_the_same_tensors(qlora):
+    args = argparse.Namespace(r=4, alpha=8, liger=False)
+    models = qlora.by_library(qlora.build("tiny", 16, "cpu").model, args)
 
-    def classes():
+    def classes(model):
         return {type(layer) for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)}
 
-    with qlora.adapted(model, qlora.ROWS["hf-bfloat16"], args) as outer:
-        assert classes() == {bnb.nn.Linear4bit}
+    assert classes(models["hf"]) == {bnb.nn.Linear4bit}
+    assert all(issubclass(cls, Frozen4bit) for cls in classes(models["ours"]))
+    a, b = (dict(models[library].named_parameters()) for library in ("ours", "hf"))
+    assert a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+    with qlora.adapted(models, qlora.ROWS["hf-bfloat16"], args) as outer:
         wrapped = [m for m in outer.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert len(wrapped) == 14 and {type(m) for m in wrapped} == {peft.tuners.lora.bnb.Linear4bit}
         assert {p.dtype for p in outer.parameters() if p.requires_grad} == {torch.bfloat16}
-    assert all(issubclass(cls, Frozen4bit) for cls in classes())

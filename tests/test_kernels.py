@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lit_peft.core.kernels import row_norms, scale_features
+from lit_peft.core.kernels import in_triton, row_norms, scale_features
+from lit_peft.core.quantized import dense_4bit, forward_4bit
+from lit_peft.quantizers.bnb import FP4, NF4
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
@@ -48,3 +50,36 @@ def test_row_norms(device, dtype, out, n, r, transposed):
     assert found.dtype == torch.float32 and not found.requires_grad
     tolerance = 2e-2 if dtype == torch.bfloat16 or device == "cuda" else 1e-5  # a GPU multiplies in TF32
     torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [NF4, FP4])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("block", [32, 64, 256, 4096])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 258), (5, 6), (300, 192), (1, 6)])
+def test_dense_4bit_is_bitsandbytes(kind, double_quant, storage, block, shape):
+    from bitsandbytes.functional import dequantize_4bit
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = torch.nn.Linear(shape[1], shape[0], dtype=dtype)
+        kind(double_quant, block_size=block, storage_dtype=storage).quantize(layer, torch.device("cuda"))
+        assert in_triton(layer.weight.data) is not None
+        expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert dense_4bit(layer).equal(expected) and expected.dtype == dtype
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_forward_4bit_is_bitsandbytes(rows):
+    from bitsandbytes import matmul_4bit
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 96)
+    NF4().quantize(layer, torch.device("cuda"))
+    x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = matmul_4bit(x, layer.weight, layer.weight.quant_state, bias=layer.bias.bfloat16().cuda())
+        layer.bias.data = layer.bias.data.cuda()
+        assert forward_4bit(layer, x).equal(expected)

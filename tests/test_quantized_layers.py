@@ -222,6 +222,28 @@ def test_the_storage_changes_neither_codes_nor_outputs(storage):
     assert torch.equal(module(layer_input("nf4")), plain(layer_input("nf4")))
 
 
+@pytest.mark.parametrize(("width", "block"), [(48, 32), (96, 64), (16, 128), (192, 128), (33, 64), (64, 4096)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_blocks_that_rows_do_not_fill_are_read_with_their_own_scales(width, block, double_quant):
+    """bitsandbytes 0.50.2 reads them with others', on CPUs with AVX512."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(width, 24), torch.randn(3, width, requires_grad=True)
+    W = layer.weight.detach().clone()
+    options = {"mode": "nf4", "double_quant": double_quant, "block_size": block, "compute_dtype": "float32"}
+    make_quantizer(options).quantize(layer, torch.device("cpu"))
+    state, codes = layer.weight.quant_state, layer.weight.data.flatten().int()
+    W_hat = state.code[torch.stack((codes >> 4, codes & 15), 1)].flatten()[: W.numel()].view_as(W)
+    blocks = W.flatten().split(block)
+    largest = torch.cat([part.abs().max().expand(len(part)) for part in blocks]).view_as(W)
+    found = layer_ops(layer).matrix(layer)
+    error = 0.02 if double_quant else 1e-6  # 8 bits of a scale
+    torch.testing.assert_close(found, W_hat * largest, rtol=0, atol=error * largest.max().item())
+    y = layer(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, found, layer.bias))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, found.sum(0).expand_as(x))
+
+
 @pytest.mark.parametrize("compute", ["auto", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_outputs_have_the_dtype_of_the_inputs_whatever_it_computes_in(compute, given):

@@ -25,7 +25,7 @@ METHODS = {
     "HiRA": HiRA(r=4, target_modules=["first", "second"]),
     "IA3": IA3(target_modules=["first", "second"], feedforward_modules=["second"]),
 }
-WIDTH = 64
+WIDTH = 128  # whole blocks in a row: bitsandbytes reads others with wrong scales on some CPUs
 
 
 class Net(nn.Module):

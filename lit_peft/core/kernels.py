@@ -26,12 +26,12 @@ def scale_features(z: Tensor, v: Tensor, norm: Tensor | None = None, bias: Tenso
     Returns:
         [..., n] in the dtype of `z`.
     """
-    return ScaleFeatures.apply(z, v, norm, bias) if _kernels(z) is not None else scale(z, v, norm, bias)
+    return ScaleFeatures.apply(z, v, norm, bias) if in_triton(z) is not None else scale(z, v, norm, bias)
 
 
 def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
     """`scale_features` as a node's forward pass has it; on a GPU, outside autograd."""
-    if (fast := _kernels(z)) is not None:
+    if (fast := in_triton(z)) is not None:
         return fast.scale(z, v, norm, bias)
     f = _factor(v, norm)
     scaled = f.to(z.dtype)
@@ -42,7 +42,7 @@ def scale_backward(
     dy: Tensor, z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of `scale`: of `z` in its dtype, of `v` and `bias`, [n], in at least float32."""
-    if (fast := _kernels(dy)) is not None:
+    if (fast := in_triton(dy)) is not None:
         return fast.scale_backward(dy, z, v, norm, bias)
     f, wide = _factor(v, norm), torch.promote_types(z.dtype, torch.float32)
     rows, z_rows = (t.reshape(-1, t.shape[-1]).to(wide) for t in (dy, z))
@@ -69,7 +69,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     Returns:
         [out], float32.
     """
-    if len(A) <= 128 and (fast := _kernels(W)) is not None:
+    if len(A) <= 128 and (fast := in_triton(W)) is not None:
         return fast.row_norms(W, A, B, s)
     with torch.no_grad():
         A, B = A.float(), B.float()
@@ -84,7 +84,7 @@ def on_gpu(tensor: Tensor) -> bool:
     return STAND_IN is not None or tensor.device.type != "cpu"
 
 
-def _kernels(tensor: Tensor) -> Any:
+def in_triton(tensor: Tensor) -> Any:
     """The kernels that are written in Triton; None where there are none for a tensor."""
     if STAND_IN is not None:
         return STAND_IN

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core import kernels
 from lit_peft.core.dtypes import compute_dtype, dequantises_itself
 from lit_peft.core.swap import Swapped, swap_class, unswapped, with_mixins
 from lit_peft.core.wrapped import FrozenWrapped
@@ -18,6 +19,9 @@ from lit_peft.core.wrapped import FrozenWrapped
 # Notices that ask for nothing: an optional kernel that is not there on some CPUs, and a cast before int8 products.
 for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+MANY_ROWS = 1536
+"""Rows of activations above which bitsandbytes too makes a 4-bit weight dense; below, it may multiply by the codes."""
 
 SOURCE = "source_cls"
 """Attribute of a quantised layer, transformers' name for it: the class that it was made from."""
@@ -148,6 +152,14 @@ def state_4bit(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
+def is_misread(weight: Tensor, state: Any) -> bool:
+    """Whether bitsandbytes' kernels may read codes with the scales of other blocks, as those for CPUs do.
+
+    With AVX512, version 0.50.2 takes a row whose length is a multiple of 16 to begin a block.
+    """
+    return state.shape[-1] % state.blocksize != 0 and not kernels.on_gpu(weight)
+
+
 def told_4bit(quant_type: str, block_size: int, nested: bool) -> str:
     """What a weight in 4 bits is stored as; a layer and its quantiser say the same."""
     return f"{quant_type} in blocks of {block_size}{', double' if nested else ''}"
@@ -158,10 +170,17 @@ def dense_4bit(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     state = state_4bit(layer)
     if state is None:  # not moved to its device yet: bitsandbytes quantises then
         return layer.weight
+    if (fast := kernels.in_triton(layer.weight.data)) is not None:
+        return fast.dense_4bit(layer.weight.data, state, dtype or state.dtype)
     absmax = state.absmax
     ops = bitsandbytes().functional
     if state.nested:
         absmax = ops.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    if is_misread(layer.weight, state):
+        two = layer.weight.data.view(torch.uint8).flatten().int()
+        W = state.code[torch.stack((two >> 4, two & 15), 1)].flatten()[: state.shape.numel()]
+        W *= absmax.float().repeat_interleave(state.blocksize)[: W.numel()]
+        return W.view(state.shape).to(dtype or state.dtype)
     return torch.ops.bitsandbytes.dequantize_4bit.default(
         layer.weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype or state.dtype
     )
@@ -175,6 +194,10 @@ def forward_4bit(layer: Any, x: Tensor) -> Tensor:
             f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
         )
     own, dtype = compute_dtype(x), layer.compute_dtype or compute_dtype(x)
+    many = x.numel() > MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled() and kernels.in_triton(x) is not None
+    if many or is_misread(layer.weight, state):
+        b = None if layer.bias is None else layer.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), dense_4bit(layer, dtype), b).to(own)
     inside, outside = _bias(layer.bias, dtype)
     y = bitsandbytes().matmul_4bit(x.to(dtype), layer.weight, quant_state=state, bias=inside)
     return (y if outside is None else y + outside).to(own)

@@ -11,6 +11,9 @@ from torch import Tensor
 ROWS, COLUMNS, TALL = 16, 256, 16
 """A block is 16 x 256; a program of the backward pass goes down 16 of them and sums as it goes."""
 
+DENSE_TILE = 8192
+"""Weights that a program makes dense, 32 a thread."""
+
 _HERE = nullcontext()
 
 
@@ -90,6 +93,30 @@ def _row_norms(  # type: ignore[no-untyped-def]
     tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)), mask=row < out)
 
 
+@triton.jit
+def _dense_4bit(  # type: ignore[no-untyped-def]
+    codes, table, absmax, scale_codes, scale_table, offset, W, n,
+    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCKS  # in 64 bits, as the places of a large matrix are; the rest fits 32
+    row = tl.arange(0, BLOCKS)
+    left = n - first * BLOCK
+    block = first + row
+    there = row * BLOCK < left
+    if scale_codes is None:
+        scale = tl.load(absmax + block, mask=there, other=0.0)
+    else:
+        scale_code = tl.load(scale_codes + block, mask=there, other=0).to(tl.int32)
+        scale = tl.load(scale_table + scale_code) * tl.load(absmax + block // NESTED_BLOCK, mask=there, other=0.0)
+        scale += tl.load(offset)
+    at = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    two = tl.load(codes + first * (BLOCK // 2) + at, mask=2 * at < left, other=0).to(tl.int32)
+    high = tl.load(table + (two >> 4)) * scale[:, None]
+    low = tl.load(table + (two & 15)) * scale[:, None]
+    at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(W + first * BLOCK + at, tl.interleave(high, low).to(W.dtype.element_ty), mask=at < left)
+
+
 def _blocks(n: int, size: int) -> int:  # triton.cdiv is traced by its compiler, and slow to call
     return -(-n // size)
 
@@ -132,3 +159,26 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     with _on(W.device):
         _row_norms[grid](W, A, B, norms, out, n, r, s, *W.stride(), 16, 128, max(16, 1 << (r - 1).bit_length()))
     return norms
+
+
+def dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """The weight, `state.shape`, that 4-bit codes stand for, bit for bit as bitsandbytes' kernels make it.
+
+    Those take three passes where the scales are quantised too: one for these, one for their offset, one for the weight.
+
+    Args:
+        codes: Two a byte, the first one in its upper half; contiguous.
+        state: bitsandbytes' state of them, on the same device.
+        dtype: Of the result.
+    """
+    W = torch.empty(state.shape, dtype=dtype, device=codes.device)
+    absmax, nested, n = state.absmax, (None, None, None), W.numel()
+    if state.nested:
+        nested, absmax = (state.absmax, state.state2.code, state.offset), state.state2.absmax
+    blocks = max(1, DENSE_TILE // state.blocksize)
+    with _on(codes.device):
+        _dense_4bit[(_blocks(n, blocks * state.blocksize),)](
+            codes.view(torch.uint8), state.code, absmax, *nested, W, n, state.blocksize,
+            state.state2.blocksize if state.nested else 1, blocks, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+    return W
