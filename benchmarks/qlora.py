@@ -10,8 +10,9 @@ Random weights in NF4 with double quantisation, random tokens, LoRA on all seven
 serves all rows: in each round every row puts its adapters on, warms up, is timed and takes them off again, in an order
 that rotates. A step is zero_grad, forward, backward and fused AdamW, or, for 65 B, bitsandbytes' paged AdamW in 32 bit;
 on a GPU it is timed by its events. "kernels" is what the GPU's kernels take of it: a step takes longer where the host,
-which launches them, is slow; it is had from one more round. Liger's kernels are in all rows unless --no-liger says
-otherwise: as transformers applies them in those of HF PEFT and in the floor, by `kernels: liger` in ours.
+which launches them, is slow; it is had from one more round. What is compared with HF PEFT is timed before the rounds,
+each pair in turns of one step. Liger's kernels are in all rows unless --no-liger says otherwise: as transformers applies
+them in those of HF PEFT and in the floor, by `kernels: liger` in ours.
 
 A row is named library-dtype: the dtype is that of the adapters. "-autocast" runs the forward under bfloat16 autocast.
 "hf-float32" is HF PEFT as it comes; its rows run on bitsandbytes' own layers, and so does "floor": the frozen base
@@ -32,6 +33,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +55,35 @@ from qlora_rows import (
     planned,
     tokens,
 )
+from torch import Tensor, nn
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "8b": {"batch": 4, "length": 1024, "r": 16, "alpha": 32, "rounds": 3, "warmup": 2, "steps": 5, "paged": False},
-    "65b": {"batch": 1, "length": 512, "r": 64, "alpha": 16, "rounds": 1, "warmup": 0, "steps": 10, "paged": True}
-    | {"rows": ["ours-float32+checkpointing"]},
-    "tiny": {"batch": 2, "length": 32, "r": 4, "alpha": 8, "rounds": 1, "warmup": 1, "steps": 2, "paged": False},
+    "8b": {"batch": 4, "length": 1024, "r": 16, "alpha": 32, "rounds": 3, "warmup": 2, "steps": 5, "turns": 30},
+    "65b": {"batch": 1, "length": 512, "r": 64, "alpha": 16, "rounds": 1, "warmup": 0, "steps": 10, "turns": 0}
+    | {"paged": True, "rows": ["ours-float32+checkpointing"], "check": False},
+    "tiny": {"batch": 2, "length": 32, "r": 4, "alpha": 8, "rounds": 1, "warmup": 1, "steps": 2, "turns": 2},
 }
 """Arguments of each shape that are not given."""
 
-BARS: list[tuple[str, str, str, str | None, float]] = [
-    ("8b", "step_ms", "ours-float32", THEIRS, 0.90),
-    ("8b", "step_ms", "ours-bfloat16", "hf-bfloat16", 0.95),
-    ("8b", "kernels_ms", "ours-float32", THEIRS, 0.90),
-    ("8b", "kernels_ms", "ours-bfloat16", "hf-bfloat16", 0.95),
-    ("8b", "static_gib", "ours-float32", None, 5.6),
-    ("8b", "peak_gib", "ours-float32", None, 22.0),
-    ("8b", "peak_gib", "ours-bfloat16", None, 22.0),
-    ("8b", "step_ms", "ours-float32+checkpointing", f"{THEIRS}+checkpointing", 0.92),
-    ("8b", "step_ms", "ours-bfloat16+checkpointing", "hf-bfloat16+checkpointing", 0.92),
-    ("8b", "kernels_ms", "ours-float32+checkpointing", f"{THEIRS}+checkpointing", 0.92),
-    ("8b", "kernels_ms", "ours-bfloat16+checkpointing", "hf-bfloat16+checkpointing", 0.92),
-    ("8b", "peak_gib", "ours-float32+checkpointing", None, 7.4),
-    ("8b", "peak_gib", "ours-bfloat16+checkpointing", None, 7.4),
-    ("8b", "peak_gib", "ours-float32+offload", None, 7.0),
-    ("8b", "peak_gib", "ours-bfloat16+offload", None, 7.0),
-    ("65b", "peak_gib", "ours-float32+checkpointing", None, 48.0),
+PAIRS: list[tuple[str, str, float]] = [
+    ("ours-float32", THEIRS, 0.90),
+    ("ours-bfloat16", "hf-bfloat16", 0.95),
+    ("ours-float32+checkpointing", f"{THEIRS}+checkpointing", 0.92),
+    ("ours-bfloat16+checkpointing", "hf-bfloat16+checkpointing", 0.92),
 ]
-"""Shape, figure, row, the row that it is divided by, and the most that it may be."""
+"""Rows of 8 B that are compared: ours, HF PEFT's, and the most that the former's time may be of the latter's."""
+
+BARS: list[tuple[str, str, str, float]] = [
+    ("8b", "static_gib", "ours-float32", 5.6),
+    ("8b", "peak_gib", "ours-float32", 22.0),
+    ("8b", "peak_gib", "ours-bfloat16", 22.0),
+    ("8b", "peak_gib", "ours-float32+checkpointing", 7.4),
+    ("8b", "peak_gib", "ours-bfloat16+checkpointing", 7.4),
+    ("8b", "peak_gib", "ours-float32+offload", 7.0),
+    ("8b", "peak_gib", "ours-bfloat16+offload", 7.0),
+    ("65b", "peak_gib", "ours-float32+checkpointing", 48.0),
+]
+"""Shape, memory, row, and the most that it may be."""
 
 
 class Clock:
@@ -120,6 +123,32 @@ def kernels_ms(step: Callable[[], None]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
 
 
+class Training:
+    """A row whose adapters are on: its steps, and the losses of those that were made."""
+
+    def __init__(self, outer: nn.Module, row: Row, args: argparse.Namespace) -> None:
+        self.outer, self.ids, self.losses = outer, tokens(args), list[Tensor]()
+        self.autocast: Callable[[], Any] = lambda: autocast(row, args)
+        self.trainable = [p for p in outer.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(self.trainable, args) if self.trainable else None
+
+    def step(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        with self.autocast():
+            loss = self.outer(input_ids=self.ids, labels=self.ids).loss
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.losses.append(loss.detach())
+
+
+@contextmanager
+def training(models: dict[str, Any], row: Row, args: argparse.Namespace) -> Iterator[Training]:
+    with adapted(models, row, args) as outer, checkpointed(models[row.library], row):
+        yield Training(outer, row, args)
+
+
 def measure(models: dict[str, Any], row: Row, args: argparse.Namespace, profiled: bool = False) -> dict[str, Any]:
     """Milliseconds of each step after the first ones, the losses of all, and memory in GiB.
 
@@ -129,39 +158,42 @@ def measure(models: dict[str, Any], row: Row, args: argparse.Namespace, profiled
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    with adapted(models, row, args) as outer, checkpointed(models[row.library], row):
-        trainable = [p for p in outer.parameters() if p.requires_grad]
-        optimizer = optimizer_of(trainable, args) if trainable else None
-        ids, losses, clock = tokens(args), [], Clock(device)
+    with training(models, row, args) as run:
+        clock = Clock(device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         static = torch.cuda.memory_allocated() if on_gpu else 0
-
-        def step() -> None:
-            if optimizer is not None:
-                optimizer.zero_grad()
-            with autocast(row, args):
-                loss = outer(input_ids=ids, labels=ids).loss
-            loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-            losses.append(loss.detach())
-
         clock.tick()
         for _ in range(args.warmup + args.steps * (not profiled)):
-            step()
+            run.step()
             clock.tick()
         times = clock.milliseconds()[args.warmup :]
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {
             "step_ms": times,
-            "kernels_ms": kernels_ms(step) if profiled else None,
+            "kernels_ms": kernels_ms(run.step) if profiled else None,
             "static_gib": gib(static, device),
             "peak_gib": gib(peak, device),
-            "paged_gib": gib(paged_bytes(optimizer), device) if args.paged else None,
-            "loss": [float(loss) for loss in losses],
-            "trainable": sum(p.numel() for p in trainable),
+            "paged_gib": gib(paged_bytes(run.optimizer), device) if args.paged else None,
+            "loss": [float(loss) for loss in run.losses],
+            "trainable": sum(p.numel() for p in run.trainable),
         }
+
+
+def turns(models: dict[str, Any], names: tuple[str, str], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of each step of two rows, of other libraries, that take turns.
+
+    Whatever slows the host for longer than a step slows both.
+    """
+    with ExitStack() as stack:
+        runs = [stack.enter_context(training(models, ROWS[name], args)) for name in names]
+        clock = Clock(args.device)
+        for i in range(2 * (args.warmup + args.turns)):
+            clock.tick()
+            runs[i % 2].step()
+        clock.tick()
+        times = clock.milliseconds()[2 * args.warmup :]
+        return {name: times[i::2] for i, name in enumerate(names)}
 
 
 def figure(results: list[dict[str, Any]], name: str, key: str) -> float | None:
@@ -191,32 +223,35 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         kernels = figure(results, name, "kernels_ms")
         losses = next(result["loss"] for result in results if result["row"] == name)
         cells = [
-            *(name, ROWS[name].dtype or "none", f"{statistics.median(times):.1f}"),
-            *(f"{min(times):.1f} to {max(times):.1f}", show(kernels, 1), show(floor and kernels and kernels / floor)),
+            *(name, ROWS[name].dtype or "none", show(figure(results, name, "step_ms"), 1)),
+            *(
+                f"{min(times):.1f} to {max(times):.1f}" if times else "",
+                show(kernels, 1),
+                show(floor and kernels and kernels / floor),
+            ),
             *(show(figure(results, name, key)) for key in ("static_gib", "peak_gib", "paged_gib")),
             f"{losses[0]:.4f} to {losses[-1]:.4f}",
         ]
         yield f"| {' | '.join(cells)} |"
 
 
-def bars(results: list[dict[str, Any]], shape: str) -> Iterator[str]:
-    """The figures that are to be reached, in Markdown; ratios round by round, with their least and largest."""
-    yield "| figure | measured | min to max | at most | reached |\n|---|---|---|---|---|"
-    for of, key, name, other, most in BARS:
-        value, spread, what = figure(results, name, key), "", f"{key} of {name}"
-        if of != shape or value is None:
-            continue
-        if other is not None:
-            if figure(results, other, key) is None:
-                continue
-            rounds = sorted({result["round"] for result in results if result[key]})
-            each = [[r for r in results if r["round"] == i] for i in rounds]
-            ratios = [figure(part, name, key) / figure(part, other, key) for part in each]
-            value, spread, what = (
-                statistics.median(ratios),
-                f"{min(ratios):.3f} to {max(ratios):.3f}",
-                f"{what} / {other}",
-            )
+def bars(results: list[dict[str, Any]], taken: dict[str, dict[str, list[float]]], shape: str) -> Iterator[str]:
+    """The figures that are to be reached, in Markdown; of steps the ratio of the medians, with quartiles of all."""
+    yield "| figure | measured | quartiles | at most | reached |\n|---|---|---|---|---|"
+    found: list[tuple[str, float, str, float]] = []
+    for name, other, most in PAIRS if shape == "8b" else []:
+        if times := taken.get(name):
+            each = [a / b for a, b in zip(times[name], times[other], strict=True)]
+            low, _, high = statistics.quantiles(each, n=4)
+            ratio = statistics.median(times[name]) / statistics.median(times[other])
+            found.append((f"step of {name} / {other}", ratio, f"{low:.3f} to {high:.3f}", most))
+        mine, their = (figure(results, row, "kernels_ms") for row in (name, other))
+        if mine and their:
+            found.append((f"kernels of {name} / {other}", mine / their, "", most))
+    for of, key, name, most in BARS:
+        if of == shape and (value := figure(results, name, key)) is not None:
+            found.append((f"{key} of {name}", value, "", most))
+    for what, value, spread, most in found:
         yield f"| {what} | {value:.3f} | {spread} | {most:.2f} | {'yes' if value <= most else 'no'} |"
 
 
@@ -255,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         ("rounds", ""),
         ("warmup", ""),
         ("steps", ""),
+        ("turns", "steps of each of two rows that are compared"),
     ):
         parser.add_argument(f"--{name}", type=int, default=None, help=what or None)
     parser.add_argument("--alpha", type=float, default=None)
@@ -265,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plan", action="store_true", help="tell lit-peft's plan of our rows")
     parser.add_argument("--out", type=Path, default=None, help="file for lines of JSON")
     args = parser.parse_args(argv)
-    defaults = {"rows": ["*"], "check": args.shape != "65b", **DEFAULTS[args.shape]}
+    defaults = {"rows": ["*"], "paged": False, "check": True, **DEFAULTS[args.shape]}
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
     names = chosen(args, parser)
 
@@ -287,6 +323,10 @@ def main(argv: list[str] | None = None) -> None:
         for what, (loss, gradient) in setting["agreement"].items():
             print(f"| {what} | {loss:.2e} | {gradient:.2e} |", flush=True)
     results: list[dict[str, Any]] = []
+    pairs = [(ours, theirs) for ours, theirs, _ in PAIRS if args.turns and {ours, theirs} <= set(names)]
+    taken = setting["turns"] = {pair[0]: turns(models, pair, args) for pair in pairs}
+    for times in taken.values():
+        print("in turns:", ", ".join(f"{row} {statistics.median(found):.1f} ms" for row, found in times.items()))
     for i in range(args.rounds + (args.device == "cuda")):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             found = measure(models, ROWS[name], args, profiled=i == args.rounds)
@@ -296,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
                 with args.out.open("a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
     print(*table(sorted(results, key=lambda result: names.index(result["row"]))), sep="\n")
-    print(*bars(results, args.shape), sep="\n")
+    print(*bars(results, taken, args.shape), sep="\n")
     if args.plan:
         print(*plans(names, results, args), sep="\n")
     if args.out:

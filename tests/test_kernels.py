@@ -57,7 +57,7 @@ def test_row_norms(device, dtype, out, n, r, transposed):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 @pytest.mark.parametrize("block", [32, 64, 256, 4096])
-@pytest.mark.parametrize("shape", [(64, 64), (33, 258), (5, 6), (300, 192), (1, 6)])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 258), (5, 6), (300, 192), (2, 6)])
 def test_dense_4bit_is_bitsandbytes(kind, double_quant, storage, block, shape):
     from bitsandbytes.functional import dequantize_4bit
 
