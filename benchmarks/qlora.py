@@ -11,8 +11,8 @@ serves all rows: in each round every row puts its adapters on, warms up, is time
 that rotates. A step is zero_grad, forward, backward and fused AdamW, or, for 65 B, bitsandbytes' paged AdamW in 32 bit;
 on a GPU it is timed by its events. "kernels" is what the GPU's kernels take of it: a step takes longer where the host,
 which launches them, is slow; it is had from one more round. What is compared with HF PEFT is timed before the rounds,
-each pair in turns of one step. Liger's kernels are in all rows unless --no-liger says otherwise: as transformers applies
-them in those of HF PEFT and in the floor, by `kernels: liger` in ours.
+each pair in turns of one step. Liger's kernels are in all rows unless --no-liger says otherwise, as transformers puts
+them into those of HF PEFT and the floor, and `kernels: liger` into ours.
 
 A row is named library-dtype: the dtype is that of the adapters. "-autocast" runs the forward under bfloat16 autocast.
 "hf-float32" is HF PEFT as it comes; its rows run on bitsandbytes' own layers, and so does "floor": the frozen base
