@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from models import logits, tiny
 from torch import nn
+from toys import dense_by_hand
 
 import lit_peft
 from lit_peft import DoRA, HiRA, LoRA, SparseLoRA, VeRA, merge, unmerge
@@ -53,9 +54,9 @@ def adapted(name: str, quantize: Any = NF4, **arguments: Any) -> nn.Module:
 
 
 def dequantized(layer: Any) -> torch.Tensor:
-    """A layer's weight, [out, in], by the own function of bitsandbytes or torchao."""
+    """A layer's weight, [out, in], by its definition or by the own function of bitsandbytes or torchao."""
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return dense_by_hand(layer.weight.data, layer.weight.quant_state)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
     return layer.weight.dequantize()
@@ -183,7 +184,7 @@ def test_requantized_is_what_the_package_makes_of_the_sum_and_comes_back(kind):
         state = layer.weight.quant_state
         options = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
         codes, state = bnb.functional.quantize_4bit(V.detach(), quant_storage=layer.weight.dtype, **options)
-        again = bnb.functional.dequantize_4bit(codes, state)
+        again = dense_by_hand(codes, state)
     stored = stored_as(model)
     merge(model, into="requantized")
     assert stored_as(model) == stored  # as many bits, at the same layers

@@ -112,3 +112,17 @@ def adapters(module: nn.Module) -> dict[str, Tensor]:
 
 
 LORA_KEYS = {f"{path}.peft.default.lora_{x}" for path in ADAPTED for x in "AB"}
+
+
+def dense_by_hand(codes: Tensor, state) -> Tensor:
+    """The weight that bitsandbytes' 4-bit codes stand for, `code[index] * absmax[block]`, in the state's dtype.
+
+    Its own kernel reads rows that do not fill their blocks with the scales of others, on CPUs with AVX512.
+    """
+    absmax = state.absmax
+    if state.nested:
+        scales = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
+        absmax = state.state2.code[absmax.int()] * scales + state.offset
+    two = codes.detach().flatten().view(torch.uint8).int()
+    W = state.code[torch.stack((two >> 4, two & 15), 1)].flatten()[: state.shape.numel()]
+    return (W * absmax.repeat_interleave(state.blocksize)[: W.numel()]).view(state.shape).to(state.dtype)

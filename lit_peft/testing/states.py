@@ -17,7 +17,7 @@ def perturb(module: nn.Module, only: str = "") -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and only in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def by_equation(module: Any, x: Tensor) -> Tensor:
