@@ -277,6 +277,13 @@ def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[st
     return [name for name in ROWS if name in wanted]
 
 
+def note(path: Path, found: dict[str, Any]) -> None:
+    """Adds a line of JSON to a file: what was measured before a run is cut off is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
@@ -324,7 +331,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"| {what} | {loss:.2e} | {gradient:.2e} |", flush=True)
     results: list[dict[str, Any]] = []
     pairs = [(ours, theirs) for ours, theirs, _ in PAIRS if args.turns and {ours, theirs} <= set(names)]
-    taken = setting["turns"] = {pair[0]: turns(models, pair, args) for pair in pairs}
+    taken = {pair[0]: turns(models, pair, args) for pair in pairs}
+    if args.out:
+        note(args.out, {"turns": taken})
     for times in taken.values():
         print("in turns:", ", ".join(f"{row} {statistics.median(found):.1f} ms" for row, found in times.items()))
     for i in range(args.rounds + (args.device == "cuda")):
@@ -332,16 +341,13 @@ def main(argv: list[str] | None = None) -> None:
             found = measure(models, ROWS[name], args, profiled=i == args.rounds)
             results.append({"row": name, "round": i, **found})
             if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
+                note(args.out, results[-1])
     print(*table(sorted(results, key=lambda result: names.index(result["row"]))), sep="\n")
     print(*bars(results, taken, args.shape), sep="\n")
     if args.plan:
         print(*plans(names, results, args), sep="\n")
     if args.out:
-        with args.out.open("a") as file:
-            file.write(json.dumps(setting) + "\n")
+        note(args.out, setting)
     print(json.dumps(setting))
 
 
