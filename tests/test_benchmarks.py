@@ -9,8 +9,10 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_peft.core.quantized import Frozen4bit
+from lit_peft.demo.text import unlabelled_text
 from lit_peft.methods.lora import LoRADelta
 
 
@@ -83,3 +85,23 @@ def test_rows_of_hf_peft_run_on_the_layers_of_bitsandbytes_and_ours_on_the_same_
         wrapped = [m for m in outer.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert len(wrapped) == 14 and {type(m) for m in wrapped} == {peft.tuners.lora.bnb.Linear4bit}
         assert {p.dtype for p in outer.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+def test_a_decoder_is_made_of_local_text(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    script, text = importlib.import_module("pretrain_gpt2_mini"), tmp_path / "reviews.txt"
+    text.write_text("\n".join(unlabelled_text(300)) + "\n\n")
+    small = ["--layers", "1", "--width", "64", "--pieces", "400", "--positions", "32", "--device", "cpu"]
+    script.main(["--text", str(text), "--out", str(tmp_path / "model"), "--steps", "30", "--log-every", "15", *small])
+    first, last = (float(line.split()[6]) for line in capsys.readouterr().out.splitlines()[1:3])
+    assert last < first < 6  # log(400)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    line = "The film is not dull."
+    ids = tokenizer(line, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == line and model(ids).logits.shape == (1, ids.shape[1], 400)
+    assert model.config.n_positions == tokenizer.model_max_length == 32 and model.dtype == torch.float32
+    with pytest.raises(SystemExit, match="exists"):
+        script.main(["--text", str(text), "--out", str(tmp_path / "model")])
+    with pytest.raises(SystemExit, match="no column 'body'; it has text"):
+        script.main(["--text", str(text), "--column", "body", "--out", str(tmp_path / "other")])
