@@ -117,9 +117,13 @@ class LayerOps:
 
         A quantised layer quantises it anew, which rounds.
         """
-        self.matrix(layer).data.copy_(W)
+        self.store_matrix(layer, W)
         if b is not None:
             layer.bias.data.copy_(b)
+
+    def store_matrix(self, layer: Any, W: Tensor) -> None:
+        """`store` of the weight alone: what a layer type overrides whose `matrix` is no view of it."""
+        self.matrix(layer).data.copy_(W)
 
     def keep(self, layer: Any) -> Any:
         """What `put_back` needs to give a layer the weight and the bias that it has now, on the host.
@@ -206,13 +210,11 @@ class LinearOps(LayerOps):
     def stored(self, layer: Any) -> list[Tensor]:
         return wrapped.parts(layer.weight) if dequantises_itself(layer.weight) else [layer.weight]
 
-    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
-        if not dequantises_itself(layer.weight):
-            super().store(layer, W, b)
-            return
-        wrapped.store(layer, W)
-        if b is not None:
-            layer.bias.data.copy_(b)
+    def store_matrix(self, layer: Any, W: Tensor) -> None:
+        if dequantises_itself(layer.weight):
+            wrapped.store(layer, W)
+        else:
+            super().store_matrix(layer, W)
 
     def keep(self, layer: Any) -> Any:
         return wrapped.keep(layer) if dequantises_itself(layer.weight) else super().keep(layer)
@@ -293,10 +295,8 @@ class Linear4bitOps(BitsandbytesOps):
         nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
         return [layer.weight, state.absmax, state.code, *nested]
 
-    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+    def store_matrix(self, layer: Any, W: Tensor) -> None:
         quantized.store_4bit(layer, W)
-        if b is not None:
-            layer.bias.data.copy_(b)
 
 
 @register_layer_ops("bitsandbytes.nn.modules.Linear8bitLt")
@@ -318,10 +318,8 @@ class Linear8bitOps(BitsandbytesOps):
     def stored(self, layer: Any) -> list[Tensor]:
         return [layer.weight, quantized.scales_8bit(layer)]
 
-    def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
+    def store_matrix(self, layer: Any, W: Tensor) -> None:
         quantized.store_8bit(layer, W)
-        if b is not None:
-            layer.bias.data.copy_(b)
 
 
 @register_layer_ops("torch.nn.modules.sparse.Embedding")
