@@ -35,12 +35,10 @@ class RowsLinearOps(LinearOps):
     def stored(self, layer: RowsLinear) -> list[Tensor]:
         return [layer.weight, layer.scale]
 
-    def store(self, layer: RowsLinear, W: Tensor, b: Tensor | None) -> None:
+    def store_matrix(self, layer: RowsLinear, W: Tensor) -> None:
         codes, scale = rounded(W, layer.bits)
         layer.weight.data.copy_(codes)
         layer.scale.copy_(scale)
-        if b is not None:
-            layer.bias.data.copy_(b)
 
     def make_dense(self, layer: RowsLinear, W: Tensor) -> None:
         layer.__class__ = nn.Linear
