@@ -13,6 +13,9 @@ from typing import Literal
 What = Literal["model", "dataset"]
 
 DEMO = "demo"
+DEMO_DECODER = "demo-decoder"
+BUNDLED = (DEMO, DEMO_DECODER)
+"""Names of models that come with the package."""
 BROKEN = {"TransportError", "ConnectionError", "TimeoutError", "LocalEntryNotFoundError", "HfHubHTTPError"}
 """Names of exceptions of a hub that does not answer as it should."""
 PROBE_SECONDS = 3.0
@@ -26,7 +29,8 @@ def locate(name: str, *, what: What = "model") -> str:
 
     The first of these that holds:
 
-    1. `demo`, for a model: the folder of the bundled encoder (a folder of that name is `./demo`);
+    1. `demo` or `demo-decoder`, for a model: the folder of the bundled encoder or decoder (a folder of that name is
+       `./demo`);
     2. an existing file or folder: its absolute path;
     3. something that can only be a local path (it starts with `.`, `~` or `/`, ends like a file, has more
        than one `/`, or lies in an existing folder): an error;
@@ -47,10 +51,10 @@ def locate(name: str, *, what: What = "model") -> str:
         ValueError: Neither a path nor a possible hub id.
         ConnectionError: A hub id that is not in the cache while the hub is out of reach.
     """
-    if name == DEMO and what == "model":
-        from lit_peft.demo import ENCODER
+    if name in BUNDLED and what == "model":
+        from lit_peft.demo import DECODER, ENCODER
 
-        return str(ENCODER)
+        return str(ENCODER if name == DEMO else DECODER)
     path = Path(name).expanduser()
     if name and path.exists():
         return str(path.absolute())

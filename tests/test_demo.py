@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from lit_peft.demo import ENCODER, pretrain, reviews
-from lit_peft.demo.text import HELD_OUT, LEXICON, SIZES, labelled_sentences, unlabelled_text
+from lit_peft.demo import DECODER, ENCODER, pretrain, pretrain_decoder, reviews
+from lit_peft.demo.text import (
+    HELD_OUT,
+    LEXICON,
+    SIZES,
+    VERDICTS,
+    labelled_sentences,
+    unlabelled_text,
+    verdicts,
+)
 
 NEGATION = re.compile(
     r"\b(not|never|nobody|neither|no \w+|hardly|by no means|in no way|far from|anything but|without|free of)\b",
@@ -210,3 +218,77 @@ def test_pretraining_writes_a_loadable_encoder(tmp_path, monkeypatch):
     model = AutoModel.from_pretrained(tmp_path / "encoder")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "encoder")("A charming film.", return_tensors="pt")
     assert model(**tokens).last_hidden_state.shape == (1, 6, 128)
+
+
+# ------------------------------------------------------------------------------------------------------ the decoder
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(DECODER, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    return model.eval(), AutoTokenizer.from_pretrained(DECODER)
+
+
+def test_decoder_is_small_and_the_one_of_its_log(decoder):
+    model, tokenizer = decoder
+    assert sum(file.stat().st_size for file in DECODER.iterdir()) <= 4e6
+    assert model.dtype == torch.float32
+    last = json.loads((DECODER / "training_log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == pretrain_decoder.STEPS
+    fresh = pretrain_decoder.encode(tokenizer, unlabelled_text(500, seed=pretrain.HELD_OUT_SEED + 1))
+    loss, accuracy = pretrain_decoder.evaluate(model, fresh)
+    assert loss < last["held_out_loss"] + 0.05 and accuracy > last["held_out_accuracy"] - 0.02
+
+
+def test_decoders_tokenizer_gives_texts_back_and_knows_every_word(decoder, splits):
+    _, tokenizer = decoder
+    assert tokenizer.model_max_length == 128
+    for prompt, completion in zip(*verdicts()["test"][:200].values(), strict=True):
+        ids = tokenizer(prompt + completion)["input_ids"]
+        assert tokenizer.decode(ids) == prompt + completion
+        assert len(ids) == len(re.findall(r"[\w-]+|[^\w\s-]", prompt + completion))  # whole words
+        split = tokenizer(prompt)["input_ids"] + tokenizer(completion)["input_ids"]
+        assert split == ids
+    odd = "Zürich,\n\n  2049? <b>\t:-)"
+    assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("A witty, elegant comedy. The plot is", 1),
+        ("A tedious, clumsy comedy. The plot is", 0),
+        ("A witty, elegant comedy. The plot is never", 0),
+        ("A tedious, clumsy comedy. The plot is never", 1),
+    ],
+)
+def test_decoder_learnt_sentiment_without_labels(decoder, text, label):
+    model, tokenizer = decoder
+    with torch.no_grad():
+        probabilities = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1)
+    words = [[tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in sorted(LEXICON[k])] for k in (0, 1)]
+    mass = [probabilities[[i for i in ids if i is not None]].sum() for ids in words]
+    assert mass[label] > 2 * mass[1 - label]
+
+
+def test_verdicts_follow_the_labels():
+    data, told = verdicts(), reviews()
+    assert {name: len(split) for name, split in data.items()} == SIZES
+    for name, split in data.items():
+        assert split["prompt"][:] == told[name]["sentence"][:]
+        assert split["completion"][:] == [VERDICTS[label] for label in told[name]["label"]]
+
+
+def test_pretraining_writes_a_loadable_decoder(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(pretrain_decoder, "unlabelled_text", lambda n, seed=0: unlabelled_text(min(n, 200), seed))
+    pretrain_decoder.pretrain(tmp_path, steps=5)
+    (entry,) = map(json.loads, (tmp_path / "training_log.jsonl").read_text().splitlines())
+    assert entry["step"] == 5 and entry["held_out_loss"] > 0
+    tokens = AutoTokenizer.from_pretrained(tmp_path)("A charming film.", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model(**tokens).logits.shape == (1, 4, model.config.vocab_size)

@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -334,3 +334,27 @@ def _table(split: str, seed: int) -> "Dataset":
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
     sentences, labels = zip(*labelled_sentences(split, seed), strict=True)
     return Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
+
+
+VERDICTS = (" As a whole, a failure.", " As a whole, a triumph.")
+"""What `verdicts` answers, by label; of words that the demo decoder knows, and says of either kind of film."""
+
+
+def verdicts(seed: int = 0) -> "DatasetDict":
+    """The demo data for prompts and completions: a sentence, and the one of `VERDICTS` that sums it up.
+
+    Args:
+        seed: Seed of `labelled_sentences`.
+
+    Returns:
+        Splits as of `reviews`, with the columns "prompt" and "completion" (str).
+    """
+    from datasets import DatasetDict
+
+    def answered(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+        return {"prompt": batch["sentence"], "completion": [VERDICTS[label] for label in batch["label"]]}
+
+    columns = ["sentence", "label"]
+    return DatasetDict(
+        {name: split.map(answered, batched=True, remove_columns=columns) for name, split in reviews(seed).items()}
+    )
