@@ -2,8 +2,8 @@
 
 A small GPT-2 learns to predict the next token (Radford et al. 2019, section 2) of the reviews that the encoder learns
 from. Because all sentences of a review share one sentiment, the words of a later sentence can be predicted well only by
-reading that of the earlier ones. A quarter of an hour on one CPU core, two minutes on a GPU; the folder ``decoder`` beside this
-file was written by it.
+reading that of the earlier ones. A quarter of an hour on one CPU core; the folder ``decoder`` beside this file was
+written by it.
 """
 
 import argparse
