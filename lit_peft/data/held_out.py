@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from lit_peft import hub
 from lit_peft.data.base import TextDataModule
-from lit_peft.data.columns import Labels, has_labels, nearest
+from lit_peft.data.columns import nearest
 from lit_peft.data.splits import stratified_subset
 
 CUT_SPLIT = "cut"
@@ -43,11 +43,10 @@ VERBS = {"train": "train", "val": "validate", "test": "test"}
 
 
 class HeldOutDataModule(TextDataModule):
-    """Gives each role its rows; a subclass reads the splits and encodes their labels.
+    """Gives each role its rows; a subclass reads the splits and says which of their rows are of a kind.
 
     Args:
         path: Where the splits are from; known again by its content.
-        label_column: Column of the label.
         splits: Role -> split that it was told to read; null: found, or cut from train; "cut": cut from train.
         limits: Role -> number of rows, or null.
         val_fraction: Share of train that is cut off for each role without a split of its own.
@@ -57,7 +56,6 @@ class HeldOutDataModule(TextDataModule):
     def __init__(
         self,
         path: str,
-        label_column: str,
         splits: Mapping[str, str | None],
         limits: Mapping[str, int | None],
         val_fraction: float,
@@ -65,7 +63,6 @@ class HeldOutDataModule(TextDataModule):
     ) -> None:
         super().__init__(**options)
         self.path = path
-        self.label_column = label_column
         self.split_names = dict(splits)
         self.limits = dict(limits)
         self.val_fraction = val_fraction
@@ -84,7 +81,7 @@ class HeldOutDataModule(TextDataModule):
 
         Args:
             split: What is left of the train split.
-            labels: Codes of its labels.
+            labels: What `_train_codes` gives for it.
             size: Number of rows wanted.
             rng: Source of chance.
 
@@ -99,15 +96,25 @@ class HeldOutDataModule(TextDataModule):
         raise NotImplementedError
 
     @property
-    def _labels(self) -> Labels:
+    def _columns(self) -> list[str]:
+        """All columns that are read."""
+        return self._text_columns
+
+    def _scorable(self, split: str) -> bool:
+        """Whether a split that no argument names has what scoring needs."""
         raise NotImplementedError
 
     def _codes(self, split: str) -> np.ndarray:
-        """Label codes of all rows of a split, negative for none."""
+        """Which rows of a split are of a kind, whose share a choice of rows keeps: a number for each, (rows,)."""
         raise NotImplementedError
 
-    def _check_texts(self, split: str, numbers: bool = True) -> None:
+    def _train_codes(self) -> np.ndarray:
+        """`_codes` of the train split, after a check that its rows can be trained on."""
         raise NotImplementedError
+
+    def _digests(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """By what rows of a split are known again in other data; see `digests`."""
+        return digests(self._split(split).select(rows), self._text_columns)
 
     # --------------------------------------------------------------------------------- the rows of a role
 
@@ -160,7 +167,7 @@ class HeldOutDataModule(TextDataModule):
         for role, other, usual in (("val", "test", "validation"), ("test", "val", "test")):
             sources[role] = self.split_names[role]
             free = sources[role] is None and self.split_names[other] != usual
-            if free and usual in self._splits and has_labels(self._splits[usual], self.label_column):
+            if free and usual in self._splits and self._scorable(usual):
                 sources[role] = usual
             if alone and not (self._named and self.split_names[role]):
                 sources[role] = next(iter(self._splits))
@@ -169,9 +176,7 @@ class HeldOutDataModule(TextDataModule):
     @cached_property
     def _cut(self) -> dict[str, np.ndarray]:
         """Rows of the train split for train, and for val and test where those have no split of their own."""
-        self._check_texts("train", numbers=False)
-        train, codes = self._split("train"), self._codes("train")
-        self._labels.check(train, self.label_column, codes, self._where("train"))
+        train, codes = self._split("train"), self._train_codes()
         cut = {"train": np.arange(len(train))}
         for index, role in enumerate(("val", "test")):
             if self._sources[role] is None:
@@ -253,7 +258,7 @@ class HeldOutDataModule(TextDataModule):
             check_identity(history, self._identity, self._where("train"), role)
         split, rows = self._rows(role)
         trained = history["trained"].numpy()
-        here = digests(self._split(split).select(rows), self._text_columns)
+        here = self._digests(split, rows)
         if sampled := len(trained) == MOST_DIGESTS:
             here = here[here <= trained[-1]]  # rows that would be in the sample if they had trained
         seen = np.isin(here, trained)
@@ -274,7 +279,7 @@ class HeldOutDataModule(TextDataModule):
     def _trained(self) -> torch.Tensor:
         """Digests of the rows that train, sorted."""
         name, rows = self._rows("train")
-        found = np.unique(digests(self._split(name).select(rows), self._text_columns))
+        found = np.unique(self._digests(name, rows))
         return torch.from_numpy(found[:MOST_DIGESTS])
 
     @property
@@ -298,7 +303,7 @@ class HeldOutDataModule(TextDataModule):
     @cached_property
     def _content(self) -> str:
         train = self._split("train")
-        return content(train, [c for c in (*self._text_columns, self.label_column) if c in train.column_names])
+        return content(train, [column for column in self._columns if column in train.column_names])
 
 
 def content(split: Dataset, columns: Iterable[str]) -> str:

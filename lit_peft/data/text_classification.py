@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from lit_peft import hub
-from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts
+from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts, has_labels
 from lit_peft.data.held_out import VERBS, HeldOutDataModule
 from lit_peft.data.loaders import tokenise
 from lit_peft.data.splits import load_splits
@@ -87,7 +87,6 @@ class TextClassificationDataModule(HeldOutDataModule):
     ) -> None:
         super().__init__(
             path,
-            label_column,
             {"train": "train", "val": val_split, "test": test_split, "predict": predict_split},
             {"train": limit_train, "val": limit_val, "test": limit_test, "predict": None},
             val_fraction,
@@ -124,6 +123,7 @@ class TextClassificationDataModule(HeldOutDataModule):
         self.save_hyperparameters()
         self.name = name
         self.text_column = text_column
+        self.label_column = label_column
         self.text_pair_column = text_pair_column
         self.num_proc = num_proc
         self._given: Dataset | None = None
@@ -224,6 +224,19 @@ class TextClassificationDataModule(HeldOutDataModule):
     @property
     def _text_columns(self) -> list[str]:
         return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*self._text_columns, self.label_column]
+
+    def _scorable(self, split: str) -> bool:
+        return has_labels(self._splits[split], self.label_column)
+
+    def _train_codes(self) -> np.ndarray:
+        self._check_texts("train", numbers=False)
+        codes = self._codes("train")
+        self._labels.check(self._split("train"), self.label_column, codes, self._where("train"))
+        return codes
 
     def _check_texts(self, split: str, numbers: bool = True) -> None:
         for column, option in zip(self._text_columns, ("text_column", "text_pair_column"), strict=False):
