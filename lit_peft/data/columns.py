@@ -30,7 +30,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def check_text(split: Dataset, column: str, where: str, *, option: str = "", numbers: bool = True) -> None:
-    """Check that a column is there and holds a text in every row.
+    """Check that a column is there and holds a text in every row, and none that is blank or endless.
 
     Args:
         split: The rows.
@@ -43,13 +43,7 @@ def check_text(split: Dataset, column: str, where: str, *, option: str = "", num
         ValueError: The column is missing or of another type, or some text is null, blank or of more than a
             million characters. Rows are counted from 1.
     """
-    if column not in split.column_names:
-        chosen = f" (--data.{option})" if option else ""
-        raise ValueError(f"No column {column!r} in {where}{chosen}; {nearest(column, split.column_names)}")
-    feature = split.features[column]
-    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
-        raise ValueError(f"Column {column!r} of {where} holds {_kind(feature)}, expected text.")
-    texts = split.with_format("arrow").select_columns([column])[:][column].cast(pa.large_string())
+    texts = texts_of(split, column, where, option=option)
     lengths = pc.utf8_length(texts)
     longest = pc.max(lengths).as_py() or 0
     if longest > LONGEST:
@@ -65,6 +59,21 @@ def check_text(split: Dataset, column: str, where: str, *, option: str = "", num
         )
     if not numbers and pc.all(pc.match_substring_regex(texts, r"^\s*[-+]?[0-9.]+\s*$")).as_py():
         raise ValueError(f"Column {column!r} of {where} holds numbers alone, such as {texts[0]}, expected text.")
+
+
+def texts_of(split: Dataset, column: str, where: str, *, option: str = "") -> pa.ChunkedArray:
+    """A column of texts, which may be null or blank, as large strings; see `check_text`.
+
+    Raises:
+        ValueError: The column is missing or of another type.
+    """
+    if column not in split.column_names:
+        chosen = f" (--data.{option})" if option else ""
+        raise ValueError(f"No column {column!r} in {where}{chosen}; {nearest(column, split.column_names)}")
+    feature = split.features[column]
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
+        raise ValueError(f"Column {column!r} of {where} holds {_kind(feature)}, expected text.")
+    return split.with_format("arrow").select_columns([column])[:][column].cast(pa.large_string())
 
 
 def check_classes(names: Sequence[str], where: str) -> None:

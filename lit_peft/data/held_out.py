@@ -51,6 +51,9 @@ class HeldOutDataModule(TextDataModule):
         limits: Role -> number of rows, or null.
         val_fraction: Share of train that is cut off for each role without a split of its own.
         options: Arguments of `TextDataModule`.
+
+    Raises:
+        ValueError: An argument out of range.
     """
 
     def __init__(
@@ -66,6 +69,15 @@ class HeldOutDataModule(TextDataModule):
         self.split_names = dict(splits)
         self.limits = dict(limits)
         self.val_fraction = val_fraction
+        check_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        check_least(1, **{f"limit_{role}": limit for role, limit in limits.items()})
+        check_least(0, num_workers=self.num_workers, seed=self.seed)
+        if not path:
+            raise ValueError(
+                "data.path is empty: give --data.path FILE (csv, tsv, json, jsonl or parquet), or a folder."
+            )
+        if not 0 < val_fraction < 0.5:
+            raise ValueError(f"data.val_fraction is {val_fraction}, expected a share between 0 and 0.5.")
         self._history: Mapping[str, Any] | None = None
         self._named = False
         self._fitted = False
@@ -158,6 +170,12 @@ class HeldOutDataModule(TextDataModule):
 
     def _where(self, split: str) -> str:
         return f"split {split!r} of {self.path}"
+
+    def _origin(self, role: str, split: str) -> str:
+        """Where the rows of a role are from, in brackets, where that is worth telling."""
+        if split != "train":
+            return f" (split {split})"
+        return " (cut from train)" if self._sources[role] is None else ""
 
     @cached_property
     def _sources(self) -> dict[str, str | None]:
@@ -304,6 +322,13 @@ class HeldOutDataModule(TextDataModule):
     def _content(self) -> str:
         train = self._split("train")
         return content(train, [column for column in self._columns if column in train.column_names])
+
+
+def check_least(least: int, **arguments: int | None) -> None:
+    """Raises ValueError for the first argument of the data that is less than `least`; null is not."""
+    for argument, value in arguments.items():
+        if value is not None and value < least:
+            raise ValueError(f"data.{argument} is {value}, expected at least {least}.")
 
 
 def content(split: Dataset, columns: Iterable[str]) -> str:

@@ -20,7 +20,9 @@ from lit_peft import hub
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SUFFIXES = (*SEPARATORS, *BUILDERS)
-READABLE = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+LINES = ".txt"
+LINE = "text"
+"""Column of the lines of a text file."""
 # Word in a file's name -> its split.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -33,7 +35,7 @@ class FileError(ValueError):
     """Something wrong with a file; says which and where."""
 
 
-def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
+def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict[str, Dataset]:
     """Read the splits of a data set.
 
     Args:
@@ -43,6 +45,8 @@ def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
             or are all train if none does; a folder laid out in any other way that `datasets.load_dataset`
             reads, or written by `save_to_disk`; or a hub id.
         name: Configuration of a hub data set.
+        lines: Whether text files (.txt) are read, too, and in a folder that has no other files; a row is then a line
+            with its line break, in the column `text`.
 
     Raises:
         FileNotFoundError: A local path that does not exist.
@@ -51,29 +55,45 @@ def load_splits(path: str, name: str | None = None) -> dict[str, Dataset]:
     """
     found = Path(hub.locate(path, what="dataset"))
     if found.is_file():
-        return {"train": _read([found])}
+        return {"train": _read([found], lines)}
     if found.is_absolute() and found.is_dir():
         if (found / "dataset_dict.json").exists() or (found / "state.json").exists():
             with _explained(path):
                 data = load_from_disk(found)
             return {"train": data} if isinstance(data, Dataset) else dict(data)
-        if files := _by_split(found):
-            return {split: _read(parts) for split, parts in files.items()}
+        files = _by_split(found, SUFFIXES)
+        if not files and lines:
+            files = _by_split(found, (LINES,))
+        if files:
+            return {split: _read(parts, lines) for split, parts in files.items()}
         if not any(file.is_file() for file in found.rglob("[!.]*")):
-            raise FileError(f"There is no file in {path}, expected {READABLE}.")
+            raise FileError(f"There is no file in {path}, expected {_readable(lines)}.")
     with hub.explained(path, "dataset"), _explained(path):
         data = load_dataset(str(found), name)
     assert isinstance(data, DatasetDict)
     return {str(split): part for split, part in data.items()}
 
 
-def _by_split(folder: Path) -> dict[str, list[Path]]:
-    """Files of each split; none where the folder is laid out in some other way."""
+def is_text(path: str) -> bool:
+    """Whether `load_splits` finds nothing but text files (.txt) at a local path."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        return not _by_split(found, SUFFIXES) and bool(_by_split(found, (LINES,)))
+    return _suffix(found) == LINES
+
+
+def _readable(lines: bool) -> str:
+    *names, last = [*SUFFIXES, LINES] if lines else SUFFIXES
+    return f"{', '.join(names)} or {last}"
+
+
+def _by_split(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Files of each split, of these types; none where the folder is laid out in some other way."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if _suffix(entry) in SUFFIXES and entry.is_file()]
+    files = [entry for entry in entries if _suffix(entry) in suffixes and entry.is_file()]
     folders = {entry: SPLIT_WORDS[entry.name] for entry in entries if entry.is_dir() and entry.name in SPLIT_WORDS}
     nested = {
-        split: sorted(file for file in entry.iterdir() if _suffix(file) in SUFFIXES) for entry, split in folders.items()
+        split: sorted(file for file in entry.iterdir() if _suffix(file) in suffixes) for entry, split in folders.items()
     }
     if nested and all(nested.values()):
         return nested
@@ -95,10 +115,11 @@ def _suffix(file: Path) -> str:
     return file.suffix.lower()  # Windows may have written it in capitals
 
 
-def _read(files: list[Path]) -> Dataset:
+def _read(files: list[Path], lines: bool) -> Dataset:
     names = ", ".join(map(str, files))
-    if unknown := next((file for file in files if _suffix(file) not in SUFFIXES), None):
-        raise FileError(f"Cannot read {unknown}: expected a file of type {READABLE}.")
+    readable = (*SUFFIXES, LINES) if lines else SUFFIXES
+    if unknown := next((file for file in files if _suffix(file) not in readable), None):
+        raise FileError(f"Cannot read {unknown}: expected a file of type {_readable(lines)}.")
     suffix, *others = {_suffix(file) for file in files}
     if others:
         raise FileError(f"Cannot read {names} as one split: expected files of one type, or names such as test.csv.")
@@ -107,12 +128,14 @@ def _read(files: list[Path]) -> Dataset:
         for file in files:
             if not file.stat().st_size:
                 raise FileError(f"{file} is empty: it has 0 bytes.")
+        # The data set is cached under these arguments: a file that changes must change them.
+        # Tuples: over lists, `from_generator` would call once for each item.
+        stamps = tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size) for s in (file.stat() for file in files))
+        arguments = {"files": tuple(sources), "stamps": stamps}
         if suffix in SEPARATORS:
-            # The data set is cached under these arguments: a file that changes must change them.
-            # Tuples: over lists, `from_generator` would call once for each item.
-            stamps = tuple((s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size) for s in (file.stat() for file in files))
-            arguments = {"files": tuple(sources), "separator": SEPARATORS[suffix], "stamps": stamps}
-            return Dataset.from_generator(csv_rows, gen_kwargs=arguments)
+            return Dataset.from_generator(csv_rows, gen_kwargs=arguments | {"separator": SEPARATORS[suffix]})
+        if suffix == LINES:
+            return Dataset.from_generator(text_lines, gen_kwargs=arguments)
         if fault := next(filter(None, (_first_fault(file, parse=False) for file in files)), None):
             raise FileError(fault)  # the reader of JSON lets it pass, and a text fails when it is wanted
         data = load_dataset(BUILDERS[suffix], data_files=[*map(escape, sources)], split="train")
@@ -181,6 +204,18 @@ def csv_rows(files: Sequence[str], separator: str, stamps: Any = None) -> Iterat
                     _check_swallowed(file, list(_parsed(file, lines, separator)), swallowed)
     finally:
         csv.field_size_limit(limit)
+
+
+def text_lines(files: Sequence[str], stamps: Any = None) -> Iterator[dict[str, str]]:
+    r"""Yield the lines of text files, as `text`, each with its line break, which is \n whatever it is in the file.
+
+    Args:
+        files: Paths. The last line of a file may have no line break.
+        stamps: Not used here; tells `datasets` whether its cached copy is up to date.
+    """
+    for file in files:
+        with Path(file).open(encoding="utf-8-sig") as lines:
+            yield from ({LINE: line} for line in lines)
 
 
 def _parsed(file: str, lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -267,7 +302,7 @@ def _explained(what: str, files: list[Path] | None = None) -> Iterator[None]:
 
 def _first_fault(file: Path, parse: bool = True) -> str | None:
     """Where a text file is not UTF-8 or, if it is to be parsed, not JSON; None where that cannot be told."""
-    if _suffix(file) not in SUFFIXES or _suffix(file) == ".parquet":
+    if _suffix(file) not in (*SUFFIXES, LINES) or _suffix(file) == ".parquet":
         return None
     offset = 0
     with file.open("rb") as lines:

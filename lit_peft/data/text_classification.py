@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from lit_peft import hub
 from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts, has_labels
-from lit_peft.data.held_out import VERBS, HeldOutDataModule
+from lit_peft.data.held_out import VERBS, HeldOutDataModule, check_least
 from lit_peft.data.loaders import tokenise
 from lit_peft.data.splits import load_splits
 
@@ -97,29 +97,11 @@ class TextClassificationDataModule(HeldOutDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        for argument, value, least in (
-            ("max_length", max_length, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("limit_train", limit_train, 1),
-            ("limit_val", limit_val, 1),
-            ("limit_test", limit_test, 1),
-            ("num_workers", num_workers, 0),
-            ("num_proc", num_proc, 1),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"data.{argument} is {value}, expected at least {least}.")
-        if not path:
-            raise ValueError(
-                "data.path is empty: give --data.path FILE (csv, tsv, json, jsonl or parquet), or a folder."
-            )
+        check_least(1, max_length=max_length, num_proc=num_proc)
         if label_column in (text_column, text_pair_column):
             raise ValueError(f"data.label_column is {label_column!r}, which is the column of a text too.")
         if text_column == text_pair_column:
             raise ValueError(f"data.text_column and data.text_pair_column are both {text_column!r}.")
-        if not 0 < val_fraction < 0.5:
-            raise ValueError(f"data.val_fraction is {val_fraction}, expected a share between 0 and 0.5.")
         self.save_hyperparameters()
         self.name = name
         self.text_column = text_column
@@ -194,8 +176,7 @@ class TextClassificationDataModule(HeldOutDataModule):
                 continue
             limit = self.limits[role] or len(rows)
             count = f"{limit:,} of {len(rows):,}" if limit < len(rows) else f"{len(rows):,}"
-            origin = f"split {split}" if split != "train" else "cut from train" if self._sources[role] is None else ""
-            parts.append(f"{count} to {verb}" + (f" ({origin})" if origin else ""))
+            parts.append(f"{count} to {verb}{self._origin(role, split)}")
         return [*lines, f"Data: {', '.join(parts)}"]
 
     def use_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> None:

@@ -1,0 +1,97 @@
+"""What `datasets` calls to tokenise texts, samples and prompts, and to lay out rows of them; kept in its cache."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+
+from lit_peft.data.blocks import IGNORED, Marks, evaluation_windows, packed, training_blocks
+
+PIECE = 10_000
+"""Characters of a text of lines after which it is tokenised anew, from the next line on: few enough to share the work
+among processes, and so many that what a tokenizer would have joined across two pieces does not count."""
+
+
+def pieces(batch: Mapping[str, list[str]], column: str) -> dict[str, list[str]]:
+    """Joins lines to pieces of whole lines; a piece ends with the line that reaches a multiple of `PIECE`."""
+    lines = [line if line.endswith("\n") else line + "\n" for line in batch[column]]
+    begins = itertools.accumulate(map(len, lines), initial=0)
+    pieces = itertools.groupby(zip(begins, lines, strict=False), key=lambda line: line[0] // PIECE)
+    return {column: ["".join(line for _, line in piece) for _, piece in pieces]}
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokens without marks, however many; `verbose` would warn of texts that are cut into blocks later."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def texts(batch: Mapping[str, list[str]], tokenizer: Any, column: str, line_breaks: bool) -> dict[str, list[Any]]:
+    """Tokens of texts without marks, those of no words left out; words, with or without line breaks, are counted."""
+    texts = [text for text in batch[column] if text.strip()]
+    ids = _ids(tokenizer, texts)
+    words = [len(text.split()) + line_breaks * text.count("\n") for text in texts]
+    return {"input_ids": ids, "length": [*map(len, ids)], "words": words}
+
+
+def samples(
+    batch: Mapping[str, list[str]], tokenizer: Any, columns: list[str], size: int, marks: Marks
+) -> dict[str, list[Any]]:
+    """Prompt, completion and eos token in at most `size` tokens; `cut` where they are more."""
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": [], "cut": []}
+    room = size - len(marks.before)
+    for prompt, completion in zip(*(_ids(tokenizer, batch[column]) for column in columns), strict=True):
+        end = [*completion, marks.eos][: room - 1]
+        begin = [*marks.before, *prompt[len(end) - room :]]
+        rows["input_ids"].append(begin + end)
+        rows["labels"].append([IGNORED] * len(begin) + end)
+        rows["length"].append(len(begin) + len(end))
+        rows["cut"].append(len(prompt) + len(completion) + 1 > room)
+    return rows
+
+
+def prompts(
+    batch: Mapping[str, list[str]], tokenizer: Any, column: str, size: int, marks: Marks, lines: bool
+) -> dict[str, list[Any]]:
+    """The last tokens of prompts, at most `size` with the marks; of lines without what ends them, and no blank ones."""
+    texts = [text.rstrip() for text in batch[column] if text.strip()] if lines else batch[column]
+    after = marks.after if marks.masked else ()
+    room = max(1, size - len(marks.before) - len(after))
+    ids = [[*marks.before, *tokens[-room:], *after] for tokens in _ids(tokenizer, texts)]
+    return {"input_ids": ids, "length": [*map(len, ids)]}
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().flatten().to_numpy()
+
+
+def _documents(tokens: pa.Table, one_text: bool) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens, and how many each document has."""
+    lengths = tokens["length"].to_numpy()
+    return _flat(tokens["input_ids"]), np.array([lengths.sum()]) if one_text else lengths
+
+
+def blocks(tokens: pa.Table, size: int, marks: Marks, one_text: bool) -> pa.Table:
+    """`training_blocks` of what `texts` gives."""
+    return training_blocks(*_documents(tokens, one_text), size, marks)
+
+
+def windows(tokens: pa.Table, size: int, marks: Marks, one_text: bool, stride: int | None) -> pa.Table:
+    """`evaluation_windows` of what `texts` gives."""
+    return evaluation_windows(*_documents(tokens, one_text), size, stride, marks)
+
+
+def packed_samples(tokens: pa.Table, size: int) -> pa.Table:
+    """`packed` rows of what `samples` gives."""
+    return packed(_flat(tokens["input_ids"]), _flat(tokens["labels"]), tokens["length"].to_numpy(), size)
+
+
+_INTS = ListOf(Value("int32"))
+FEATURES = {
+    texts: Features(input_ids=_INTS, length=Value("int64"), words=Value("int64")),
+    samples: Features(input_ids=_INTS, labels=_INTS, length=Value("int64"), cut=Value("bool")),
+    prompts: Features(input_ids=_INTS, length=Value("int64")),
+}
