@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -42,3 +43,21 @@ def write(path: Path, columns: dict[str, list[Any]]) -> Path:
     else:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def save_decoder_tokenizer(folder: Path, words: int = 200, begins: bool = False, **options: Any) -> str:
+    """A tokenizer as decoders have it, of the words w0, w1, ... and line breaks: word n has the id n + 4.
+
+    </s> (0) is its eos token and <s> (1) its bos token, which stands before each text where it `begins` with one.
+    """
+    vocabulary = {
+        token: at for at, token in enumerate(["</s>", "<s>", "<unk>", "\n", *(f"w{n}" for n in range(words))])
+    }
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    parts = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    if begins:
+        inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    marks = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **marks, **options).save_pretrained(folder)
+    return str(folder)

@@ -296,6 +296,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 f"Column {self.text_column!r} of {where} has {_count(texts.null_count, 'text')} of null, the first in "
                 f"row {pc.index(texts.is_null(), True).as_py() + 1} of {len(texts):,}."
             )
+        if pc.all(pc.equal(pc.utf8_trim_whitespace(texts), "")).as_py():
+            raise ValueError(f"There are only blank texts in column {self.text_column!r} of {where}.")
 
     def _rows(self, role: str, limited: bool = True) -> tuple[str, np.ndarray]:
         return super()._rows(role, limited=False)  # limits count rows of tokens
@@ -382,14 +384,16 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 )
         else:
             self._check_room(1)
-            if self._is_one_text:
+            if self._is_one_text:  # a blank line in it is a part of the text, a blank document is none
                 split = split.map(
                     token_rows.pieces, batched=True, batch_size=None, fn_kwargs={"column": self.text_column}
                 )
+            else:
+                split = split.filter(_has_text, input_columns=self.text_column)
             arguments = {"column": self.text_column, "line_breaks": self.counts_line_breaks}
             tokens = self._map(split, token_rows.texts, role, **arguments)
             if not sum(tokens["length"][:]):
-                raise ValueError(f"There are only blank texts in {where} to {VERBS[role]}.")
+                raise ValueError(f"What there is in {where} to {VERBS[role]} holds no tokens, blank texts alone.")
         self._parts[key] = tokens
         return tokens
 
@@ -413,10 +417,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 check_text(self._split(name), self._prompt, self._where(name), option=option)
         lines = self._is_one_text and self._given is None
         arguments = {"column": self._prompt, "size": self._longest, "marks": self._marks, "lines": lines}
-        prompts = self._map(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
-        if not len(prompts):
-            raise ValueError(f"There are only blank lines in {self._where(name)}.")
-        return prompts
+        return self._map(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
 
     @property
     def _marks(self) -> Marks:
@@ -440,6 +441,10 @@ class LanguageModelingDataModule(HeldOutDataModule):
             function, batched=True, batch_size=None, remove_columns=tokens.column_names, fn_kwargs=arguments
         )
         return whole.with_format(None)
+
+
+def _has_text(text: str) -> bool:
+    return bool(text.strip())
 
 
 def _count(count: int, what: str) -> str:

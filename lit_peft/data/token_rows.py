@@ -26,12 +26,12 @@ def pieces(batch: Mapping[str, list[str]], column: str) -> dict[str, list[str]]:
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Tokens without marks, however many; `verbose` would warn of texts that are cut into blocks later."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def texts(batch: Mapping[str, list[str]], tokenizer: Any, column: str, line_breaks: bool) -> dict[str, list[Any]]:
-    """Tokens of texts without marks, those of no words left out; words, with or without line breaks, are counted."""
-    texts = [text for text in batch[column] if text.strip()]
+    """Tokens of texts, without marks; and how many words each has, with or without its line breaks."""
+    texts = batch[column]
     ids = _ids(tokenizer, texts)
     words = [len(text.split()) + line_breaks * text.count("\n") for text in texts]
     return {"input_ids": ids, "length": [*map(len, ids)], "words": words}
@@ -60,7 +60,7 @@ def prompts(
     texts = [text.rstrip() for text in batch[column] if text.strip()] if lines else batch[column]
     after = marks.after if marks.masked else ()
     room = max(1, size - len(marks.before) - len(after))
-    ids = [[*marks.before, *tokens[-room:], *after] for tokens in _ids(tokenizer, texts)]
+    ids = [[*marks.before, *tokens[-room:], *after] for tokens in (_ids(tokenizer, texts) if texts else [])]
     return {"input_ids": ids, "length": [*map(len, ids)]}
 
 
