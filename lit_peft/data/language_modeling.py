@@ -370,8 +370,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self._check_texts(name)
         split, where = self._split(name).select_columns(self._text_columns), self._where(name)
         split = split.select(rows) if len(rows) < len(split) else split
+        self._check_room()
         if self.completion_column:
-            self._check_room(2)
             if self._marks.eos is None:
                 raise ValueError(f"The tokenizer {key[1]} has no eos token, with which a completion is closed.")
             tokens = self._map(
@@ -383,7 +383,6 @@ class LanguageModelingDataModule(HeldOutDataModule):
                     "prompts lose the beginning, and completions for which that is not enough their end."
                 )
         else:
-            self._check_room(1)
             if self._is_one_text:  # a blank line in it is a part of the text, a blank document is none
                 split = split.map(
                     token_rows.pieces, batched=True, batch_size=None, fn_kwargs={"column": self.text_column}
@@ -397,12 +396,12 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self._parts[key] = tokens
         return tokens
 
-    def _check_room(self, least: int) -> None:
-        marks = self._marks.size if least == 1 else len(self._marks.before) + 1
-        if self._longest < marks + least:
+    def _check_room(self) -> None:
+        marks, text = (len(self._marks.before), 2) if self.completion_column else (self._marks.size, 1)
+        if self._longest < marks + text:
             raise ValueError(
-                f"data.block_size is {self._longest}: of that {marks} are marks of the tokenizer, so that too little "
-                f"of a text is left; expected at least {marks + least}."
+                f"data.block_size is {self._longest}, expected at least {marks + text}: {_count(marks, 'mark')} of the "
+                f"tokenizer and {_count(text, 'token')} of text."
             )
 
     def _prompts(self) -> Dataset:

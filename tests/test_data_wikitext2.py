@@ -1,0 +1,109 @@
+"""WikiText2DataModule: lines, words and blocks, of files laid out as the published ones and of these."""
+
+import os
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from data_helpers import save_decoder_tokenizer
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lit_peft.data import WikiText2DataModule
+
+SHARED = Path(os.environ.get("LIT_PEFT_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "wikitext2"
+published = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the published WikiText-2 is not in $LIT_PEFT_SHARED or ../shared"
+)
+ROWS = ["", " = w1 w2 = \n", "", " w3 w4 w5 . \n", " w6 <unk> \n", "", " = = w7 = = \n", "", " w8 w9 \n"]
+
+
+def folder(path: Path) -> Path:
+    for at, split in enumerate(("train", "validation", "test")):
+        Dataset.from_dict({"text": ROWS[: 9 - 2 * at]}).to_parquet(path / f"{split}.parquet")
+    return path
+
+
+def save_bytes(path: Path) -> str:
+    """A tokenizer whose tokens are the bytes of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({symbol: at for at, symbol in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="!").save_pretrained(path)
+    return str(path)
+
+
+def text_of(data: WikiText2DataModule, role: str) -> str:
+    """The text that the blocks of a role hold, one behind the other."""
+    return data.tokenizer.decode([token for row in data._encoded(role)["input_ids"] for token in row])
+
+
+def test_a_split_is_its_published_text(tmp_path: Path) -> None:
+    """Blank lines are " " there; each line, headings too, is as it was, and nothing stands between articles."""
+    data = WikiText2DataModule(str(folder(tmp_path)), tokenizer=save_bytes(tmp_path / "bytes"), block_size=10)
+    assert text_of(data, "train") == (" \n = w1 w2 = \n \n w3 w4 w5 . \n w6 <unk> \n \n = = w7 = = \n \n w8 w9 \n")
+    for role, rows in (("train", ROWS), ("val", ROWS[:7]), ("test", ROWS[:5])):
+        text = "".join(row or " \n" for row in rows)
+        assert text_of(data, role) == text
+        assert data.tokens_per_word(role) == len(text) / (len(text.split()) + len(rows))
+
+
+def test_validation_and_test_have_splits_of_their_own(tmp_path: Path) -> None:
+    tokenizer = save_decoder_tokenizer(tmp_path / "tokenizer")
+    lines = WikiText2DataModule(str(folder(tmp_path)), tokenizer=tokenizer).describe()
+    assert lines[0] == ("Data: 9 lines, 28 words, 29 tokens, 1 block of at most 1,024 tokens to train")
+    assert [line.rpartition(" to ")[2] for line in lines[1:]] == [
+        "validate (split validation)",
+        "test (split test)",
+    ]
+
+
+def test_files_of_other_columns(tmp_path: Path) -> None:
+    Dataset.from_dict({"txet": ROWS}).to_parquet(tmp_path / "train.parquet")
+    data = WikiText2DataModule(str(tmp_path), tokenizer=save_decoder_tokenizer(tmp_path / "tokenizer"))
+    with pytest.raises(ValueError, match=r"No column 'text' in split 'train' .* did you mean 'txet'"):
+        data.setup("fit")
+
+
+def test_headings_that_articles_share_are_no_copies(tmp_path: Path) -> None:
+    """A text is known again by its longer lines."""
+    tokenizer = save_decoder_tokenizer(tmp_path / "tokenizer")
+    long = " ".join(f"w{n}" for n in range(9)) + " \n"
+    for split, end in (("train", []), ("validation", []), ("test", [long])):
+        other = [long.replace("w8", f"w{len(split)}0")]
+        Dataset.from_dict({"text": ["", " = = w7 = = \n", *other, *end] + [long] * (split == "train")}).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    data = WikiText2DataModule(str(tmp_path), tokenizer=tokenizer)
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"), distributed_sampler_kwargs={}, lightning_module=None
+    )
+    data.trainer = trainer
+    data.setup("fit")
+    state = data.state_dict()
+    told = []
+    for verb in ("validate", "test"):
+        trainer.state.fn = verb
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.load_state_dict(state)
+            data.val_dataloader() if verb == "validate" else data.test_dataloader()
+        told += [str(warning.message) for warning in caught]
+    assert len(state["trained"]) == 2
+    assert told == ["1 of 2 rows to test have a text that was trained on."]
+
+
+@published
+def test_the_published_counts(tmp_path: Path) -> None:
+    """Merity et al. 2016, table 1, which counts an <eos> for each line."""
+    tokenizer = save_decoder_tokenizer(tmp_path / "tokenizer")
+    data = WikiText2DataModule(str(SHARED), tokenizer=tokenizer, block_size=1000)
+    counts = {"train": (36_718, 2_088_628), "val": (3_760, 217_646), "test": (4_358, 245_569)}
+    for role, (lines, words) in counts.items():
+        assert (len(data._rows(role)[1]), sum(data._tokens(role)["words"][:])) == (lines, words)
+        assert sum(data._tokens(role)["length"][:]) == words  # of a word-level tokenizer
+        assert len(data._encoded(role)) == -(-words // 1000)
