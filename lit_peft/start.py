@@ -11,7 +11,7 @@ from lit_peft.core.records import RECORD, check_checkpoint
 from lit_peft.data.held_out import trained_data
 from lit_peft.hub import existing
 from lit_peft.runs import newest_checkpoint
-from lit_peft.tasks.text_classification import BACKBONE_PATH
+from lit_peft.tasks.base import BACKBONE_PATH
 
 HYPER_PARAMETERS = {"data": "datamodule_hyper_parameters", "model": "hyper_parameters"}
 """Where Lightning keeps the arguments of each in a checkpoint."""

@@ -244,7 +244,7 @@ def test_without_the_package(monkeypatch):
 
 def test_the_task_applies_them_where_it_trains(monkeypatch):
     given = []
-    monkeypatch.setattr("lit_peft.tasks.text_classification.use_liger", lambda model, device: given.append(device.type))
+    monkeypatch.setattr("lit_peft.tasks.base.use_liger", lambda model, device: given.append(device.type))
     task = TextClassification(kernels="liger")
     data = TextClassificationDataModule(path="demo", limit_train=16, limit_val=16, limit_test=16, batch_size=16)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}

@@ -260,7 +260,7 @@ def test_a_run_is_planned_with_the_kernels_that_it_asks_for(stand_in, monkeypatc
     with pytest.raises(ValueError, match=r"^kernels: Liger has none for \w+; it knows llama"):
         run_plan()  # as its fit would
     given = []
-    monkeypatch.setattr("lit_peft.tasks.text_classification.use_liger", lambda model, device: given.append(device.type))
+    monkeypatch.setattr("lit_peft.tasks.base.use_liger", lambda model, device: given.append(device.type))
     assert run_plan().notes == () and given == ["cuda"]
 
 

@@ -66,7 +66,7 @@ class BaseStorage:
 def load_classifier(
     backbone: str, label_names: Sequence[str], dtype: torch.dtype, storage: BaseStorage | None = None
 ) -> tuple[Any, list[str]]:
-    """Loads a sequence-classification model in training mode; under `without_weights` its shapes alone.
+    """Loads a sequence-classification model, see `load_model`.
 
     Args:
         backbone: Hub id, local folder, or demo.
@@ -77,38 +77,93 @@ def load_classifier(
     Returns:
         The model, and the names of the parameters that the checkpoint did not hold.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    model, fresh = load_model(
+        "AutoModelForSequenceClassification",
+        backbone,
+        dtype,
+        storage,
+        resized=True,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: i for i, name in enumerate(label_names)},
+    )
+    if model.config.pad_token_id is None:  # decoders pool the last token before the padding
+        model.config.pad_token_id = model.config.eos_token_id
+    return model, fresh
+
+
+def load_model(
+    auto_class: str,
+    backbone: str,
+    dtype: torch.dtype,
+    storage: BaseStorage | None = None,
+    *,
+    resized: bool = False,
+    **config: Any,
+) -> tuple[Any, list[str]]:
+    """Loads a transformers model with a head in training mode; under `without_weights` its shapes alone.
+
+    Args:
+        auto_class: Name of the class of transformers that loads it, AutoModelForCausalLM for instance.
+        backbone: Hub id, local folder, or demo.
+        dtype: Dtype of the loaded weights; of quantised ones, the one that they are quantised from.
+        storage: How the base is to be stored; None: in that dtype.
+        resized: Whether a head of another size than the checkpoint's is a new one, and no error.
+        **config: Entries of the model's configuration.
+
+    Returns:
+        The model, and the names of the parameters that the checkpoint did not hold. One that is tied to a parameter
+        which it held is not new.
+
+    Raises:
+        ValueError: When the architecture has no model of that class.
+    """
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = hub.locate(backbone)
-    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    source, auto = hub.locate(backbone), getattr(transformers, auto_class)
     quantised: dict[str, Any] = {}
+    with hub.explained(backbone):
+        found = transformers.AutoConfig.from_pretrained(source, **config)
+        _check_head(auto, found, backbone)
     if storage is not None or is_weightless():
         with hub.explained(backbone), torch.device("meta"):
-            config = AutoConfig.from_pretrained(source, num_labels=len(label_names), **names)
-            skeleton = AutoModelForSequenceClassification.from_config(config)
+            skeleton = auto.from_config(found)
         if is_weightless():
             return skeleton.to(dtype).train(), _new_heads(skeleton)
         assert storage is not None
         quantised = storage.arguments(skeleton)
     # Lightning's context would place, and rename the hooks of, what is loaded.
     with hub.explained(backbone), torch.device("cpu"):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto.from_pretrained(
             source,
-            num_labels=len(label_names),
-            **names,
+            **config,
             dtype=dtype,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=resized,
             output_loading_info=True,
             **quantised,
         )
     recognise(model)
-    if model.config.pad_token_id is None:  # decoders pool the last token before the padding
-        model.config.pad_token_id = model.config.eos_token_id
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     # `from_pretrained` returns evaluation mode, which Lightning keeps: dropout would stay off.
-    return model.train(), sorted(fresh & {name for name, _ in model.named_parameters()})
+    return model.train(), _untied(model, fresh)
+
+
+def _check_head(auto: Any, config: Any, backbone: str) -> None:
+    """Raises ValueError where transformers has no model of an auto class for a configuration."""
+    if type(config) not in auto._model_mapping and "AutoModel" not in str(getattr(config, "auto_map", "")):
+        what = {"AutoModelForCausalLM": "causal", "AutoModelForMaskedLM": "masked"}.get(auto.__name__)
+        what = f"{what} language model" if what else auto.__name__
+        raise ValueError(f"backbone: {backbone} is of type {config.model_type}, of which transformers has no {what}.")
+
+
+def _untied(model: nn.Module, fresh: set[str]) -> list[str]:
+    """The parameters among these names, without those that also go by a name which is not among them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return sorted(own[0] for own in names.values() if fresh.issuperset(own))
 
 
 def _new_heads(skeleton: Any) -> list[str]:
@@ -116,4 +171,5 @@ def _new_heads(skeleton: Any) -> list[str]:
     if type(skeleton).__name__ in (skeleton.config.architectures or ()):
         return []
     body = f"{skeleton.base_model_prefix}."
-    return sorted(name for name, _ in skeleton.named_parameters() if not name.startswith(body))
+    outside = {name for name, _ in skeleton.named_parameters(remove_duplicate=False) if not name.startswith(body)}
+    return _untied(skeleton, outside)
