@@ -79,9 +79,11 @@ class CalibrationError(SumMetric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add the samples of one batch: logits [N, C], class indices [N]."""
         logits = checked_logits(preds, target)
-        confidence = logits.softmax(dim=1).amax(dim=1)
-        correct = logits.argmax(dim=1) == target
-        upper_edges = torch.arange(1, self.n_bins, device=logits.device, dtype=torch.float32) / self.n_bins
+        self.add(logits.softmax(dim=1).amax(dim=1), logits.argmax(dim=1) == target)
+
+    def add(self, confidence: Tensor, correct: Tensor) -> None:
+        """Put samples into their bins: confidences, float32 [N], and whether they were right, bool [N]."""
+        upper_edges = torch.arange(1, self.n_bins, device=confidence.device, dtype=torch.float32) / self.n_bins
         bin_index = torch.bucketize(confidence, upper_edges)
         terms = torch.stack([torch.ones_like(confidence), confidence, correct]).to(self.sums.dtype)
         # Not in place: sums reset under inference_mode could not be changed outside of it.

@@ -4,12 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_peft.tasks.causal_language_modeling import CausalLanguageModeling
+    from lit_peft.tasks.masked_language_modeling import MaskedLanguageModeling
     from lit_peft.tasks.text_classification import TextClassification
 
-__all__ = ["TextClassification"]
+_HOME = {
+    "CausalLanguageModeling": "causal_language_modeling",
+    "MaskedLanguageModeling": "masked_language_modeling",
+    "TextClassification": "text_classification",
+}
+__all__ = ["CausalLanguageModeling", "MaskedLanguageModeling", "TextClassification"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("lit_peft.tasks.text_classification"), name)
+        return getattr(import_module(f"lit_peft.tasks.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

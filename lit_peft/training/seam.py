@@ -87,12 +87,14 @@ class AdaptedLightningModule(Swapped):
             _uninstall(module)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds the methods' penalties to the loss."""
+        """Adds the methods' penalties to the loss, at the weight of the batch where the module gives it one."""
         output = super().training_step(*args, **kwargs)  # type: ignore[misc]
         for method in methods_of(self):
             # None: the module skips this batch.
             penalty = None if output is None else method.penalty(self)  # type: ignore[arg-type]
             if penalty is not None:
+                if (weight := getattr(self, "batch_weight", None)) is not None:
+                    penalty = penalty * weight
                 if isinstance(output, Mapping):
                     output = {**output, "loss": output["loss"] + penalty}
                 else:
