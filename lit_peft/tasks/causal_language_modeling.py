@@ -37,8 +37,8 @@ class CausalLanguageModeling(LanguageModeling):
         causal = [child.is_causal for child in model.modules() if isinstance(getattr(child, "is_causal", None), bool)]
         if causal and not any(causal):
             raise ValueError(
-                f"backbone: {self.backbone}, a {type(model).__name__}, reads texts to both sides, and would see the tokens "
-                "that it predicts: use MaskedLanguageModeling."
+                f"backbone: {self.backbone}, a {type(model).__name__}, reads texts to both sides and would see "
+                "the tokens that it predicts: use MaskedLanguageModeling."
             )
         return model, fresh
 
