@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from language_models import batch, save
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -20,6 +21,7 @@ import lit_peft
 from lit_peft import AdaLoRA, FullFineTuning, LoRA, SparseLoRA
 from lit_peft.core.quantize import make_quantizer
 from lit_peft.core.sharded import whole
+from lit_peft.tasks import CausalLanguageModeling
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
 
@@ -329,3 +331,35 @@ def test_gradual_unfreezing_on_two_ranks(two_ranks: Any) -> None:
     first, second = two_ranks(_unfreeze_on_one_rank)
     assert first[0] == second[0] == [moved(step, 1) for step in range(1, 7)]
     assert all(torch.equal(value, second[1][key]) for key, value in first[1].items())
+
+
+def tokens_by_rank(rank: int, folder: str, lengths: list[tuple[int, int]], alone: bool) -> dict[str, torch.Tensor]:
+    """What a fit over two steps leaves: of one process with all texts, or of two that have a half of each batch."""
+    torch.manual_seed(0)
+    parts = [batch(*pair, seed=i) for i, pair in enumerate(lengths)]
+    if not alone:
+        parts = [{key: value[rank : rank + 1] for key, value in part.items()} for part in parts]
+    more = {"strategy": DDPStrategy(process_group_backend="gloo"), "plugins": [TorchElasticEnvironment()]}
+    trainer = pl.Trainer(
+        **QUIET,
+        **({} if alone else more),
+        devices=1 if alone else 2,
+        callbacks=[LoRA(r=2, dropout=0.0, target_modules=["c_attn"])],
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.05,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        max_epochs=1,
+    )
+    task = CausalLanguageModeling(folder, learning_rate=0.1, warmup=0.0)
+    trainer.fit(task, train_dataloaders=torch.utils.data.DataLoader(parts, batch_size=None))
+    return {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
+
+
+def test_two_ranks_take_the_mean_over_the_tokens_of_both(two_ranks, tmp_path):
+    folder = save(tmp_path, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    lengths = [(11, 3), (4, 9), (2, 12)]
+    alone = tokens_by_rank(0, folder, lengths, True)
+    for ranks in two_ranks(tokens_by_rank, folder, lengths, False):
+        for name, expected in alone.items():
+            torch.testing.assert_close(ranks[name], expected, rtol=1e-4, atol=1e-6)
