@@ -343,7 +343,8 @@ class LitPeftCLI(LightningCLI):
         steps = []
         answers = is_overridden("forward", self.model) or is_overridden("predict_step", self.model)
         if self.folder is not None and best is not None and answers:
-            text = ' --text "a great movie"' if isinstance(self.model, lit_peft.tasks.TextClassification) else ""
+            tries = {lit_peft.tasks.TextClassification: "a great movie", lit_peft.tasks.CausalLanguageModeling: "Once"}
+            text = next((f' --text "{text}"' for task, text in tries.items() if isinstance(self.model, task)), "")
             steps.append(f"lit-peft predict --run {shown(self.folder)}{text}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             steps.append(f"tensorboard --logdir {trainer.default_root_dir}")

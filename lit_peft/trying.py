@@ -19,6 +19,9 @@ from lit_peft.saving.folder_record import open_folder
 ALONE = {"devices": "1", "num_nodes": "1", "strategy": "auto", "logger": "false", "enable_progress_bar": "false"}
 """How a trainer runs over texts from the command line."""
 
+_DATA = dict.fromkeys(("CausalLanguageModeling", "MaskedLanguageModeling"), "LanguageModelingDataModule")
+"""Data modules of a user's own texts, by the name of the task."""
+
 
 def take_texts(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Splits off `--text` and `--text_pair`, both of which may be repeated: (the other arguments, texts, pairs).
@@ -62,14 +65,15 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
     said = {name for setting in models for name, value in setting.init_args.items() if value is not None}
     more: list[str] = []
     backbone = None
+    kind = _task(known, config) if task is None else task.rpartition(".")[2]
     if task is None:
-        more += ["--model", "lit_peft.tasks.TextClassification"]
+        more += ["--model", f"lit_peft.tasks.{kind}"]
         backbone = _base(known.get("backbone"), config.get("base_model_name_or_path"))
         if "backbone" not in said:
             if backbone is None:
                 raise ValueError(f"{folder} does not say which base it belongs to: give --model.backbone.")
             more += ["--model.backbone", backbone]
-    if "label_names" not in said and (task is None or task.rpartition(".")[2] in lit_peft.tasks.__all__):
+    if "label_names" not in said and kind == "TextClassification":
         given = next((s.init_args["backbone"] for s in reversed(models) if s.init_args.get("backbone")), backbone)
         names = known.get("label_names") or (_labels(tensors, given) if texts or not _has_data(words) else None)
         more += ["--model.label_names", json.dumps(names)] if names else []
@@ -78,7 +82,7 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
             if words[0] not in PLACED:
                 raise ValueError(f"Nothing says what to {words[0]}: give --data.path FILE, a configuration or a run.")
             more += ["--score", "false"] if words[0] == "merge" else []
-        more += ["--data", "lit_peft.data.TextClassificationDataModule"]
+        more += ["--data", f"lit_peft.data.{_DATA.get(kind, 'TextClassificationDataModule')}"]
     # All of its arguments, or the parser would take those of a run's method that have the same names.
     given = [s.init_args for s in settings(words, "method") if s.class_path is None]  # options, and overlays
     own = {"path": folder, "name": "default", "quantize": AS_TRAINED}
@@ -88,6 +92,13 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
     configs = [end for _, end, flag, _ in options(words) if flag in CONFIG_FLAGS]
     at = max(configs, default=1) if task is not None else 1
     return [*words[:at], *more, *words[at:], "--method", json.dumps(method)]
+
+
+def _task(known: dict[str, Any], config: dict[str, Any]) -> str:
+    """Name of the task of an adapter folder: as ours says, or by what HF PEFT calls it."""
+    if known.get("task") in lit_peft.tasks.__all__:
+        return str(known["task"])
+    return "CausalLanguageModeling" if config.get("task_type") == "CAUSAL_LM" else "TextClassification"
 
 
 def _has_data(words: Sequence[str]) -> bool:
@@ -119,7 +130,9 @@ def _labels(tensors: dict[str, Tensor], base: str | None) -> list[str]:
 
 
 class TextPrinter(BasePredictionWriter):
-    """Prints what was predicted for each text from the command line: label and probability, or all of it as JSON.
+    """Prints what was predicted for each text from the command line.
+
+    Label and probability; the prompt with what was generated behind it; or, of anything else, all of it as JSON.
 
     Args:
         texts: The texts, in the order of the predictions.
@@ -136,4 +149,7 @@ class TextPrinter(BasePredictionWriter):
         labels = [str(row["label"]) if isinstance(row, dict) and "label" in row else "" for row in rows]
         width = max(map(len, labels))
         for text, label, row in zip(self.texts, labels, rows, strict=True):
+            if isinstance(row, dict) and "generation" in row:
+                print(f"{row['prompt']}{row['generation']}")
+                continue
             print(f"{label:<{width}}  {row['probability']:.4f}  {text}" if label else f"{json.dumps(row)}  {text}")

@@ -51,6 +51,11 @@ class Prompt(Addition):
                 given["position_ids"] = positions + n
             return call(**given)
 
+        if mask is None and positions is not None and not self.keeps and bool((positions.diff() <= 0).any()):
+            raise ValueError(
+                "Several texts share a row here (packing), and virtual tokens stand before the first of them alone: do "
+                "not pack, or take PrefixTuning, whose prefix all of them see."
+            )
         x, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
         x = layer.get_input_embeddings()(ids) if x is None else x
         check_room(layer, self.room, n, x.shape[1], shared=self.keeps)

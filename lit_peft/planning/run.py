@@ -22,8 +22,8 @@ def plan_run(
     """Plans of a run, and what they are of.
 
     A task of ours, which can make a `sample` of a batch, is built without weights, and no data are read: a batch has
-    `data.batch_size` texts of `data.max_length`. Another module is built as it builds itself, and the first batch of
-    its training data is taken.
+    `data.batch_size` texts of `data.max_length`, or of `data.block_size` where texts are cut into blocks. Another
+    module is built as it builds itself, and the first batch of its training data is taken.
 
     Args:
         trainer: Says precision, accumulation and methods; it does not run.
@@ -43,9 +43,10 @@ def plan_run(
     method, *more = methods(trainer)
     if more:
         notes.append(f"Of several methods {type(method).__name__} alone is planned.")
-    ours = hasattr(model, "sample") and hasattr(data, "max_length")
+    name = next((name for name in ("max_length", "block_size") if hasattr(data, name)), None)
+    ours = hasattr(model, "sample") and name is not None
     if ours:
-        if model.label_names is None:
+        if getattr(model, "label_names", ()) is None:
             model.label_names = ["0", "1"]  # how many there are the data would tell, and a row of a head weighs little
         with without_weights():
             model.configure_model()
@@ -56,7 +57,8 @@ def plan_run(
                 "Liger's package is not here (pip install 'lit-peft[liger]'): planned without its kernels, which keep "
                 "less, so that the figures are upper bounds."
             )
-        batch = model.sample(data.batch_size, data.max_length)
+        assert name is not None
+        batch = model.sample(data.batch_size, getattr(data, name))
     else:
         batch = _first_batch(model, data)
     make = getattr(model, "optimizer", None) if ours else _optimizer_of(model, notes)
@@ -80,6 +82,7 @@ def plan_run(
         "precision": precision,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "longest": ours,
+        "limit": f"data.{name}" if ours else None,
     }
     return found, about
 
@@ -87,7 +90,7 @@ def plan_run(
 def title(about: dict[str, Any]) -> str:
     """One line on what is planned."""
     shape = " x ".join(map(str, about["batch"]))
-    which = "the longest that data.max_length allows" if about["longest"] else "the first of the training data"
+    which = f"the longest that {about['limit']} allows" if about["longest"] else "the first of the training data"
     return f"Memory of a training step on one GPU: a batch of {shape}, {which}, precision {about['precision']}"
 
 

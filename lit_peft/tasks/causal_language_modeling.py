@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_peft.methods.checks import check_positive, check_range
 from lit_peft.tasks.base import Batch
+from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
 from lit_peft.tasks.token_loss import IGNORED
@@ -21,16 +24,36 @@ class CausalLanguageModeling(LanguageModeling):
     Logs `train/loss`; in evaluation nll, perplexity, acc and ece under `val/` or `test/`, and word_perplexity where the
     data module knows how many words there are.
 
+    In prediction a batch has prompts, `input_ids` and `attention_mask` padded on the left, which are continued.
+
     Args:
         backbone: Model to start from: a hub id, or a local folder.
+        max_new_tokens: How many tokens `predict` makes of a prompt at most; an end-of-text token ends it before.
+        temperature: 0: the likeliest token at each step; else tokens are drawn from softmax(logits / temperature).
+        top_p: Drawn tokens come from the smallest set that has this share of the probability; 1: from all.
+        sampling_seed: Seed of the draws: the same prompts in the same batches get the same texts.
         **common: See `TransformersTask`.
     """
 
     auto_class = "AutoModelForCausalLM"
     masked = False
 
-    def __init__(self, backbone: str, **common: Any) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        sampling_seed: int = 0,
+        **common: Any,
+    ) -> None:
         super().__init__(backbone, **common)
+        check_range("model.max_new_tokens", max_new_tokens, 1)
+        check_range("model.temperature", temperature, 0)
+        check_positive("model.top_p", top_p)
+        check_range("model.top_p", top_p, 0, 1)
+        self.decoding, self.sampling_seed = Decoding(max_new_tokens, temperature, top_p), sampling_seed
 
     def load_model(self, storage: BaseStorage | None) -> tuple[Any, list[str]]:
         model, fresh = super().load_model(storage)
@@ -49,3 +72,11 @@ class CausalLanguageModeling(LanguageModeling):
             labels = labels.masked_fill(positions == 0, IGNORED)
         # Without a cache, which nothing reads here, and with which transformers does not look for packed texts.
         return inputs | {"use_cache": False}, F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """One dict a prompt: `prompt`, its text, and `generation`, what follows it; both without special tokens."""
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None) or self.tokenizer
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        seed = self.sampling_seed, self.global_rank, batch_idx
+        return continuations(self.model, tokenizer, ids, mask, self.decoding, *seed)

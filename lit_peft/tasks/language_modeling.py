@@ -1,6 +1,7 @@
 """What causal and masked language models share: loss and scores by token, whatever the batches are."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,18 @@ class LanguageModeling(TransformersTask):
     def build_metrics(self) -> None:
         self.val_metrics = language_modeling_metrics("val/", self.masked)
         self.test_metrics = language_modeling_metrics("test/", self.masked)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `backbone`."""
+        from transformers import AutoTokenizer
+
+        source = hub.locate(self.backbone)
+        with hub.explained(self.backbone):
+            return AutoTokenizer.from_pretrained(source)
+
+    def folder_record(self) -> dict[str, Any]:
+        return super().folder_record() | {"task": type(self).__name__}
 
     def sample(self, size: int, length: int) -> Batch:
         """A batch of so many texts of that length, or of the longest that the model takes; on the meta device."""

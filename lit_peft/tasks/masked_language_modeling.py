@@ -1,6 +1,5 @@
 """Masked language modelling: some tokens from all others, on both sides."""
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,27 +55,12 @@ class MaskedLanguageModeling(LanguageModeling):
         self.scored_share = mask_fraction
         self._masking: Masking | None = None
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of `backbone`.
-
-        Raises:
-            ValueError: When it has no mask token.
-        """
-        from transformers import AutoTokenizer
-
-        source = hub.locate(self.backbone)
-        with hub.explained(self.backbone):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        if tokenizer.mask_token_id is None:
+    def load_model(self, storage: BaseStorage | None) -> tuple[Any, list[str]]:
+        if self.tokenizer.mask_token_id is None:
             raise ValueError(
                 f"backbone: the tokenizer of {self.backbone} has no mask token, which a masked language model needs; a "
                 "decoder is trained by CausalLanguageModeling."
             )
-        return tokenizer
-
-    def load_model(self, storage: BaseStorage | None) -> tuple[Any, list[str]]:
-        _ = self.tokenizer  # refused before a model is loaded
         return super().load_model(storage)
 
     def build_metrics(self) -> None:

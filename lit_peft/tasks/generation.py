@@ -1,0 +1,82 @@
+"""Continuing prompts with a causal language model, its adapters active, token by token from a cache."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_peft.methods.positions import position_room
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: How many are made at most; an end-of-text token ends a text before.
+        temperature: 0 for the likeliest token at each step (greedy); else tokens are drawn from softmax(logits / it).
+        top_p: Tokens are drawn from the smallest set that has this share of the probability. Holtzman et al. 2020,
+            "The Curious Case of Neural Text Degeneration", section 3.1.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+    def config(self, pad: int) -> Any:
+        """The same as transformers takes it; a model's own settings, of sampling and penalties, do not count."""
+        from transformers import GenerationConfig
+
+        sampled = {"temperature": self.temperature or 1.0, "top_p": self.top_p if self.temperature else 1.0}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            top_k=0 if self.temperature else 50,  # transformers' default, which it warns of anything but
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
+            **sampled,
+        )
+
+
+def continuations(
+    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, decoding: Decoding, *seed: int
+) -> list[dict[str, str]]:
+    """What a model makes of some prompts: `prompt` and `generation` of each, the one behind the other.
+
+    Args:
+        model: A causal model of transformers in evaluation mode.
+        tokenizer: Its tokenizer.
+        ids: The prompts, int64 [b, w], padded on the left.
+        mask: 1 where they are, 0 where there is padding, [b, w].
+        decoding: How tokens are chosen.
+        *seed: Numbers that the draws follow from; torch's generators are as they were afterwards.
+
+    Raises:
+        ValueError: When prompts are padded on the right, empty, or longer than the model has room for.
+    """
+    width = ids.shape[1]
+    if not width or not mask[:, -1].all():
+        raise ValueError("Prompts have at least one token each, and are padded on the left for generation.")
+    room = position_room(model.base_model)
+    if room is not None and width + decoding.max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens: {decoding.max_new_tokens} after a prompt of {width} tokens exceed the {room} positions "
+            f"of {type(model).__name__}: set it to {max(room - width, 0)}, or shorten the prompts."
+        )
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    devices = [] if ids.device.type == "cpu" else [ids.device]
+    with torch.random.fork_rng(devices, device_type=ids.device.type if devices else "cuda"):
+        # A digest of 32 bits: torch's generator of a CPU takes no more.
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=4).digest(), "little"))
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=decoding.config(pad))
+    return [_texts(tokenizer, row[own.bool()], new) for row, own, new in zip(ids, mask, made[:, width:], strict=True)]
+
+
+def _texts(tokenizer: Any, prompt: Tensor, new: Tensor) -> dict[str, str]:
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, after, whole = (tokenizer.decode(t.tolist(), **options) for t in (prompt, new, torch.cat([prompt, new])))
+    # Alone, some tokenizers drop the space before a first word.
+    return {"prompt": before, "generation": whole[len(before) :] if whole.startswith(before) else after}
