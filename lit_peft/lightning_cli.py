@@ -343,7 +343,10 @@ class LitPeftCLI(LightningCLI):
         steps = []
         answers = is_overridden("forward", self.model) or is_overridden("predict_step", self.model)
         if self.folder is not None and best is not None and answers:
-            tries = {lit_peft.tasks.TextClassification: "a great movie", lit_peft.tasks.CausalLanguageModeling: "Once"}
+            tries = {
+                lit_peft.tasks.TextClassification: "a great movie",
+                lit_peft.tasks.CausalLanguageModeling: "It is never dull.",
+            }
             text = next((f' --text "{text}"' for task, text in tries.items() if isinstance(self.model, task)), "")
             steps.append(f"lit-peft predict --run {shown(self.folder)}{text}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):

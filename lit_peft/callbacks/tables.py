@@ -152,15 +152,27 @@ def summary_panel(title: str, metrics: Mapping[str, float | None], notes: Mappin
     return Panel(body, title=title, title_align="left", expand=False)
 
 
+_BESIDE_BASE = (
+    ("test/perplexity", "test perplexity", 2),
+    ("test/word_perplexity", "by word", 2),
+    ("test/masked_perplexity", "of masked tokens", 2),
+    ("test/pseudo_perplexity", "pseudo-perplexity", 2),
+    ("test/acc", "test accuracy", 4),
+)
+"""Figures of a summary that stand beside what they were before training: their key, their name, and decimals."""
+
+
 def _figures(metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
     def of(key: str) -> float | None:
         value = metrics.get(key)
         return None if value is None or value != value else value
 
     rows = []
-    if (acc := of("test/acc")) is not None:
-        base = of("base/test/acc")
-        rows.append(("test accuracy", f"{acc:.4f}" + (f"   (before training {base:.4f})" if base is not None else "")))
+    for key, label, digits in _BESIDE_BASE:
+        if (value := of(key)) is not None:
+            base = of(f"base/{key}")
+            before = "" if base is None else f"   (before training {base:,.{digits}f})"
+            rows.append((label, f"{value:,.{digits}f}{before}"))
     for key, label in (
         ("test/ece", "test ECE"),
         ("test/brier", "test Brier"),

@@ -54,7 +54,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
     resumed run, also in mid-epoch, sees exactly the batches that were left.
 
     Args:
-        path: `demo` for the bundled reviews, one sentence a document; a text file (txt), or one of rows (csv, tsv,
+        path: `demo` for the bundled reviews, one sentence a document, or with columns for prompts and completions
+            sentences and what sums them up, under these names; a text file (txt), or one of rows (csv, tsv,
             json, jsonl, parquet), which is the split `train`; a folder with one file a split; or a data set of the
             Hugging Face hub.
         name: Configuration of a hub data set that has several.
@@ -169,11 +170,14 @@ class LanguageModelingDataModule(HeldOutDataModule):
     def load(self) -> dict[str, Dataset]:
         """The splits as they come. For subclasses to override; called once."""
         if self.path == hub.DEMO:
-            from lit_peft.demo import reviews
+            from lit_peft.demo import reviews, verdicts
 
+            columns = {"sentence": self.text_column}
+            if self.prompt_column and self.completion_column:
+                columns = {"prompt": self.prompt_column, "completion": self.completion_column}
             return {
-                str(name): split.select_columns(["sentence"]).rename_column("sentence", self.text_column)
-                for name, split in reviews().items()
+                str(name): split.select_columns([*columns]).rename_columns(columns)
+                for name, split in (verdicts() if self.prompt_column else reviews()).items()
             }
         splits = load_splits(self.path, self.name, lines=True)
         if is_text(self.path) and self.text_column != LINE:

@@ -180,7 +180,7 @@ class TransformersTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes where a local base is: `backbone` may be seen from the folder in which this process began."""
         path = Path(self.backbone).expanduser()
-        if path.is_dir() and self.backbone != hub.DEMO:
+        if path.is_dir() and self.backbone not in hub.BUNDLED:
             checkpoint[BACKBONE_PATH] = str(path.resolve())
 
     # --------------------------------------------------------------------------------------------- the loop

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_peft import hub
 from lit_peft.methods.checks import check_positive, check_range
 from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
@@ -27,7 +28,7 @@ class CausalLanguageModeling(LanguageModeling):
     In prediction a batch has prompts, `input_ids` and `attention_mask` padded on the left, which are continued.
 
     Args:
-        backbone: Model to start from: a hub id, or a local folder.
+        backbone: Model to start from: a hub id, a local folder, or demo for the bundled decoder.
         max_new_tokens: How many tokens `predict` makes of a prompt at most; an end-of-text token ends it before.
         temperature: 0: the likeliest token at each step; else tokens are drawn from softmax(logits / temperature).
         top_p: Drawn tokens come from the smallest set that has this share of the probability; 1: from all.
@@ -40,7 +41,7 @@ class CausalLanguageModeling(LanguageModeling):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str = hub.DEMO,
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -48,7 +49,7 @@ class CausalLanguageModeling(LanguageModeling):
         sampling_seed: int = 0,
         **common: Any,
     ) -> None:
-        super().__init__(backbone, **common)
+        super().__init__(hub.DEMO_DECODER if backbone == hub.DEMO else backbone, **common)
         check_range("model.max_new_tokens", max_new_tokens, 1)
         check_range("model.temperature", temperature, 0)
         check_positive("model.top_p", top_p)
