@@ -55,7 +55,7 @@ def test_a_split_is_its_published_text(tmp_path: Path) -> None:
 def test_validation_and_test_have_splits_of_their_own(tmp_path: Path) -> None:
     tokenizer = save_decoder_tokenizer(tmp_path / "tokenizer")
     lines = WikiText2DataModule(str(folder(tmp_path)), tokenizer=tokenizer).describe()
-    assert lines[0] == ("Data: 9 lines, 28 words, 29 tokens, 1 block of at most 1,024 tokens to train")
+    assert lines[0] == ("Data: 9 lines, 26 words, 26 tokens, 1 block of at most 1,024 tokens to train")
     assert [line.rpartition(" to ")[2] for line in lines[1:]] == [
         "validate (split validation)",
         "test (split test)",
