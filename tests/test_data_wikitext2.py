@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from data_helpers import save_decoder_tokenizer
 from datasets import Dataset
+from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lit_peft.data import WikiText2DataModule
+from lit_peft.data import LanguageModelingDataModule, WikiText2DataModule
 
 SHARED = Path(os.environ.get("LIT_PEFT_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "wikitext2"
 published = pytest.mark.skipif(
@@ -95,6 +96,16 @@ def test_headings_that_articles_share_are_no_copies(tmp_path: Path) -> None:
         told += [str(warning.message) for warning in caught]
     assert len(state["trained"]) == 2
     assert told == ["1 of 2 rows to test have a text that was trained on."]
+
+
+def test_the_command_line_knows_every_argument() -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LanguageModelingDataModule, "data")
+    options = ["--data=WikiText2DataModule", "--data.name=wikitext-2-v1", "--data.stride=7", "--data.tokenizer=null"]
+    data = parser.instantiate(parser.parse_args(options)).data
+    assert isinstance(data, WikiText2DataModule)
+    changed = {"path": "Salesforce/wikitext", "name": "wikitext-2-v1", "document": "split"}
+    assert dict(data.hparams) == dict(LanguageModelingDataModule(stride=7).hparams) | changed
 
 
 @published

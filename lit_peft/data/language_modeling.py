@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from transformers import AutoConfig
 
 from lit_peft import hub
 from lit_peft.data import token_rows
@@ -324,7 +323,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
     def _longest(self) -> int:
         limits = {f"the tokenizer {self.tokenizer.name_or_path}": self.tokenizer.model_max_length}
         name = getattr(self.trainer.lightning_module if self.trainer else None, "backbone", None)
-        if isinstance(name, str) and (positions := _positions(name)):
+        if isinstance(name, str) and (positions := token_rows.positions(name)):
             limits[f"the model {name}"] = positions
         least = min(limits, key=lambda which: limits[which])
         if self.block_size is not None and self.block_size > limits[least]:
@@ -357,9 +356,9 @@ class LanguageModelingDataModule(HeldOutDataModule):
             if not self.completion_column:
                 stride = {} if role == "train" else {"stride": self.stride}
                 function = token_rows.blocks if role == "train" else token_rows.windows
-                rows = self._map_whole(tokens, function, **arguments, **stride, one_text=self._is_one_text)
+                rows = token_rows.lay_out(tokens, function, **arguments, **stride, one_text=self._is_one_text)
             elif self.pack:
-                rows = self._map_whole(tokens, token_rows.packed_samples, size=self._longest)
+                rows = token_rows.lay_out(tokens, token_rows.packed_samples, size=self._longest)
             else:
                 rows = tokens.select_columns(["input_ids", "labels", "length"])
             self._parts[key] = rows
@@ -378,7 +377,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
         if self.completion_column:
             if self._marks.eos is None:
                 raise ValueError(f"The tokenizer {key[1]} has no eos token, with which a completion is closed.")
-            tokens = self._map(
+            tokens = self._encode(
                 split, token_rows.samples, role, columns=self._text_columns, size=self._longest, marks=self._marks
             )
             if cut := sum(tokens["cut"][:]):
@@ -387,14 +386,10 @@ class LanguageModelingDataModule(HeldOutDataModule):
                     "prompts lose the beginning, and completions for which that is not enough their end."
                 )
         else:
-            if self._is_one_text:  # a blank line in it is a part of the text, a blank document is none
-                split = split.map(
-                    token_rows.pieces, batched=True, batch_size=None, fn_kwargs={"column": self.text_column}
-                )
-            else:
-                split = split.filter(_has_text, input_columns=self.text_column)
+            join = token_rows.joined if self._is_one_text else token_rows.without_blank
+            split = join(split, self.text_column)
             arguments = {"column": self.text_column, "line_breaks": self.counts_line_breaks}
-            tokens = self._map(split, token_rows.texts, role, **arguments)
+            tokens = self._encode(split, token_rows.texts, role, **arguments)
             if not sum(tokens["length"][:]):
                 raise ValueError(f"What there is in {where} to {VERBS[role]} holds no tokens, blank texts alone.")
         self._parts[key] = tokens
@@ -420,45 +415,16 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 check_text(self._split(name), self._prompt, self._where(name), option=option)
         lines = self._is_one_text and self._given is None
         arguments = {"column": self._prompt, "size": self._longest, "marks": self._marks, "lines": lines}
-        return self._map(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
+        return self._encode(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
+
+    def _encode(self, split: Dataset, function: Any, role: str, **arguments: Any) -> Dataset:
+        processes = self.num_proc or min(os.cpu_count() or 1, len(split) // PER_PROCESS)
+        return token_rows.encode(split, function, self.tokenizer, processes, f"Tokenising {role}", **arguments)
 
     @property
     def _marks(self) -> Marks:
         return Marks.of(self.tokenizer)
 
-    def _map(self, split: Dataset, function: Any, role: str, **arguments: Any) -> Dataset:
-        processes = self.num_proc or min(os.cpu_count() or 1, len(split) // PER_PROCESS)
-        return split.map(
-            function,
-            batched=True,
-            remove_columns=split.column_names,
-            features=token_rows.FEATURES[function],
-            fn_kwargs={"tokenizer": self.tokenizer, **arguments},
-            num_proc=processes if processes > 1 else None,
-            desc=f"Tokenising {role}",
-        )
-
-    def _map_whole(self, tokens: Dataset, function: Any, **arguments: Any) -> Dataset:
-        """Rows that depend on all of the tokens; kept in the cache of `datasets`, as these are."""
-        whole = tokens.with_format("arrow").map(
-            function, batched=True, batch_size=None, remove_columns=tokens.column_names, fn_kwargs=arguments
-        )
-        return whole.with_format(None)
-
-
-def _has_text(text: str) -> bool:
-    return bool(text.strip())
-
 
 def _count(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("s" if count != 1 else "")
-
-
-@lru_cache(maxsize=8)  # asked for every part of the data, and a hub that is out of reach takes seconds
-def _positions(backbone: str) -> int | None:
-    """Tokens that a model of transformers takes, by its configuration; None where that does not say."""
-    try:
-        config = AutoConfig.from_pretrained(hub.locate(backbone))
-    except (OSError, ValueError):  # told when the model is built
-        return None
-    return getattr(config, "max_position_embeddings", None)

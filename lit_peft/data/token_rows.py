@@ -2,13 +2,16 @@
 
 import itertools
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features, Value
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
+from transformers import AutoConfig
 
+from lit_peft import hub
 from lit_peft.data.blocks import IGNORED, Marks, evaluation_windows, packed, training_blocks
 
 PIECE = 10_000
@@ -95,3 +98,48 @@ FEATURES = {
     samples: Features(input_ids=_INTS, labels=_INTS, length=Value("int64"), cut=Value("bool")),
     prompts: Features(input_ids=_INTS, length=Value("int64")),
 }
+
+
+def without_blank(split: Dataset, column: str) -> Dataset:
+    """Documents that are not blank."""
+    return split.filter(_has_text, input_columns=column)
+
+
+def joined(split: Dataset, column: str) -> Dataset:
+    """The lines of a text in `pieces`. Blank ones, too: they are a part of the text."""
+    return split.map(pieces, batched=True, batch_size=None, fn_kwargs={"column": column})
+
+
+def encode(split: Dataset, function: Any, tokenizer: Any, processes: int, desc: str, **arguments: Any) -> Dataset:
+    """What `texts`, `samples` or `prompts` gives of a split, a row each."""
+    return split.map(
+        function,
+        batched=True,
+        remove_columns=split.column_names,
+        features=FEATURES[function],
+        fn_kwargs={"tokenizer": tokenizer, **arguments},
+        num_proc=processes if processes > 1 else None,
+        desc=desc,
+    )
+
+
+def lay_out(tokens: Dataset, function: Any, **arguments: Any) -> Dataset:
+    """What `blocks`, `windows` or `packed_samples` gives of all tokens: rows that depend on all of them."""
+    rows = tokens.with_format("arrow").map(
+        function, batched=True, batch_size=None, remove_columns=tokens.column_names, fn_kwargs=arguments
+    )
+    return rows.with_format(None)
+
+
+@lru_cache(maxsize=8)  # asked for every part of the data, and a hub that is out of reach takes seconds
+def positions(backbone: str) -> int | None:
+    """Tokens that a model of transformers takes, by its configuration; None where that does not say."""
+    try:
+        config = AutoConfig.from_pretrained(hub.locate(backbone))
+    except (OSError, ValueError):  # told when the model is built
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _has_text(text: str) -> bool:
+    return bool(text.strip())

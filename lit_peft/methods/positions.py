@@ -49,7 +49,7 @@ def check_room(stack: nn.Module, room: int | None, n: int, length: int, *, share
     left = room if shared else room - n
     raise ValueError(
         f"{n} virtual tokens and {length} of the text exceed the {room} positions of {type(stack).__name__}: "
-        f"cut texts off at {left} tokens (max_length)."
+        f"cut texts off at {left} tokens (max_length; of blocks of tokens, block_size)."
     )
 
 
