@@ -193,3 +193,20 @@ def test_a_tokenizer_without_a_mask_token_is_refused(folder, tmp_path):
 def test_a_vocabulary_larger_than_the_model_gives_no_replacement_that_it_lacks(folder):
     masking = Masking.of(tf.AutoTokenizer.from_pretrained(folder), 50, 0.15, torch.device("cpu"))
     assert masking.ordinary.tolist() == list(range(len(SPECIAL), 50))
+
+
+def test_mask_tokens_of_texts_are_filled(folder):
+    made = task(folder).eval()
+    given = texts(6, 3)
+    given["input_ids"][0, 2] = given["input_ids"][0, 5] = given["input_ids"][1, 1] = MASK
+    expected = made.model(given["input_ids"], given["attention_mask"]).logits.softmax(-1).max(-1)
+    left = {key: torch.stack([given[key][0], given[key][1].roll(3)]) for key in ("input_ids", "attention_mask")}
+    rows = [row for rows in trainer().predict(made, DataLoader([left], batch_size=None)) for row in rows]
+    for row, (n, places) in enumerate(((6, [2, 5]), (3, [1]))):
+        assert rows[row]["probabilities"] == pytest.approx(expected.values[row, places].tolist(), rel=1e-4)
+        filled = given["input_ids"][row].clone()
+        filled[places] = expected.indices[row, places]
+        assert rows[row]["tokens"] == [
+            made.tokenizer.decode([token]) for token in expected.indices[row, places].tolist()
+        ]
+        assert rows[row]["text"] == made.tokenizer.decode(filled[: n + 2].tolist(), skip_special_tokens=True)

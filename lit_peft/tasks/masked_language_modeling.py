@@ -24,6 +24,8 @@ class MaskedLanguageModeling(LanguageModeling):
     draws the same of a text, whatever the batch or the rank. Special tokens (the unknown one among them) and tokens
     whose label is -100 are never drawn, and no special token is ever a replacement.
 
+    In prediction a batch has texts with mask tokens in them, `input_ids` and `attention_mask`, which are filled.
+
     Logs `train/loss`; in evaluation nll, masked_perplexity, acc and ece of the tokens that were drawn.
 
     Args:
@@ -105,3 +107,27 @@ class MaskedLanguageModeling(LanguageModeling):
             for logits, true in self.rows(inputs, targets).chunks():
                 metric.update(token_scores(logits, true))
         self.log("test/pseudo_perplexity", metric, batch_size=max(len(places), 1))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One dict a text: `text`, its mask tokens filled; `tokens`, the likeliest ones; their `probabilities`."""
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        order = mask.argsort(
+            dim=1, descending=True, stable=True
+        )  # padded on the right, where positions start with text
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+        gaps = (ids == self.tokenizer.mask_token_id) & mask.bool()
+        rows = self.rows({"input_ids": ids, "attention_mask": mask}, torch.where(gaps, 0, IGNORED))
+        scores = [logits.float().softmax(-1).max(-1) for logits, _ in rows.chunks()]
+        tokens, sure = (torch.cat(parts) for parts in ([s.indices for s in scores], [s.values for s in scores]))
+        filled = ids.masked_scatter(gaps, tokens)
+        sizes = gaps.sum(1).tolist()
+        found = zip(filled, mask.bool(), tokens.split(sizes), sure.split(sizes), strict=True)
+        return [
+            {
+                "text": self.tokenizer.decode(row[own].tolist(), skip_special_tokens=True),
+                "tokens": [self.tokenizer.decode([token]) for token in new.tolist()],
+                "probabilities": values.tolist(),
+            }
+            for row, own, new, values in found
+        ]
