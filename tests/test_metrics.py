@@ -26,6 +26,7 @@ from lit_peft.metrics import (
     calibration,
     classification,
     classification_metrics,
+    language_modeling,
     reliability_diagram,
 )
 from lit_peft.metrics.base import sum_dtype
@@ -350,7 +351,7 @@ def test_a_diagram_needs_samples():
         reliability_diagram(nothing, "empty")
 
 
-@pytest.mark.parametrize("module", [calibration, classification], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [calibration, classification, language_modeling], ids=lambda m: m.__name__)
 def test_docstring_examples(module):
     result = doctest.testmod(module)
     assert result.failed == 0
@@ -358,7 +359,7 @@ def test_docstring_examples(module):
     public = {
         name for name in lit_peft.metrics.__all__ if getattr(lit_peft.metrics, name).__module__ == module.__name__
     }
-    assert public - {"CalibrationBins"} <= documented
+    assert public - {"CalibrationBins", "TokenScores"} <= documented
 
 
 def test_the_package_itself_does_not_import_torchmetrics():
