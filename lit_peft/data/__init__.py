@@ -4,14 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_peft.data.imdb import IMDBDataModule
     from lit_peft.data.language_modeling import LanguageModelingDataModule
     from lit_peft.data.sst2 import SST2DataModule
     from lit_peft.data.text_classification import TextClassificationDataModule
     from lit_peft.data.wikitext2 import WikiText2DataModule
 
-__all__ = ["LanguageModelingDataModule", "SST2DataModule", "TextClassificationDataModule", "WikiText2DataModule"]
+__all__ = [
+    "IMDBDataModule",
+    "LanguageModelingDataModule",
+    "SST2DataModule",
+    "TextClassificationDataModule",
+    "WikiText2DataModule",
+]
 
 _HOMES = {
+    "IMDBDataModule": "lit_peft.data.imdb",
     "LanguageModelingDataModule": "lit_peft.data.language_modeling",
     "SST2DataModule": "lit_peft.data.sst2",
     "TextClassificationDataModule": "lit_peft.data.text_classification",

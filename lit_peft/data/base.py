@@ -27,7 +27,7 @@ class TextDataModule(pl.LightningDataModule):
 
     Args:
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
-        max_length: Tokens after which a text is cut off; never more than the tokenizer's own limit.
+        max_length: Tokens that are kept of a text; never more than the tokenizer's own limit, or the model's.
         batch_size: Training examples a step on each device.
         eval_batch_size: Examples a step on each device in evaluation; null: twice `batch_size`.
         num_workers: Processes that load batches; 0: the main process.
@@ -50,9 +50,9 @@ class TextDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        # By tokenizer, because a data module may serve models of several backbones.
+        # By tokenizer, and by the longest text, because a data module may serve models of several backbones.
         self._tokenizers: dict[str, Any] = {}
-        self._tokenised: dict[tuple[str, str], Dataset] = {}
+        self._tokenised: dict[tuple[str, str, int], Dataset] = {}
 
     def prepare_data(self) -> None:
         """Load and tokenise on one process a node; the others then find the result in the cache."""
@@ -136,7 +136,9 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def _longest(self) -> int:
-        return min(self.max_length, self.tokenizer.model_max_length)
+        """Tokens of the longest text that a model gets; a task of ours says how many it has positions for."""
+        positions = getattr(self.trainer.lightning_module, "max_positions", None) if self.trainer else None
+        return min(self.max_length, self.tokenizer.model_max_length, positions or self.max_length)
 
     @property
     def _padding(self) -> dict[str, int]:
@@ -151,7 +153,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def _encoded(self, role: str) -> Dataset:
         """Tokenised rows of "train", "val", "test" or "predict"."""
-        key = role, self.tokenizer.name_or_path
+        key = role, self.tokenizer.name_or_path, self._longest
         if key not in self._tokenised:
             self._tokenised[key] = self._tokenise(role)
         return self._tokenised[key]

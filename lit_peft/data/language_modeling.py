@@ -64,7 +64,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         document: What one document is. row: each row; split: all rows of a split, which are the lines of one text; a
             line break is added to those that do not end with one. null: split for text files, else row.
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
-        block_size: Most tokens of a row; null: 1024, or what the tokenizer and the model take where that is less.
+        block_size: Most tokens of a row; null: 1024. Where the tokenizer or the model take less, so many, with a warning
+            if it was set.
         stride: Tokens from one evaluation window to the next; null: `block_size`, so that none overlap.
         pack: Put several samples, of a prompt and a completion each, into one row.
         batch_size: Training rows a step on each device.
@@ -84,8 +85,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
 
     Raises:
         ValueError: An argument out of range; while loading: a file that is broken or empty, a missing split or column,
-            a text that is null, an empty prompt or completion, a split of blank texts alone, a `block_size` larger than
-            the tokenizer or the model takes, no eos token to close completions.
+            a text that is null, an empty prompt or completion, a split of blank texts alone, a `block_size` that has
+            no room for a text, no eos token to close completions.
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set or tokenizer that is neither in reach nor in the cache.
     """
@@ -165,6 +166,14 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self.num_proc = num_proc
         self._given: Dataset | None = None
         self._parts: dict[tuple[str, str, str], Dataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if self.block_size is not None and self._longest < self.block_size:
+            rank_zero_warn(
+                f"data.block_size is {self.block_size:,}; rows have {self._longest:,} tokens, which is what the tokenizer "
+                "or the model takes."
+            )
 
     def load(self) -> dict[str, Dataset]:
         """The splits as they come. For subclasses to override; called once."""
@@ -318,17 +327,6 @@ class LanguageModelingDataModule(HeldOutDataModule):
         return known | {name: getattr(self, name) for name in ("document", "pack", "completion_column")}
 
     # --------------------------------------------------------------------------------- the rows of tokens
-
-    @property
-    def _longest(self) -> int:
-        limits = {f"the tokenizer {self.tokenizer.name_or_path}": self.tokenizer.model_max_length}
-        name = getattr(self.trainer.lightning_module if self.trainer else None, "backbone", None)
-        if isinstance(name, str) and (positions := token_rows.positions(name)):
-            limits[f"the model {name}"] = positions
-        least = min(limits, key=lambda which: limits[which])
-        if self.block_size is not None and self.block_size > limits[least]:
-            raise ValueError(f"data.block_size is {self.block_size:,}; {least} takes {limits[least]:,} tokens at most.")
-        return min(self.max_length, limits[least])
 
     def _loader_options(self) -> dict[str, Any]:
         collate = partial(pad_rows, pad=self.tokenizer.pad_token_id or 0, longest=self._longest)

@@ -11,6 +11,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lit_peft.data.long_texts import Truncation, encode_long
+
 if TYPE_CHECKING:
     import datasets
 
@@ -199,19 +201,24 @@ def pad_batch(rows: pa.Table, *, padding: Mapping[str, int], max_length: int) ->
     """Stack tokenised rows, padded on the right to the longest of them, rounded up to a multiple of 8.
 
     Args:
-        rows: A table with "length", and the columns of `padding`, lists of that length; maybe "labels".
+        rows: A table with "length", and the columns of `padding`, lists of that length; maybe "labels". With
+            "windows", lists of lengths, each row is a document, whose windows stand one behind the other.
         padding: Padding value of each list column.
         max_length: The width is not rounded beyond this.
 
     Returns:
         int64 tensors: each column of `padding`, (batch, width), and "labels", (batch,), where the rows have
-        them.
+        them. Of documents in windows the former are (windows, width), the windows of one document side by side,
+        and "document", (windows,), counts from 0 which row of the table each is of.
     """
-    lengths = rows["length"].to_numpy()
+    lengths, batch = rows["length"].to_numpy(), {}
+    if "windows" in rows.column_names:
+        of_each = rows["windows"].combine_chunks()
+        lengths = of_each.flatten().to_numpy()
+        batch["document"] = torch.from_numpy(np.arange(len(rows)).repeat(of_each.value_lengths().to_numpy()))
     longest = int(lengths.max())
     width = max(longest, min(-(-longest // 8) * 8, max_length))
     inside = np.arange(width) < lengths[:, None]
-    batch = {}
     for name, value in padding.items():
         padded = np.full(inside.shape, value, dtype=np.int64)
         padded[inside] = rows[name].combine_chunks().flatten().to_numpy()
@@ -231,6 +238,8 @@ def tokenise(
     max_length: int,
     processes: int,
     desc: str,
+    truncation: Truncation = "head",
+    overlap: int | None = None,
 ) -> "datasets.Dataset":
     """What `pad_batch` takes, of the texts of a split; kept in the cache of `datasets`.
 
@@ -240,18 +249,25 @@ def tokenise(
         tokenizer: A tokenizer of transformers.
         columns: One column of texts, or two for pairs.
         inputs: What to keep of what the tokenizer gives.
-        max_length: Tokens after which a text is cut off.
+        max_length: Tokens that are kept of a text.
         processes: Processes to share the work.
         desc: What the progress bar says.
+        truncation: Which tokens; of the two at the ends the tokenizer's `truncation_side` decides.
+        overlap: None; else a text is kept whole, in windows of `max_length` that share so many tokens.
 
     Raises:
-        ValueError: The tokenizer's own marks alone fill `max_length`.
+        ValueError: The tokenizer's own marks alone fill `max_length`, or an overlap all that they leave.
     """
     marks = tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
     if max_length < marks + len(columns):
         raise ValueError(
             f"data.max_length is {max_length}: of that {marks} are marks of the tokenizer, so that nothing of a text "
             f"is left; expected at least {marks + len(columns)}."
+        )
+    if overlap is not None and overlap >= max_length - marks:
+        raise ValueError(
+            f"data.window_overlap is {overlap}, expected less than {max_length - marks}, the tokens of a text that a "
+            "window has room for."
         )
     return split.map(
         _encode,
@@ -264,6 +280,8 @@ def tokenise(
             "columns": list(columns),
             "inputs": list(inputs),
             "max_length": max_length,
+            "truncation": truncation,
+            "overlap": overlap,
         },
         num_proc=processes if processes > 1 else None,
         desc=desc,
@@ -278,7 +296,12 @@ def _encode(
     columns: list[str],
     inputs: list[str],
     max_length: int,
+    truncation: Truncation,
+    overlap: int | None,
 ) -> dict[str, Any]:
-    tokens = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
-    encoded = {name: tokens[name] for name in inputs} | {"length": [len(ids) for ids in tokens["input_ids"]]}
+    if overlap is None and truncation != "head+tail":
+        tokens = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+        encoded = {name: tokens[name] for name in inputs} | {"length": [len(ids) for ids in tokens["input_ids"]]}
+    else:
+        encoded = encode_long(batch[columns[0]], tokenizer, inputs, max_length, overlap)
     return encoded if codes is None else encoded | {"labels": codes[rows]}

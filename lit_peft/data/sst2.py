@@ -2,16 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
 
-from lit_peft.data.columns import Labels
 from lit_peft.data.splits import stratified_subset
 from lit_peft.data.text_classification import TextClassificationDataModule
 
-NAMES = ["negative", "positive"]
 MIN_TOKENS = 4  # shorter phrases ("of the film") are shared by sentences that have nothing else in common
 
 
@@ -44,6 +42,8 @@ class SST2DataModule(TextClassificationDataModule):
         kwargs: Arguments of `TextClassificationDataModule`.
     """
 
+    numbered: ClassVar[Sequence[str]] = ("negative", "positive")
+
     def __init__(
         self,
         path: str = "stanfordnlp/sst2",
@@ -53,12 +53,6 @@ class SST2DataModule(TextClassificationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(path=path, text_column=text_column, test_split=test_split, val_fraction=val_fraction, **kwargs)
-
-    def _find_labels(self) -> Labels:
-        """`negative` and `positive`, also where the file has only 0 or 1."""
-        labels = super()._find_labels()
-        numbers = labels.names and set(labels.names) <= {"0", "1"}
-        return Labels(NAMES, declared=NAMES) if numbers else labels
 
     def hold_out(self, split: Dataset, labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """Rows of about `size` phrases in all that are the whole of some groups; see `group_phrases`.

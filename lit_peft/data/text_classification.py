@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -11,7 +12,9 @@ from lit_peft import hub
 from lit_peft.data.columns import MISSING, SHOWN, Labels, check_classes, check_text, given_texts, has_labels
 from lit_peft.data.held_out import VERBS, HeldOutDataModule, check_least
 from lit_peft.data.loaders import tokenise
+from lit_peft.data.long_texts import TRUNCATIONS, Truncation
 from lit_peft.data.splits import load_splits
+from lit_peft.methods.checks import check_choice
 
 ROWS_PER_PROCESS = 25_000  # fewer, and starting a process costs more than it saves
 
@@ -29,6 +32,11 @@ class TextClassificationDataModule(HeldOutDataModule):
     label do not count, upper and lower case do. Where the model knows its classes (`label_names`, also from a
     checkpoint), labels are encoded by their names: data to score may lack some of them, and order them in any way.
 
+    With `windows`, evaluation and prediction see all of a text: one that is longer than `max_length` becomes several
+    rows of a batch, which holds `eval_batch_size` texts all the same. `document`, (rows,), counts from 0 the text
+    that each row is of, rows of one text side by side; `labels` stay one a text. `TextClassification` averages the
+    probabilities of a text's windows, so that every metric counts each text once.
+
     Args:
         path: `demo` for the bundled reviews; a file (csv, tsv, json, jsonl, parquet), which is the split
             `train`; a folder with one file a split; or a data set of the Hugging Face hub.
@@ -38,7 +46,14 @@ class TextClassificationDataModule(HeldOutDataModule):
             too.
         text_pair_column: Column of a second text, for tasks on pairs.
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
-        max_length: Tokens after which a text is cut off; never more than the tokenizer's own limit.
+        max_length: Tokens that are kept of a text, the tokenizer's marks among them; never more than the tokenizer's
+            own limit, or than the model has positions.
+        truncation: Which tokens are kept of a longer text: head, tail, or head+tail, 128 of 510 at the head; see
+            `lit_peft.data.long_texts`. Of pairs, only head.
+        windows: In evaluation and prediction, read longer texts whole, in windows of `max_length`; training cuts
+            them off as ever. Not of pairs.
+        window_overlap: Tokens that a window shares with the one before; null: a quarter of those that it has room for,
+            127 of 510.
         batch_size: Training examples a step on each device.
         eval_batch_size: Examples a step on each device in evaluation; null: twice `batch_size`.
         val_split: Split to validate on; null: `validation` where there is such a split with labels that is not
@@ -63,6 +78,9 @@ class TextClassificationDataModule(HeldOutDataModule):
         ConnectionError: A hub data set or tokenizer that is neither in reach nor in the cache.
     """
 
+    numbered: ClassVar[Sequence[str]] = ()
+    """Names of the classes 0, 1, … of data that give these numbers alone; for subclasses that know them."""
+
     def __init__(
         self,
         path: str = hub.DEMO,
@@ -72,6 +90,9 @@ class TextClassificationDataModule(HeldOutDataModule):
         text_pair_column: str | None = None,
         tokenizer: str | None = None,
         max_length: int = 128,
+        truncation: Truncation = "head",
+        windows: bool = False,
+        window_overlap: int | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         val_split: str | None = None,
@@ -98,18 +119,35 @@ class TextClassificationDataModule(HeldOutDataModule):
             seed=seed,
         )
         check_least(1, max_length=max_length, num_proc=num_proc)
+        check_least(0, window_overlap=window_overlap)
         if label_column in (text_column, text_pair_column):
             raise ValueError(f"data.label_column is {label_column!r}, which is the column of a text too.")
         if text_column == text_pair_column:
             raise ValueError(f"data.text_column and data.text_pair_column are both {text_column!r}.")
+        check_choice("data.truncation", truncation, TRUNCATIONS)
+        if text_pair_column is not None and (windows or truncation != "head"):
+            given = "windows is true" if windows else f"truncation is {truncation!r}"
+            raise ValueError(
+                f"data.{given}, but data.text_pair_column is {text_pair_column!r}: of pairs the longer text is cut off "
+                "at its end; expected truncation: head and windows: false."
+            )
         self.save_hyperparameters()
         self.name = name
         self.text_column = text_column
         self.label_column = label_column
         self.text_pair_column = text_pair_column
+        self.truncation: Truncation = truncation
+        self.windows, self.window_overlap = windows, window_overlap
         self.num_proc = num_proc
         self._given: Dataset | None = None
         self._known: list[str] | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, with a padding token, that cuts texts off where `truncation` says."""
+        tokenizer = super().tokenizer
+        tokenizer.truncation_side = "left" if self.truncation == "tail" else "right"  # a merged model keeps it
+        return tokenizer
 
     def setup(self, stage: str | None = None) -> None:
         """Load what `stage` needs, with labels encoded by the classes of the trainer's model, where it knows them."""
@@ -235,11 +273,12 @@ class TextClassificationDataModule(HeldOutDataModule):
 
     def _find_labels(self) -> Labels:
         """The classes of the data themselves; train decides where it has labels."""
+        numbers = {str(code) for code in range(len(self.numbered))}
         for name in dict.fromkeys(("train", *self._splits)):
             if name in self._splits and self.label_column in self._splits[name].column_names:
                 labels = Labels.of(self._splits[name], self.label_column, self._where(name))
                 if labels.names:
-                    return labels
+                    return Labels([*self.numbered], self.numbered) if numbers >= {*labels.names} else labels
         return Labels([])
 
     def _codes(self, split: str) -> np.ndarray:
@@ -261,9 +300,20 @@ class TextClassificationDataModule(HeldOutDataModule):
             columns=self._text_columns,
             inputs=list(self._padding),
             max_length=self._longest,
+            truncation=self.truncation,
+            overlap=self._overlap if self.windows and role != "train" else None,
             processes=self.num_proc or min(os.cpu_count() or 1, len(split) // ROWS_PER_PROCESS),
             desc=f"Tokenising {role}",
         )
+
+    @property
+    def _overlap(self) -> int:
+        room = self._longest - self.tokenizer.num_special_tokens_to_add()
+        return room // 4 if self.window_overlap is None else self.window_overlap
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity | {"truncation": self.truncation}
 
     def _checked(self, role: str) -> tuple[Dataset, np.ndarray]:
         """The rows of a role with the codes of their labels; prediction takes them without."""

@@ -2,16 +2,13 @@
 
 import itertools
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
-from transformers import AutoConfig
 
-from lit_peft import hub
 from lit_peft.data.blocks import IGNORED, Marks, evaluation_windows, packed, training_blocks
 
 PIECE = 10_000
@@ -129,16 +126,6 @@ def lay_out(tokens: Dataset, function: Any, **arguments: Any) -> Dataset:
         function, batched=True, batch_size=None, remove_columns=tokens.column_names, fn_kwargs=arguments
     )
     return rows.with_format(None)
-
-
-@lru_cache(maxsize=8)  # asked for every part of the data, and a hub that is out of reach takes seconds
-def positions(backbone: str) -> int | None:
-    """Tokens that a model of transformers takes, by its configuration; None where that does not say."""
-    try:
-        config = AutoConfig.from_pretrained(hub.locate(backbone))
-    except (OSError, ValueError):  # told when the model is built
-        return None
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _has_text(text: str) -> bool:

@@ -1,6 +1,7 @@
 """What tasks over a transformers model share: how it is built, stored, saved and optimised."""
 
 import inspect
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from lit_peft.class_path import imported
 from lit_peft.core.checkpoint import read_archive
 from lit_peft.methods.checks import check_choice, check_positive, check_range
 from lit_peft.saving.folder import load
-from lit_peft.tasks.loading import BaseStorage, load_model
+from lit_peft.tasks.loading import BaseStorage, load_model, max_positions
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 from lit_peft.training.checkpointing import checkpoint_activations
 from lit_peft.training.liger import use_liger
@@ -143,6 +144,11 @@ class TransformersTask(pl.LightningModule):
         length = min(length, getattr(self.model.config, "max_position_embeddings", length))
         ids = torch.empty(size, length, dtype=torch.int64, device="meta")
         return {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text that the model has positions for, null where it knows no end; data keep to it."""
+        return max_positions(self.backbone, self.model)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,9 @@ from torch import nn
 
 from lit_peft import hub
 from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer, recognise
-from lit_peft.core.weightless import is_weightless
+from lit_peft.core.weightless import is_weightless, without_weights
 from lit_peft.methods.base import Method
+from lit_peft.methods.positions import position_table
 from lit_peft.saving.left_alone import left_alone
 from lit_peft.training.bringing import methods_of
 
@@ -164,6 +165,27 @@ def _untied(model: nn.Module, fresh: set[str]) -> list[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return sorted(own[0] for own in names.values() if fresh.issuperset(own))
+
+
+def max_positions(backbone: str, model: nn.Module | None = None) -> int | None:
+    """Tokens of the longest text that a model has positions for: its table's rows, or what its configuration says.
+
+    Args:
+        backbone: Where it is loaded from; nothing but its configuration is read.
+        model: The model, where it is there already.
+
+    Returns:
+        Their number; None for positions without an end, as T5's, which are relative.
+    """
+    if model is None:
+        with without_weights():
+            model, _ = load_model("AutoModel", backbone, torch.float32)
+    table, rooms = position_table(model), [getattr(model.config, "max_position_embeddings", None)]
+    if (rows := getattr(table, "num_embeddings", None)) is not None:
+        # RoBERTa counts from behind its padding, OPT has two rows more than it says.
+        padding = getattr(table, "padding_idx", None)
+        rooms.append(rows - (0 if padding is None else padding + 1))
+    return min((room for room in rooms if room and room > 0), default=None)
 
 
 def _new_heads(skeleton: Any) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_peft import hub
 from lit_peft.metrics import classification_metrics
 from lit_peft.tasks.base import Batch, TransformersTask
+from lit_peft.tasks.documents import document_logits
 from lit_peft.tasks.loading import BaseStorage, load_classifier
 
 
@@ -98,8 +99,11 @@ class TextClassification(TransformersTask):
         return weights
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits in float32, [batch, classes], of one batch of the data module; its labels are not looked at."""
-        return self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+        """Logits in float32, [texts, classes], of one batch of the data module; its labels are not looked at.
+
+        Of texts in windows they are the logarithms of the mean probabilities; see `document_logits`.
+        """
+        return document_logits(lambda inputs: self.model(**inputs).logits.float(), batch, self._trainer)
 
     def folder_record(self) -> dict[str, Any]:
         return super().folder_record() | {"label_names": self.label_names}
