@@ -81,6 +81,7 @@ GOES_ON = "A fit that resumes goes on with the data that it began with; "
         ("fit", 21, [], "has 63 rows, and had 60 when this run was trained. " + GOES_ON),
         ("fit", 20, ["--data.seed", "1"], "data.seed is 1, and was 0"),
         ("fit", 20, ["--data.max_length", "16"], "data.max_length is 16, and was 128"),
+        ("fit", 20, ["--data.truncation", "tail"], "data.truncation is 'tail', and was 'head'"),
         ("fit", 20, ["--data.limit_train", "9"], "data.limit_train is 9, and was 48"),
         ("fit", 20, ["--data.path", "{root}/other.csv"], "holds other rows than when this run was trained. "),
         ("fit", 20, ["--model.learning_rate", "0.5"], "The optimizer's learning rate is 0.5, and was 0.001 when this"),

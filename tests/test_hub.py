@@ -265,4 +265,4 @@ def test_imports_are_cheap() -> None:
         "assert not heavy, heavy; print(dir(lit_peft.data))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "['SST2DataModule', 'TextClassificationDataModule']"
+    assert out.strip() == "['IMDBDataModule', 'SST2DataModule', 'TextClassificationDataModule']"

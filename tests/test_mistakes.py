@@ -112,6 +112,14 @@ MISTAKES = [
     quick("semicolons in a csv", "--data.path {semicolons}", "are parted by ',', these by ';'"),
     quick("labels that train does not have", "--data.path {unseen}", "have labels that are not in train"),
     quick("one column for text and label", "--data.label_column sentence", "which is the column of a text too"),
+    quick(
+        "a truncation misspelt", "--data.truncation head-tail", "expected one of head, tail, head+tail, not 'head-tail'"
+    ),
+    quick(
+        "windows that share all that they hold",
+        "--data.windows true --data.window_overlap 62",
+        "data.window_overlap is 62, expected less than 62",
+    ),
     quick("texts cut off whole", "--data.max_length 2", "of that 2 are marks of the tokenizer"),
     # trainer
     quick("devices below 1", "--trainer.devices -3", "trainer: `devices` selected with"),

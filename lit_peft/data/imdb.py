@@ -21,15 +21,15 @@ class IMDBDataModule(TextClassificationDataModule):
     is no validation split: it is cut from train, where the files hold all negative reviews before all positive ones,
     by labels. The split `unsupervised` has no labels; it can be predicted, and is refused elsewhere.
 
-    HTML's line breaks, of which a review has four in the mean, become newlines, however they are written; other tags,
-    26 of 50,000 reviews' words, stay.
+    HTML's line breaks, of which a review has four in the mean, become newlines, however they are written; the few
+    other tags stay.
 
-    96 of the 25,000 texts of train are there twice: none of these is held out, so that no text validates that trained.
-    Two more things no cut mends. 123 texts are in train and in test, which is told when the test set is scored. And
-    reviews of one film, at most 30, lie on both sides of the cut, while no film of train is in test: validation is a
-    little easier than the test.
+    192 of the 25,000 reviews of train have the text of another: none of these is held out, so that no text validates
+    that trained. Two more things no cut mends. 123 texts are in train and in test, which is told when the test set is
+    scored. And reviews of one film, at most 30, lie on both sides of the cut, while no film of train is in test:
+    validation may be easier than the test.
 
-    A review has 230 words in the mean, and one in ten more than 450: see `truncation` and `windows`.
+    A review has 174 words in the median, and one in ten more than 450: see `truncation` and `windows`.
 
     Args:
         path: `stanfordnlp/imdb`; a folder with train and test files of the columns text and label (parquet, csv, tsv,
