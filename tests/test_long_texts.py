@@ -44,16 +44,20 @@ class Data(TextClassificationDataModule):
         return {"train": rows, "validation": rows, "test": rows}
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_backbone(path: Path) -> str:
     """A tiny encoder of 16 positions, and a tokenizer that knows no limit."""
-    folder = save_tokenizer(tmp_path_factory.mktemp("backbone"), model_input_names=["input_ids", "attention_mask"])
+    folder = save_tokenizer(path, model_input_names=["input_ids", "attention_mask"])
     torch.manual_seed(0)
     config = tf.DistilBertConfig(
         vocab_size=205, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=POSITIONS
     )
     tf.DistilBertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")

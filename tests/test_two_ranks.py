@@ -14,6 +14,8 @@ from test_buffers import MOVED, Net, method
 from test_contract import METHODS
 from test_data_order import EXAMPLES, QUIET, Data, Recorder
 from test_full import Blocks, Moves, moved
+from test_long_texts import LENGTHS, save_backbone
+from test_long_texts import Data as LongTexts
 from torch import nn
 from toys import loader
 
@@ -21,7 +23,7 @@ import lit_peft
 from lit_peft import AdaLoRA, FullFineTuning, LoRA, SparseLoRA
 from lit_peft.core.quantize import make_quantizer
 from lit_peft.core.sharded import whole
-from lit_peft.tasks import CausalLanguageModeling
+from lit_peft.tasks import CausalLanguageModeling, TextClassification
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
 
@@ -269,6 +271,28 @@ def test_lightning_on_two_ranks(two_ranks: Any, tokenizer: str, use_distributed_
     assert [len(batch) for rank in (first, second) for batch in rank["test"]] == [4, 4, 4, 3]
     assert first["val"][-2:] == first["test"]
     assert second["rows"] == [[1, 3, 5, 7], [9, 11, 13]]
+
+
+def _score_documents(rank: int, backbone: str, ranks: int) -> tuple[dict[str, float], int]:
+    """Metrics of documents of very different lengths, and how often the model runs for them."""
+    more = {"strategy": DDPStrategy(process_group_backend="gloo"), "plugins": [TorchElasticEnvironment()]}
+    trainer = pl.Trainer(**QUIET, **(more if ranks > 1 else {}), devices=ranks, enable_checkpointing=False)
+    data = LongTexts(windows=True, max_length=512, eval_batch_size=2)
+    torch.manual_seed(0)
+    task = TextClassification(backbone=backbone, label_names=["0", "1", "2"])
+    task.configure_model()
+    calls: list[int] = []
+    task.model.register_forward_hook(lambda *args: calls.append(rank))
+    (scores,) = trainer.test(task, data, verbose=False)
+    return scores, len(calls)
+
+
+def test_documents_in_windows_on_two_ranks(two_ranks: Any, tmp_path: Path) -> None:
+    """Their metrics are those of one process, and both ranks run the model equally often, as shards demand."""
+    backbone = save_backbone(tmp_path)
+    (first, calls), (second, others) = two_ranks(_score_documents, backbone, 2)
+    assert first == second == pytest.approx(_score_documents(0, backbone, 1)[0], abs=1e-6)
+    assert calls == others > len(LENGTHS) / 2
 
 
 def _unfreeze_on_one_rank(rank: int) -> tuple[list[set[str]], dict[str, torch.Tensor]]:

@@ -64,8 +64,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         document: What one document is. row: each row; split: all rows of a split, which are the lines of one text; a
             line break is added to those that do not end with one. null: split for text files, else row.
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
-        block_size: Most tokens of a row; null: 1024. Where the tokenizer or the model take less, so many, with a warning
-            if it was set.
+        block_size: Most tokens of a row; null: 1024. Where the tokenizer or the model take less, so many, with a
+            warning if it was set.
         stride: Tokens from one evaluation window to the next; null: `block_size`, so that none overlap.
         pack: Put several samples, of a prompt and a completion each, into one row.
         batch_size: Training rows a step on each device.
@@ -171,8 +171,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         super().setup(stage)
         if self.block_size is not None and self._longest < self.block_size:
             rank_zero_warn(
-                f"data.block_size is {self.block_size:,}; rows have {self._longest:,} tokens, which is what the tokenizer "
-                "or the model takes."
+                f"data.block_size is {self.block_size:,}; rows have {self._longest:,} tokens, which is what the "
+                "tokenizer or the model takes."
             )
 
     def load(self) -> dict[str, Dataset]:
