@@ -37,12 +37,15 @@ class LanguageModeling(TransformersTask):
     scored_share: float = 1.0
     """Share of the tokens of a text that are scored, for a plan of the memory."""
     batch_weight: float = 1.0
-    """What the loss of the last micro-batch was a mean, times this; penalties of methods weigh the same."""
+    """What the mean loss of the last micro-batch was multiplied by; the penalties of methods are multiplied alike."""
 
     def __init__(self, backbone: str = hub.DEMO, **common: Any) -> None:
         super().__init__(backbone, **common)
         self._passes: bool | None = None
         self._tokens = 0
+
+    def setup(self, stage: str) -> None:
+        self._passes = None  # another trainer may shard the head
 
     def build_metrics(self) -> None:
         self.val_metrics = language_modeling_metrics("val/", self.masked)
