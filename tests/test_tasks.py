@@ -1,6 +1,7 @@
 """The classification task and the callbacks around it, without the command line."""
 
 import math
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -153,3 +154,16 @@ def test_steps_draw_the_same_numbers_whatever_was_drawn_before():
         trainer(LoRA(r=2), ReproducibleSteps(seed=3), draws).fit(TextClassification(), data())
         drawn.append(draws.drawn)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
+
+
+def test_steps_of_other_seeds_ranks_and_batches_draw_other_numbers():
+    """Also on a CPU, whose generator reads the low 32 bits of a seed alone."""
+
+    def drawn(seed, rank, batches):
+        run = SimpleNamespace(global_rank=rank, fit_loop=SimpleNamespace(total_batch_idx=batches))
+        ReproducibleSteps(seed).on_train_batch_start(run, None)
+        return tuple(torch.rand(4).tolist())
+
+    found = {(s, r, b): drawn(s, r, b) for s in (0, 1, 7) for r in (0, 1, 2) for b in (0, 1, 5000)}
+    assert len(set(found.values())) == len(found)
+    assert drawn(7, 2, 5000) == found[7, 2, 5000]

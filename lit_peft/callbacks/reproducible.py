@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 
@@ -23,5 +24,6 @@ class ReproducibleSteps(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         batches = trainer.fit_loop.total_batch_idx  # 0 for the first of the run, also counted across a resume
-        # Distinct for all runs of fewer than 2^32 batches on fewer than 2^16 ranks.
-        torch.manual_seed((seed << 48 ^ trainer.global_rank << 32 ^ batches) & (2**63 - 1))
+        # Mixed, because torch's generator for CPUs reads the low 32 bits alone: all three must show in these.
+        mixed = np.random.SeedSequence((seed, trainer.global_rank, batches)).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]) >> 1)
