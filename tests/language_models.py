@@ -17,6 +17,10 @@ def save(folder, kind: str = "gpt2", seed: int = 0, **options) -> str:
     make = {
         "gpt2": lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **common, **options),
         "llama": lambda: tf.LlamaConfig(**grouped, **common, **options),
+        "opt": lambda: tf.OPTConfig(
+            **{key: small[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+            **{"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, **common, **options},
+        ),
         "gemma2": lambda: tf.Gemma2Config(**grouped, **common, **options),
         "cohere": lambda: tf.CohereConfig(**grouped, **common, **options),
     }

@@ -164,8 +164,8 @@ def test_padding() -> None:
 def test_prompts_are_padded_on_the_left() -> None:
     found = batch({"input_ids": [[1, 2, 3], [4]]}, longest=4)
     assert {name: values.tolist() for name, values in found.items()} == {
-        "input_ids": [[9, 1, 2, 3], [9, 9, 9, 4]],
-        "attention_mask": [[0, 1, 1, 1], [0, 0, 0, 1]],
+        "input_ids": [[1, 2, 3], [9, 9, 4]],
+        "attention_mask": [[1, 1, 1], [0, 0, 1]],
     }
 
 

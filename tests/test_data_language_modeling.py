@@ -3,6 +3,7 @@
 import itertools
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -411,6 +412,19 @@ def test_the_default_block_is_what_tokenizer_and_model_take(tmp_path: Path) -> N
             assert max(map(len, rows_of(*wide.train_dataloader()))) == longest
         else:
             assert wide._longest == 2000
+
+
+def test_a_model_with_less_room_gets_shorter_rows_and_prompts(tmp_path: Path) -> None:
+    """Also where a module has made rows for another one before."""
+    path = write(tmp_path / "mine.jsonl", {"text": [" ".join(["w1"] * 300)] * 20})
+    data = module(path, save_decoder_tokenizer(tmp_path / "tokenizer"), block_size=64)
+    assert max(map(len, rows_of(*data.train_dataloader()))) == 64
+    model = pl.LightningModule()
+    model.max_positions, model.decoding = 32, SimpleNamespace(max_new_tokens=10)
+    data.trainer = pl.Trainer(**QUIET, enable_checkpointing=False)
+    data.trainer.strategy._lightning_module = model
+    assert max(map(len, rows_of(*data.train_dataloader()))) == 32
+    assert next(iter(data.predict_dataloader()))["input_ids"].shape[1] == 22
 
 
 # Order, cache

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from data_helpers import SPECIAL, save_tokenizer
-from language_models import VOCABULARY, save, trainer
+from language_models import VOCABULARY, batch, save, trainer
 from torch.utils.data import DataLoader
 
 from lit_peft import LoRA, PrefixTuning, PromptTuning, PTuning
@@ -189,3 +189,14 @@ def test_packed_texts_are_refused_where_one_alone_would_see_the_prompt(folders):
     packed = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[*range(5), *range(4)]])}
     with pytest.raises(ValueError, match="share a row"):
         made.training_step(packed, 0)
+
+
+def test_a_models_own_settings_do_not_count(folders):
+    task = CausalLanguageModeling(folders["gpt2"], max_new_tokens=8)
+    task.configure_model()
+    model, prompt = task.model.eval(), batch(5)
+    expected = continuations(model, task.tokenizer, prompt["input_ids"], prompt["attention_mask"], task.decoding, 0)
+    own = model.generation_config
+    own.no_repeat_ngram_size, own.min_length, own.suppress_tokens = 1, 60, list(range(1, 90))
+    found = continuations(model, task.tokenizer, prompt["input_ids"], prompt["attention_mask"], task.decoding, 0)
+    assert found == expected and model.generation_config is own

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as tf
 from language_models import VOCABULARY, batch, save
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -11,6 +12,7 @@ from lit_peft import LoRA
 from lit_peft.core.weightless import without_weights
 from lit_peft.planning.plan import plan
 from lit_peft.tasks import CausalLanguageModeling
+from lit_peft.tasks.token_loss import head_is_last
 
 ADAPTED = {"gpt2": ["c_attn", "lm_head"], "llama": ["q_proj", "lm_head"], "gemma2": ["q_proj"], "cohere": ["q_proj"]}
 
@@ -136,3 +138,27 @@ def test_a_head_is_left_alone_when_a_forward_fails(folders):
     with pytest.raises(ValueError, match="input_ids"):
         made.rows({"nonsense": torch.zeros(1)}, torch.zeros(1, 1))
     assert "forward" not in vars(made.model.lm_head)
+
+
+def test_decoders_that_let_packed_texts_see_each_other_are_refused(tmp_path):
+    task = CausalLanguageModeling(save(tmp_path, "opt"))
+    task.configure_model()
+    alone = batch(6)
+    task.training_step(alone, 0)
+    packed = {**alone, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    del packed["attention_mask"]
+    with pytest.raises(ValueError, match=r"OPTForCausalLM does not look .* set data.pack to false"):
+        task.training_step(packed, 0)
+
+
+def test_a_head_whose_logits_are_cast_afterwards_is_not_left_out(folders):
+    class Cast(tf.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.float()
+            return output
+
+    model = Cast.from_pretrained(folders["gpt2"], dtype=torch.bfloat16)
+    inputs = {key: value for key, value in batch(6).items() if key != "labels"}
+    assert not head_is_last(model, inputs)
+    assert head_is_last(model.float(), inputs)

@@ -182,9 +182,10 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 def pad_rows(rows: pa.Table, *, pad: int, longest: int) -> dict[str, torch.Tensor]:
     """A batch of rows, padded to the longest of them, rounded up to a multiple of 8.
 
-    Rows without labels, which are prompts, are padded on the left, so that what is generated follows them; others on
-    the right. Packed rows have no attention mask: transformers keeps attention within each sample where it finds, with
-    neither a mask nor a cache (`use_cache=False`), that positions begin anew; padding is one more sample.
+    Rows without labels, which are prompts, are padded on the left, so that what is generated follows them, and no wider
+    than the longest, so that it finds room; others on the right. Packed rows have no attention mask: where transformers
+    finds, with neither a mask nor a cache (`use_cache=False`), that positions begin anew, it keeps attention within
+    each sample; padding is one more sample.
 
     Args:
         rows: A table with "length" and "input_ids"; maybe "labels" and "position_ids".
@@ -197,9 +198,9 @@ def pad_rows(rows: pa.Table, *, pad: int, longest: int) -> dict[str, torch.Tenso
     """
     lengths = rows["length"].to_numpy()
     most = int(lengths.max())
-    width = max(most, min(-(-most // 8) * 8, longest))
-    column = np.arange(width)
     left = "labels" not in rows.column_names
+    width = most if left else max(most, min(-(-most // 8) * 8, longest))
+    column = np.arange(width)
     inside = column >= width - lengths[:, None] if left else column < lengths[:, None]
     filling: dict[str, Any] = {"input_ids": pad, "labels": IGNORED, "position_ids": column - lengths[:, None]}
     batch = {}

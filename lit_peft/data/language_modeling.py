@@ -165,7 +165,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self.pack = pack
         self.num_proc = num_proc
         self._given: Dataset | None = None
-        self._parts: dict[tuple[str, str, str], Dataset] = {}
+        self._parts: dict[tuple[str, str, str, int], Dataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
@@ -347,7 +347,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
 
     def _all_rows(self, role: str) -> Dataset:
         """Blocks, windows or samples of a role, whatever its limit."""
-        key = role, self.tokenizer.name_or_path, "rows"
+        key = role, self.tokenizer.name_or_path, "rows", self._longest
         if key not in self._parts:
             tokens = self._tokens(role)
             arguments = {"size": self._longest, "marks": self._marks}
@@ -364,7 +364,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
 
     def _tokens(self, role: str) -> Dataset:
         """Tokens of each text, or of each piece of one; or of each sample, with labels; and how many there are."""
-        key = role, self.tokenizer.name_or_path, "tokens"
+        key = role, self.tokenizer.name_or_path, "tokens", self._longest
         if key in self._parts:
             return self._parts[key]
         name, rows = self._rows(role)
@@ -412,8 +412,16 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 option = "prompt_column" if self.prompt_column else "text_column"
                 check_text(self._split(name), self._prompt, self._where(name), option=option)
         lines = self._is_one_text and self._given is None
-        arguments = {"column": self._prompt, "size": self._longest, "marks": self._marks, "lines": lines}
+        arguments = {"column": self._prompt, "size": self._prompt_room, "marks": self._marks, "lines": lines}
         return self._encode(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
+
+    @property
+    def _prompt_room(self) -> int:
+        """Most tokens of a prompt: the model has positions for what is to follow it, too."""
+        model = self.trainer.lightning_module if self.trainer else None
+        new = getattr(getattr(model, "decoding", None), "max_new_tokens", 0)
+        room = (getattr(model, "max_positions", None) or self._longest + new) - new
+        return min(self._longest, room) if room > self._marks.size else self._longest
 
     def _encode(self, split: Dataset, function: Any, role: str, **arguments: Any) -> Dataset:
         processes = self.num_proc or min(os.cpu_count() or 1, len(split) // PER_PROCESS)

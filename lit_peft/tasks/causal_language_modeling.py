@@ -12,7 +12,7 @@ from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
-from lit_peft.tasks.token_loss import IGNORED
+from lit_peft.tasks.token_loss import IGNORED, Rows, keeps_apart
 
 
 class CausalLanguageModeling(LanguageModeling):
@@ -73,6 +73,16 @@ class CausalLanguageModeling(LanguageModeling):
             labels = labels.masked_fill(positions == 0, IGNORED)
         # Without a cache, which nothing reads here, and with which transformers does not look for packed texts.
         return inputs | {"use_cache": False}, F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def rows(self, inputs: dict[str, Any], targets: Tensor) -> Rows:
+        if self._apart is None and "position_ids" in inputs and "attention_mask" not in inputs:
+            self._apart = keeps_apart(self.model, inputs["input_ids"])
+            if not self._apart:
+                raise ValueError(
+                    f"{type(self.model).__name__} does not look where positions begin anew, so that packed texts would "
+                    "see each other: set data.pack to false."
+                )
+        return super().rows(inputs, targets)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """One dict a prompt: `prompt`, its text, and `generation`, what follows it; both without special tokens."""

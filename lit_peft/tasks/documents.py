@@ -35,12 +35,17 @@ def document_logits(classify: Callable[[Batch], Tensor], batch: Batch, trainer: 
         return classify(inputs)
     windows = batch["document"].bincount().tolist()
     starts = range(0, sum(windows), len(windows))
-    passes = torch.tensor(len(starts), device=batch["document"].device)
-    if trainer is not None and trainer.world_size > 1:
-        passes = trainer.strategy.reduce(passes, reduce_op="max")
+    passes = most_passes(len(starts), batch["document"].device, trainer)
     parts = [{name: part[at : at + len(windows)] for name, part in inputs.items()} for at in starts]
     logits = [classify(part) for part in parts]
-    for _ in range(int(passes) - len(parts)):
+    for _ in range(passes - len(parts)):
         classify({name: part[:1] for name, part in inputs.items()})
     scores = torch.cat(logits).log_softmax(-1).split(windows)
     return torch.stack([score.logsumexp(0) - math.log(len(score)) for score in scores])
+
+
+def most_passes(own: int, device: torch.device, trainer: Any) -> int:
+    """The most passes that any rank makes: a sharded model communicates in each, and all must make as many."""
+    if trainer is None or trainer.world_size == 1:
+        return own
+    return int(trainer.strategy.reduce(torch.tensor(own, device=device), reduce_op="max"))

@@ -25,8 +25,8 @@ class Decoding:
     temperature: float
     top_p: float
 
-    def config(self, pad: int) -> Any:
-        """The same as transformers takes it; a model's own settings, of sampling and penalties, do not count."""
+    def config(self, pad: int, ends: list[int]) -> Any:
+        """The same as transformers takes it, with the ids of padding and of the tokens that end a text."""
         from transformers import GenerationConfig
 
         sampled = {"temperature": self.temperature or 1.0, "top_p": self.top_p if self.temperature else 1.0}
@@ -37,6 +37,7 @@ class Decoding:
             num_beams=1,
             repetition_penalty=1.0,
             pad_token_id=pad,
+            eos_token_id=ends or None,
             **sampled,
         )
 
@@ -64,15 +65,32 @@ def continuations(
     if room is not None and width + decoding.max_new_tokens > room:
         raise ValueError(
             f"max_new_tokens: {decoding.max_new_tokens} after a prompt of {width} tokens exceed the {room} positions "
-            f"of {type(model).__name__}: set it to {max(room - width, 0)}, or shorten the prompts."
+            f"of {type(model).__name__}: "
+            + (f"set it to {room - width} at most, or " if room > width else "")
+            + "shorten the prompts, with data.block_size for instance."
         )
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    ends = sorted({*_as_list(model.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)})
     devices = [] if ids.device.type == "cpu" else [ids.device]
     with torch.random.fork_rng(devices, device_type=ids.device.type if devices else "cuda"):
         # A digest of 32 bits: torch's generator of a CPU takes no more.
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=4).digest(), "little"))
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=decoding.config(pad))
+        made = _generate(model, {"input_ids": ids, "attention_mask": mask}, decoding.config(pad, ends))
     return [_texts(tokenizer, row[own.bool()], new) for row, own, new in zip(ids, mask, made[:, width:], strict=True)]
+
+
+def _generate(model: Any, inputs: dict[str, Tensor], config: Any) -> Tensor:
+    """`model.generate` by a configuration alone; transformers would fill it from the model's, penalties and all."""
+    own = model.generation_config
+    model.generation_config = type(own)()
+    try:
+        return model.generate(**inputs, generation_config=config)
+    finally:
+        model.generation_config = own
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _texts(tokenizer: Any, prompt: Tensor, new: Tensor) -> dict[str, str]:

@@ -13,6 +13,7 @@ from lit_peft import hub
 from lit_peft.metrics import language_modeling_metrics, token_scores
 from lit_peft.tasks.base import Batch, TransformersTask
 from lit_peft.tasks.token_loss import Rows, head_is_last, score_rows, summed_nll
+from lit_peft.training.averaging import is_a
 
 UNIT = 1024
 """Tokens of the loss that a step returns, a sum: any constant, which the optimizer step takes out again."""
@@ -42,10 +43,11 @@ class LanguageModeling(TransformersTask):
     def __init__(self, backbone: str = hub.DEMO, **common: Any) -> None:
         super().__init__(backbone, **common)
         self._passes: bool | None = None
+        self._apart: bool | None = None
         self._tokens = 0
 
     def setup(self, stage: str) -> None:
-        self._passes = None  # another trainer may shard the head
+        self._passes = self._apart = None  # another trainer may shard the head, or bring another method
 
     def build_metrics(self) -> None:
         self.val_metrics = language_modeling_metrics("val/", self.masked)
@@ -92,6 +94,11 @@ class LanguageModeling(TransformersTask):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._tokens = 0
+        if is_a(self.trainer.strategy, "DeepSpeedStrategy"):
+            raise ValueError(
+                "trainer.strategy: DeepSpeed keeps gradients to itself, which a language model divides by the tokens "
+                "of a step; take ddp or a ModelParallelStrategy."
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss of the batch over a constant, which the optimizer step turns into the mean of all tokens."""
@@ -123,7 +130,7 @@ class LanguageModeling(TransformersTask):
         scale = UNIT * self.trainer.accumulate_grad_batches / tokens.clamp(min=1 / UNIT)
         for p in self.parameters():
             if p.grad is not None:
-                p.grad.mul_(scale)
+                p.grad.mul_(scale.to(p.grad.device))
         self._tokens = 0
 
     def on_validation_start(self) -> None:

@@ -9,6 +9,7 @@ from lit_peft import hub
 from lit_peft.methods.checks import check_range
 from lit_peft.metrics import Perplexity, token_scores
 from lit_peft.tasks.base import Batch
+from lit_peft.tasks.documents import most_passes
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
 from lit_peft.tasks.masking import Masking, fixed_noise
@@ -97,7 +98,10 @@ class MaskedLanguageModeling(LanguageModeling):
         ids, metric = batch["input_ids"], self.test_pseudo_perplexity
         masking = self.masking(ids.device)
         places = masking.scored(ids, batch["labels"]).nonzero()
-        for some in places.split(max(32, len(ids))):
+        parts = places.split(max(32, len(ids)))
+        for _ in range(most_passes(len(parts), ids.device, self._trainer) - len(parts)):
+            self.rows({k: v[:1] for k, v in batch.items() if k != "labels"}, torch.full_like(ids[:1], IGNORED))
+        for some in parts:
             rows, columns = some.T
             each = torch.arange(len(some), device=ids.device)
             inputs = {key: value[rows] for key, value in batch.items() if key != "labels"}
@@ -112,9 +116,7 @@ class MaskedLanguageModeling(LanguageModeling):
         """One dict a text: `text`, its mask tokens filled; `tokens`, the likeliest ones; their `probabilities`."""
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids))
-        order = mask.argsort(
-            dim=1, descending=True, stable=True
-        )  # padded on the right, where positions start with text
+        order = mask.argsort(dim=1, descending=True, stable=True)  # padding to the right: positions start with text
         ids, mask = ids.gather(1, order), mask.gather(1, order)
         gaps = (ids == self.tokenizer.mask_token_id) & mask.bool()
         rows = self.rows({"input_ids": ids, "attention_mask": mask}, torch.where(gaps, 0, IGNORED))

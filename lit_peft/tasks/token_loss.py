@@ -94,21 +94,48 @@ def head_is_last(model: Any, inputs: dict[str, Any]) -> bool:
         return False
     made: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: made.append(output))
-    modes = [(child, child.training) for child in model.modules()]
     try:
-        model.eval()  # dropout would draw random numbers, which a resumed run draws at another step
-        with torch.no_grad():
-            # Not called: it may be compiled, which this is not worth.
-            logits = model.forward(**{k: v[:1, :8] if torch.is_tensor(v) else v for k, v in inputs.items()}).logits
+        logits = _asked(model, {k: v[:1, :8] if torch.is_tensor(v) else v for k, v in inputs.items()})
     finally:
         hook.remove()
-        for child, mode in modes:
-            child.training = mode
     if len(made) != 1 or made[0].shape != logits.shape:
         return False
     if made[0] is logits or _has_no_values(made[0]):
         return made[0] is logits
-    return torch.equal(made[0].float(), logits.float())
+    # A model that casts what its head makes would cast the states that are passed through, which its head then refuses.
+    return made[0].dtype == logits.dtype and torch.equal(made[0], logits)
+
+
+def keeps_apart(model: Any, ids: Tensor) -> bool:
+    """Whether a model that is given `position_ids` and no mask lets no text of a row see another.
+
+    Most of transformers' decoders look where positions begin anew; OPT, Bloom, Falcon, MPT, Mamba and others do not,
+    and say nothing. Two texts of two tokens tell.
+
+    Args:
+        model: A causal model of transformers.
+        ids: Some tokens, [b, w].
+    """
+    if _has_no_values(ids) or ids.shape[1] < 4:
+        return True
+    row, other = ids[:1, :4], ids[:1, :4].clone()
+    other[:, :2] = (other[:, :2] + 1) % model.config.get_text_config().vocab_size
+    positions = torch.tensor([[0, 1, 0, 1]], device=ids.device)
+    inputs = {"position_ids": positions, "use_cache": False}
+    first, second = (_asked(model, {"input_ids": asked, **inputs})[:, 2:].float() for asked in (row, other))
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()))
+
+
+def _asked(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Logits, without a trace: dropout would draw random numbers, which a resumed run draws at another step."""
+    modes = [(child, child.training) for child in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            return model.forward(**inputs).logits  # not called: it may be compiled, which this is not worth
+    finally:
+        for child, mode in modes:
+            child.training = mode
 
 
 @contextmanager
