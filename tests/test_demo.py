@@ -285,7 +285,8 @@ def test_verdicts_follow_the_labels():
 def test_pretraining_writes_a_loadable_decoder(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr(pretrain_decoder, "unlabelled_text", lambda n, seed=0: unlabelled_text(min(n, 200), seed))
+    for module in (pretrain, pretrain_decoder):
+        monkeypatch.setattr(module, "unlabelled_text", lambda n, seed=0: unlabelled_text(min(n, 200), seed))
     pretrain_decoder.pretrain(tmp_path, steps=5)
     (entry,) = map(json.loads, (tmp_path / "training_log.jsonl").read_text().splitlines())
     assert entry["step"] == 5 and entry["held_out_loss"] > 0

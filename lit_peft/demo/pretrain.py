@@ -11,8 +11,9 @@ import argparse
 import itertools
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,27 +128,59 @@ def pretrain(out_dir: Path, steps: int = STEPS) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = DistilBertForMaskedLM(config)
+    train(
+        model,
+        batches(lambda texts: encode(tokenizer, texts), tokenizer.pad_token_id, generator),
+        lambda batch: masked_loss(model, *mask_tokens(batch, tokenizer, generator)),
+        lambda: evaluate(model, tokenizer, held_out),
+        out_dir,
+        steps,
+        LEARNING_RATE,
+    )
+    save(model, tokenizer, out_dir)
+
+
+def batches(encode: Callable[[list[str]], Tensor], pad_id: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of new reviews without end."""
+    for chunk in itertools.count():
+        yield from batches_of(encode(unlabelled_text(BATCHES_PER_CHUNK * BATCH_SIZE, seed=chunk)), pad_id, generator)
+
+
+def train(
+    model: Any,
+    data: Iterator[Tensor],
+    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
+    score: Callable[[], tuple[float, float]],
+    out_dir: Path,
+    steps: int,
+    rate: float,
+) -> None:
+    """Trains one of the demo models, on a GPU if there is one, and writes ``training_log.jsonl``.
+
+    Args:
+        model: The model.
+        data: Its batches.
+        loss: Cross-entropy (nats) and correctness (bool) of each token of a batch that is predicted.
+        score: Mean loss and accuracy on text that is held out.
+        out_dir: Where the log goes; created when it does not exist.
+        steps: Number of optimizer steps.
+        rate: Peak of the learning rate.
+    """
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")  # model.to is typed as taking none
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     scheduler = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-
-    def batches() -> Iterator[Tensor]:
-        for chunk in itertools.count():
-            ids = encode(tokenizer, unlabelled_text(BATCHES_PER_CHUNK * BATCH_SIZE, seed=chunk))
-            yield from batches_of(ids, tokenizer.pad_token_id, generator)
-
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "training_log.jsonl").open("w") as log:
-        for step, batch in enumerate(itertools.islice(batches(), steps), start=1):
+        for step, batch in enumerate(itertools.islice(data, steps), start=1):
             model.train()
-            losses, hits = masked_loss(model, *mask_tokens(batch, tokenizer, generator))
+            losses, hits = loss(batch)
             optimizer.zero_grad()
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             if step % LOG_EVERY == 0 or step == steps:
-                held_out_loss, held_out_accuracy = evaluate(model, tokenizer, held_out)
+                held_out_loss, held_out_accuracy = score()
                 entry = {
                     "loss": losses.mean().item(),
                     "accuracy": hits.float().mean().item(),
@@ -158,6 +191,9 @@ def pretrain(out_dir: Path, steps: int = STEPS) -> None:
                 print(line, flush=True)
                 log.write(line + "\n")
 
+
+def save(model: Any, tokenizer: Any, out_dir: Path) -> None:
+    """Writes a model in float16, which its configuration has `from_pretrained` load in float32, and its tokenizer."""
     model.half().save_pretrained(out_dir)
     model.config.dtype = torch.float32
     model.config.save_pretrained(out_dir)

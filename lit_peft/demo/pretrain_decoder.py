@@ -7,23 +7,19 @@ written by it.
 """
 
 import argparse
-import itertools
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lit_peft.demo.pretrain import BATCH_SIZE, BATCHES_PER_CHUNK, HELD_OUT_SEED, MAX_LENGTH, batches_of
+from lit_peft.demo.pretrain import HELD_OUT_SEED, MAX_LENGTH, batches, save, train
 from lit_peft.demo.text import unlabelled_text
 
 STEPS = 4096
 LEARNING_RATE = 2e-3
-LOG_EVERY = 256
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -87,7 +83,7 @@ def pretrain(out_dir: Path, steps: int = STEPS) -> None:
 
     Args:
         out_dir: The folder to write; created when it does not exist.
-        steps: Number of optimizer steps, of `BATCH_SIZE` reviews each.
+        steps: Number of optimizer steps, of 64 reviews each.
     """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -107,41 +103,16 @@ def pretrain(out_dir: Path, steps: int = STEPS) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = GPT2LMHeadModel(config)
-    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")  # model.to is typed as taking none
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    scheduler = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-
-    def batches() -> Iterator[Tensor]:
-        for chunk in itertools.count():
-            ids = encode(tokenizer, unlabelled_text(BATCHES_PER_CHUNK * BATCH_SIZE, seed=chunk))
-            yield from batches_of(ids, tokenizer.pad_token_id, generator)
-
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (out_dir / "training_log.jsonl").open("w") as log:
-        for step, batch in enumerate(itertools.islice(batches(), steps), start=1):
-            model.train()
-            losses, hits = next_token_loss(model, batch)
-            optimizer.zero_grad()
-            losses.mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            if step % LOG_EVERY == 0 or step == steps:
-                held_out_loss, held_out_accuracy = evaluate(model, held_out)
-                entry = {
-                    "loss": losses.mean().item(),
-                    "accuracy": hits.float().mean().item(),
-                    "held_out_loss": held_out_loss,
-                    "held_out_accuracy": held_out_accuracy,
-                }
-                line = json.dumps({"step": step} | {key: round(value, 4) for key, value in entry.items()})
-                print(line, flush=True)
-                log.write(line + "\n")
-
-    model.half().save_pretrained(out_dir)
-    model.config.dtype = torch.float32
-    model.config.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
+    train(
+        model,
+        batches(lambda texts: encode(tokenizer, texts), tokenizer.pad_token_id, generator),
+        lambda batch: next_token_loss(model, batch),
+        lambda: evaluate(model, held_out),
+        out_dir,
+        steps,
+        LEARNING_RATE,
+    )
+    save(model, tokenizer, out_dir)
 
 
 if __name__ == "__main__":

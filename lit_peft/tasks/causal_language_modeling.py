@@ -54,7 +54,13 @@ class CausalLanguageModeling(LanguageModeling):
         check_range("model.temperature", temperature, 0)
         check_positive("model.top_p", top_p)
         check_range("model.top_p", top_p, 0, 1)
+        self._apart: bool | None = None
+        """Whether packed texts do not see each other; None: not asked yet."""
         self.decoding, self.sampling_seed = Decoding(max_new_tokens, temperature, top_p), sampling_seed
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._apart = None  # another trainer may bring another method
 
     def load_model(self, storage: BaseStorage | None) -> tuple[Any, list[str]]:
         model, fresh = super().load_model(storage)

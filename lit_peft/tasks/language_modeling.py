@@ -43,11 +43,10 @@ class LanguageModeling(TransformersTask):
     def __init__(self, backbone: str = hub.DEMO, **common: Any) -> None:
         super().__init__(backbone, **common)
         self._passes: bool | None = None
-        self._apart: bool | None = None
         self._tokens = 0
 
     def setup(self, stage: str) -> None:
-        self._passes = self._apart = None  # another trainer may shard the head, or bring another method
+        self._passes = None  # another trainer may shard the head
 
     def build_metrics(self) -> None:
         self.val_metrics = language_modeling_metrics("val/", self.masked)
