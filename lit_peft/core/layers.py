@@ -159,8 +159,7 @@ class LayerOps:
         """`y + alpha * B h` over the feature dimension; `h`: [..., r], `B`: [out, r]. One kernel, a new tensor."""
         if torch.compiler.is_compiling():  # the sum is fused into what follows; scaled later, alpha * dy is written
             return y + F.linear(alpha * h, B.to(h.dtype))
-        rows = h.reshape(-1, h.shape[-1])
-        return torch.addmm(y.reshape(-1, y.shape[-1]), rows, B.to(h.dtype).t(), alpha=alpha).view_as(y)
+        return torch.addmm(as_rows(y), as_rows(h), B.to(h.dtype).t(), alpha=alpha).view_as(y)
 
     def add_low_rank(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0) -> Tensor:
         """`y + alpha * B A x`, with `A`: [r, in], `B`: [out, r]; through r features where the layer allows it."""
@@ -179,14 +178,28 @@ class LayerOps:
         """`v`, [n], shaped so that it broadcasts over the n features of an output."""
         return v
 
-    def linear(self, layer: Any, x: Tensor) -> Tensor:
-        """The base layer itself, outside autograd: `x`: [..., in] -> [..., out]."""
-        b = self.bias(layer)
-        return F.linear(x, self.matrix(layer).to(x.dtype), None if b is None else b.to(x.dtype))
+    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        """The matrix in the dtype that it is multiplied in, [out, in]."""
+        return self.matrix(layer).to(dtype)
 
-    def linear_t(self, layer: Any, dy: Tensor) -> Tensor:
-        """The gradient of `linear` with respect to its input: `dy`: [..., out] -> [..., in]."""
-        return dy @ self.matrix(layer).to(dy.dtype)
+    def add_product(self, layer: Any, x: Tensor, y: Tensor) -> None:
+        """Adds `W x`, `x`: [..., in], to a contiguous `y`: [..., out], in place and outside autograd.
+
+        The product of a linear layer, without its bias; in one kernel, which rounds the sum once.
+        """
+        as_rows(y).addmm_(as_rows(x), self.dense(layer, x.dtype).t())
+
+    def product_t(self, layer: Any, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`W^T dy`, [..., out] -> [..., in], outside autograd; added in place to a contiguous `onto`, if given."""
+        if onto is None:
+            return dy @ self.dense(layer, dy.dtype)
+        as_rows(onto).addmm_(as_rows(dy), self.dense(layer, dy.dtype))
+        return onto
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x`, [..., n], as a matrix [rows, n]; a view of a contiguous one."""
+    return x.reshape(-1, x.shape[-1])
 
 
 @register_layer_ops("torch.nn.modules.linear.Linear")
@@ -276,12 +289,26 @@ class Linear4bitOps(BitsandbytesOps):
     def float_matrix(self, layer: Any) -> Tensor:
         return quantized.dense_4bit(layer, torch.float32)
 
-    def linear(self, layer: Any, x: Tensor) -> Tensor:
-        return quantized.forward_4bit(layer, x)
+    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        return quantized.dense_4bit(layer, dtype)
 
-    def linear_t(self, layer: Any, dy: Tensor) -> Tensor:
+    def add_product(self, layer: Any, x: Tensor, y: Tensor) -> None:
+        if quantized.multiplies_dense(layer, x) and (layer.compute_dtype or x.dtype) == y.dtype:
+            super().add_product(layer, x, y)
+        else:
+            y += quantized.forward_4bit(layer, x, with_bias=False)
+
+    def product_t(self, layer: Any, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         dtype = layer.compute_dtype or dy.dtype
-        return (dy.to(dtype) @ quantized.dense_4bit(layer, dtype)).to(dy.dtype)
+        if dtype != dy.dtype:
+            dx = super().product_t(layer, dy.to(dtype)).to(dy.dtype)
+            return dx if onto is None else onto.add_(dx)
+        dx = dy.new_empty(*dy.shape[:-1], self.size(layer)[1]) if onto is None else onto
+        for columns in quantized.slices_4bit(layer):
+            as_rows(dx)[:, columns].addmm_(
+                as_rows(dy), quantized.dense_4bit(layer, dtype, columns), beta=onto is not None
+            )
+        return dx
 
     def quantization(self, layer: Any) -> str | None:
         state = quantized.state_4bit(layer)
@@ -306,11 +333,11 @@ class Linear8bitOps(BitsandbytesOps):
     def matrix(self, layer: Any) -> Tensor:
         return quantized.dense_8bit(layer)
 
-    def linear(self, layer: Any, x: Tensor) -> Tensor:
-        return quantized.forward_8bit(layer, x)
+    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        return quantized.dense_8bit(layer, dtype)
 
-    def linear_t(self, layer: Any, dy: Tensor) -> Tensor:
-        return dy @ quantized.dense_8bit(layer, dy.dtype)
+    def add_product(self, layer: Any, x: Tensor, y: Tensor) -> None:
+        y += quantized.forward_8bit(layer, x, with_bias=False)
 
     def quantization(self, layer: Any) -> str | None:
         return None if quantized.scales_8bit(layer) is None else "int8 by rows"

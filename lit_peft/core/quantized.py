@@ -23,6 +23,9 @@ for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions
 MANY_ROWS = 1536
 """Rows of activations above which bitsandbytes too makes a 4-bit weight dense; below, it may multiply by the codes."""
 
+SLICED_FROM = 1 << 25
+"""Weights of a narrowing 4-bit layer, 64 MiB in bfloat16, from which it is made dense in slices."""
+
 SOURCE = "source_cls"
 """Attribute of a quantised layer, transformers' name for it: the class that it was made from."""
 
@@ -165,13 +168,19 @@ def told_4bit(quant_type: str, block_size: int, nested: bool) -> str:
     return f"{quant_type} in blocks of {block_size}{', double' if nested else ''}"
 
 
-def dense_4bit(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight of a 4-bit layer, [out, in]; by default in the dtype that it was quantised from."""
+def dense_4bit(layer: Any, dtype: torch.dtype | None = None, columns: slice = slice(None)) -> Tensor:
+    """The weight of a 4-bit layer, [out, in]; by default in the dtype that it was quantised from.
+
+    Args:
+        layer: The layer.
+        dtype: Of the result.
+        columns: Of `slices_4bit`, what is wanted of it.
+    """
     state = state_4bit(layer)
     if state is None:  # not moved to its device yet: bitsandbytes quantises then
         return layer.weight
     if (fast := kernels.in_triton(layer.weight.data)) is not None:
-        return fast.dense_4bit(layer.weight.data, state, dtype or state.dtype)
+        return fast.dense_4bit(layer.weight.data, state, dtype or state.dtype, columns)
     absmax = state.absmax
     ops = bitsandbytes().functional
     if state.nested:
@@ -186,7 +195,27 @@ def dense_4bit(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     )
 
 
-def forward_4bit(layer: Any, x: Tensor) -> Tensor:
+def slices_4bit(layer: Any) -> list[slice]:
+    """Columns in which the weight of a 4-bit layer is best made dense for the gradient of its input.
+
+    That gradient is as wide, and where the layer narrows, as the last one of a feed-forward network does, both are what
+    a checkpointed block has its peak with: of a large one, on a GPU, a third is made dense at a time.
+    """
+    out, n = state_4bit(layer).shape
+    blocks, ragged = divmod(n, state_4bit(layer).blocksize)
+    if n < 2 * out or out * n < SLICED_FROM or ragged or kernels.in_triton(layer.weight.data) is None:
+        return [slice(0, n)]
+    step = -(-blocks // 3) * state_4bit(layer).blocksize
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def multiplies_dense(layer: Any, x: Tensor) -> bool:
+    """Whether, without gradients, a product with a 4-bit weight is to be made through the dense one."""
+    many = x.numel() > MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled() and kernels.in_triton(x) is not None
+    return many or is_misread(layer.weight, state_4bit(layer))
+
+
+def forward_4bit(layer: Any, x: Tensor, with_bias: bool = True) -> Tensor:
     """`W x + b` of a 4-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
     state = state_4bit(layer)
     if state is None:
@@ -194,11 +223,11 @@ def forward_4bit(layer: Any, x: Tensor) -> Tensor:
             f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
         )
     own, dtype = compute_dtype(x), layer.compute_dtype or compute_dtype(x)
-    many = x.numel() > MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled() and kernels.in_triton(x) is not None
-    if many or is_misread(layer.weight, state):
-        b = None if layer.bias is None else layer.bias.to(dtype)
+    bias = layer.bias if with_bias else None
+    if multiplies_dense(layer, x):
+        b = None if bias is None else bias.to(dtype)
         return nn.functional.linear(x.to(dtype), dense_4bit(layer, dtype), b).to(own)
-    inside, outside = _bias(layer.bias, dtype)
+    inside, outside = _bias(bias, dtype)
     y = bitsandbytes().matmul_4bit(x.to(dtype), layer.weight, quant_state=state, bias=inside)
     return (y if outside is None else y + outside).to(own)
 
@@ -249,7 +278,7 @@ def store_8bit(layer: Any, W: Tensor) -> None:
     _keep_8bit(layer, scales)
 
 
-def forward_8bit(layer: Any, x: Tensor) -> Tensor:
+def forward_8bit(layer: Any, x: Tensor, with_bias: bool = True) -> Tensor:
     """`W x + b` of an 8-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
     bnb, dtype, state = bitsandbytes(), compute_dtype(x), layer.state
     if scales_8bit(layer) is None:
@@ -257,7 +286,7 @@ def forward_8bit(layer: Any, x: Tensor) -> Tensor:
             f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
         )
     state.CB, state.SCB, state.is_training = layer.weight.data, scales_8bit(layer), layer.training or x.is_cpu
-    inside, outside = _bias(layer.bias, dtype)
+    inside, outside = _bias(layer.bias if with_bias else None, dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     y = bnb.matmul(rows, layer.weight, bias=inside, state=state, threshold=state.threshold)
     return (y if outside is None else y + outside).to(dtype).view(*x.shape[:-1], y.shape[-1])

@@ -24,23 +24,23 @@ _NORMS = {
 class Recipe:
     """How a tensor can be made again: by a function, as it was called, under the autocast of then.
 
-    What was made is there for all nodes of one backward pass that ask for it, and let go of as that pass reaches the
-    node which made the tensor in the first place, after them all.
+    What was made is there for all nodes of one backward pass that ask for it, and let go of with the last of those that
+    may, or, where some never ask, as that pass reaches the node which made the tensor in the first place.
     """
 
     def __init__(self, make: Callable[..., Tensor], y: Tensor) -> None:
         self.make = make
         self.made: Tensor | None = None
         self.version = y._version
-        self._is_watched = False
+        self._users = self._left = 0
         kind = y.device.type
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def watch(self, y: Tensor) -> None:
-        """Lets go of what was made before the gradient of `y`, the tensor itself, goes on."""
-        if not self._is_watched:
+        """For one more node: lets go of what was made before the gradient of `y`, the tensor itself, goes on."""
+        if not self._users:
             y.grad_fn.register_prehook(self._let_go)  # type: ignore[union-attr]
-            self._is_watched = True
+        self._users += 1
 
     def _let_go(self, grads: Any) -> None:
         self.made = None
@@ -50,8 +50,12 @@ class Recipe:
         if self.made is None or self.made.dtype != dtype:
             kind, low, is_on = self._autocast
             with torch.no_grad(), torch.autocast(kind, low, enabled=is_on, cache_enabled=False):
-                self.made = self.make(*sources).to(dtype)
-        return self.made
+                self.made, self._left = self.make(*sources).to(dtype), self._users
+        made = self.made
+        self._left -= 1
+        if not self._left:
+            self.made = None
+        return made
 
 
 class Remade(NamedTuple):

@@ -95,22 +95,24 @@ def _row_norms(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dense_4bit(  # type: ignore[no-untyped-def]
-    codes, table, absmax, scale_codes, scale_table, offset, W, n,
+    codes, table, absmax, scale_codes, scale_table, offset, W, n, wide, whole, skipped,
     BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # in 64 bits, as the places of a large matrix are; the rest fits 32
     row = tl.arange(0, BLOCKS)
     left = n - first * BLOCK
-    block = first + row
     there = row * BLOCK < left
+    made = tl.program_id(0) * BLOCKS + row  # blocks of W; of codes there are `whole` a row, of which W has `wide`
+    block = made // wide * whole + skipped + made % wide
     if scale_codes is None:
         scale = tl.load(absmax + block, mask=there, other=0.0)
     else:
         scale_code = tl.load(scale_codes + block, mask=there, other=0).to(tl.int32)
         scale = tl.load(scale_table + scale_code) * tl.load(absmax + block // NESTED_BLOCK, mask=there, other=0.0)
         scale += tl.load(offset)
-    at = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    two = tl.load(codes + first * (BLOCK // 2) + at, mask=2 * at < left, other=0).to(tl.int32)
+    at = tl.arange(0, BLOCK // 2)[None, :]
+    there_too = row[:, None] * BLOCK + 2 * at < left
+    two = tl.load(codes + block.to(tl.int64)[:, None] * (BLOCK // 2) + at, mask=there_too, other=0).to(tl.int32)
     high = tl.load(table + (two >> 4)) * scale[:, None]
     low = tl.load(table + (two & 15)) * scale[:, None]
     at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -161,7 +163,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     return norms
 
 
-def dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype, columns: slice) -> Tensor:
     """The weight, `state.shape`, that 4-bit codes stand for, bit for bit as bitsandbytes' kernels make it.
 
     Those take three passes where the scales are quantised too: one for these, one for their offset, one for the weight.
@@ -170,15 +172,22 @@ def dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         codes: Two a byte, the first one in its upper half; contiguous.
         state: bitsandbytes' state of them, on the same device.
         dtype: Of the result.
+        columns: Which of them; where these are not all, whole blocks, of rows that are whole blocks.
     """
-    W = torch.empty(state.shape, dtype=dtype, device=codes.device)
+    (out, n_in), size = state.shape, state.blocksize
+    there = range(n_in)[columns]
+    W = torch.empty((out, len(there)), dtype=dtype, device=codes.device)
     absmax, nested, n = state.absmax, (None, None, None), W.numel()
     if state.nested:
         nested, absmax = (state.absmax, state.state2.code, state.offset), state.state2.absmax
-    blocks = max(1, DENSE_TILE // state.blocksize)
+    blocks = max(1, DENSE_TILE // size)
+    if len(there) == n_in:  # rows may be no whole blocks
+        wide = whole = _blocks(n, size)
+    else:
+        wide, whole = len(there) // size, n_in // size
     with _on(codes.device):
-        _dense_4bit[(_blocks(n, blocks * state.blocksize),)](
-            codes.view(torch.uint8), state.code, absmax, *nested, W, n, state.blocksize,
+        _dense_4bit[(_blocks(n, blocks * size),)](
+            codes.view(torch.uint8), state.code, absmax, *nested, W, n, wide, whole, there.start // size, size,
             state.state2.blocksize if state.nested else 1, blocks, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return W

@@ -12,7 +12,7 @@ from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.hf_peft import match_pattern, stores_transposed
-from lit_peft.core.layers import LayerOps, layer_ops
+from lit_peft.core.layers import LayerOps, as_rows, layer_ops
 from lit_peft.core.remake import Remade, remade
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod
@@ -220,7 +220,11 @@ class LoRADelta(Delta):
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         if self.fuses(call):
-            return LoRAFunction.apply(*self.node_inputs(layer, x))
+            inputs = self.node_inputs(layer, x)
+            y = LoRAFunction.apply(*inputs)
+            with torch.no_grad():
+                layer_ops(layer).add_product(layer, inputs[0], y.detach())
+            return y
         d = dropped(x, self.dropout, self.training)
         return layer_ops(layer).add_low_rank(layer, call(x), d, *self.factors(), self.scaling)
 
@@ -239,6 +243,11 @@ class LoRADelta(Delta):
 class LoRAFunction(torch.autograd.Function):
     """`y = W x + b + s B A d` as one node, `d` being `x` or its dropout.
 
+    Its forward pass leaves `W x` to be added to what it returns. For the node has then kept all that its backward pass
+    needs, which `W x` is no part of: a checkpointed block that ends with this layer, and is computed again up to the
+    last tensor that is kept, computes it once instead of twice. And the large product, which adds in float32, is
+    rounded with the sum; were the small one added to it, that would read and write `y` again.
+
     Keeps `d`, or what it can be made from again, `A d` and the factors, and of a quantised weight only what is packed.
     Computes in the dtype of `x`, in which it returns the factors' gradients too; autograd casts them.
     """
@@ -255,8 +264,8 @@ class LoRAFunction(torch.autograd.Function):
         s: float,
         again: Remade | None,
     ) -> Tensor:
-        y = ops.linear(layer, x)
-        ctx.save_for_backward(*LoRAFunction.add_change(ctx, y, x, dropped, A, B, layer, ops, s, again))
+        y, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again)
+        ctx.save_for_backward(*kept)
         return y
 
     @staticmethod
@@ -265,9 +274,8 @@ class LoRAFunction(torch.autograd.Function):
         return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None, None
 
     @staticmethod
-    def add_change(
+    def change(
         ctx: Any,
-        y: Tensor,
         x: Tensor,
         dropped: Tensor | None,
         A: Tensor,
@@ -276,28 +284,28 @@ class LoRAFunction(torch.autograd.Function):
         ops: LayerOps,
         s: float,
         again: Remade | None,
-    ) -> tuple[Tensor, ...]:
-        """Adds `s B A d` to `y`, in place, which must not be seen elsewhere. Returns what `gradients` wants kept."""
-        d, A, B = x if dropped is None else dropped, A.to(x.dtype), B.to(x.dtype)
-        h = _rows(d) @ A.t()
-        y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=s)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`s B A d + b`, and what `gradients` wants kept."""
+        d, A, B, b = x if dropped is None else dropped, A.to(x.dtype), B.to(x.dtype), ops.bias(layer)
+        h = as_rows(d) @ A.t()
+        y = x.new_empty(*x.shape[:-1], len(B))  # no view, which autograd would not have written to afterwards
+        _product(h, B.t(), s, None if b is None else b.to(x.dtype), out=as_rows(y))
         ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
         ctx.recipe = None if again is None else again.recipe
-        return A, B, h, *((d,) if again is None else again.sources)
+        return y, (A, B, h, *((d,) if again is None else again.sources))
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor, A: Tensor, B: Tensor, h: Tensor, *of_d: Tensor) -> tuple[Tensor | None, ...]:
         """Those of `x`, `dropped`, `A` and `B`, as far as they are needed, from that of `y`."""
         needs_x, needs_d, needs_A, needs_B = ctx.needs_input_grad[:4]
-        dy_rows, s = _rows(dy), ctx.s
+        dy_rows, s, shape = as_rows(dy), ctx.s, (*dy.shape[:-1], A.shape[1])
         dh = dy_rows @ B
-        dx = ctx.ops.linear_t(ctx.layer, dy) if needs_x else None
-        if dx is not None and not ctx.apart:
-            dx.view(-1, dx.shape[-1]).addmm_(dh, A, alpha=s)
-        dd = _product(dh, A, s).view_as(of_d[0]) if needs_d else None
-        dA = _product(dh.t(), _rows(LoRAFunction.input(ctx, of_d, A.dtype)), s) if needs_A else None
+        # Before the gradient of `x`, so that an input that is made again, and a dense weight, are not there with it.
+        dA = _product(dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype)), s) if needs_A else None
         dB = _product(dy_rows.t(), h, s) if needs_B else None
-        return dx, dd, dA, dB
+        of_change = _product(dh, A, s).view(shape) if needs_d or (needs_x and not ctx.apart) else None
+        dx = ctx.ops.product_t(ctx.layer, dy, None if ctx.apart else of_change) if needs_x else None
+        return dx, of_change if needs_d else None, dA, dB
 
     @staticmethod
     def input(ctx: Any, of_d: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -305,10 +313,6 @@ class LoRAFunction(torch.autograd.Function):
         return of_d[0] if ctx.recipe is None else ctx.recipe.again(of_d, dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
-    """`s a b` in one kernel; beta = 0 leaves out what it would be added to."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
+def _product(a: Tensor, b: Tensor, s: float, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`onto + s a b` in one kernel; beta = 0 leaves out what it would be added to."""
+    return torch.addmm(a.new_empty(()) if onto is None else onto, a, b, beta=onto is not None, alpha=s, out=out)

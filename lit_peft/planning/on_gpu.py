@@ -177,8 +177,9 @@ def _row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     return W.new_empty(W.shape[0], dtype=torch.float32)
 
 
-def _dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(state.shape, dtype=dtype)
+def _dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype, columns: slice) -> Tensor:
+    out, n = state.shape
+    return codes.new_empty((out, len(range(n)[columns])), dtype=dtype)
 
 
 _KERNELS = SimpleNamespace(scale=_scale, scale_backward=_scale_backward, row_norms=_row_norms, dense_4bit=_dense_4bit)
