@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import lora
 
 from lit_peft.callbacks import ReproducibleSteps
+from lit_peft.core.layers import LayerOps
 from lit_peft.data import TextClassificationDataModule
 from lit_peft.methods import BottleneckAdapter, DoRA, HiRA, LoRA, PrefixTuning, PromptTuning
 from lit_peft.tasks import TextClassification
@@ -112,6 +113,26 @@ def test_blocks_are_computed_again_in_training_alone():
     model.eval()
     TINY["bert"].run(model).sum().backward()
     assert len(calls) == 3
+
+
+def test_the_product_of_a_blocks_last_layer_is_made_once(monkeypatch):
+    """Nothing needs it in the backward pass: the block is computed again up to what the layer keeps."""
+    monkeypatch.setattr("lit_peft.methods.lora.LoRADelta.fused_from", 1)
+    made = []
+    add_product = LayerOps.add_product
+    monkeypatch.setattr(LayerOps, "add_product", lambda *args: made.append(args[1]) or add_product(*args))
+    model = adapted("llama", LoRA(r=2, dropout=0.0, target_modules="all-linear"))
+    expected = gradients(model, "llama")
+    blocks = model.config.num_hidden_layers
+    assert len(made) == 7 * blocks
+    checkpoint_activations(model)
+    assert_same(gradients(model, "llama"), expected)
+    again = made[7 * blocks :]
+    assert len(again) == 13 * blocks
+    assert (
+        sum(type(layer).__name__ == "Linear" and layer.in_features == model.config.intermediate_size for layer in again)
+        == blocks
+    )
 
 
 def test_it_may_be_called_again_and_undone():

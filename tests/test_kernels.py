@@ -68,6 +68,9 @@ def test_dense_4bit_is_bitsandbytes(kind, double_quant, storage, block, shape):
         assert in_triton(layer.weight.data) is not None
         expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert dense_4bit(layer).equal(expected) and expected.dtype == dtype
+        if shape[1] % block == 0:
+            for columns in (slice(0, block), slice(shape[1] - block, shape[1])):
+                assert dense_4bit(layer, None, columns).equal(expected[:, columns])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -13,12 +14,14 @@ from torch.optim.swa_utils import AveragedModel
 from toys import dense_by_hand, lora
 
 from lit_peft import IA3, AdaLoRA, BitFit, DoRA, HiRA, LoRA, SparseLoRA, VeRA
+from lit_peft.core import quantized
 from lit_peft.core.addition import Call, Delta
 from lit_peft.core.dtypes import dequantises_itself
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import make_quantizer
 from lit_peft.methods.dora import DoRADelta
 from lit_peft.methods.lora import LoRADelta
+from lit_peft.quantizers.bnb import NF4
 from lit_peft.testing.states import assert_same, by_equation, perturb, same_bits, snapshot
 from lit_peft.testing.subjects import IN, LAYERS, OUT, Holder, holder, layer_input
 
@@ -92,6 +95,23 @@ class _KeepsOnItsNode(torch.autograd.Function):
     def forward(ctx, x):
         ctx.weight = torch.zeros(OUT, IN)
         return x.clone()
+
+
+def test_the_gradient_of_the_input_may_be_had_slice_by_slice(monkeypatch):
+    """As it is of a large layer on a GPU: the same numbers, added to what is there or not."""
+    layer = nn.Linear(6 * 64, 32)
+    NF4(compute_dtype="float32").quantize(layer, torch.device("cpu"))
+    ops, dy = layer_ops(layer), torch.randn(5, 32)
+    whole, onto = ops.product_t(layer, dy), torch.randn(5, 6 * 64)
+    monkeypatch.setattr(quantized, "SLICED_FROM", 1)
+    assert quantized.slices_4bit(layer) == [slice(0, 6 * 64)]  # no kernel for slices here
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(quantized.kernels, "in_triton", lambda tensor: SimpleNamespace())
+        slices = quantized.slices_4bit(layer)
+    assert slices == [slice(0, 128), slice(128, 256), slice(256, 384)]
+    monkeypatch.setattr(quantized, "slices_4bit", lambda layer: slices)
+    torch.testing.assert_close(ops.product_t(layer, dy), whole)
+    torch.testing.assert_close(ops.product_t(layer, dy, onto.clone()), whole + onto)
 
 
 @pytest.mark.parametrize("kind", ["linear", "nf4"])

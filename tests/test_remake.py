@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lit_peft
 from lit_peft.core.attach import detach
+from lit_peft.core.layers import LayerOps
 from lit_peft.core.remake import NotesInput, note_inputs, remade
 from lit_peft.core.swap import restore_class
 from lit_peft.methods import DoRA, LoRA
@@ -162,6 +163,24 @@ def test_each_norm_is_run_again_once_a_pass_for_all_that_share_it(monkeypatch):
     assert not any(recipe.made is not None for recipe in recipes)
     loss.backward()
     assert counted.calls == 12
+
+
+def test_what_is_made_is_let_go_of_with_the_last_that_asks(monkeypatch):
+    """Not later: of a large layer that has one input to itself, it would lie beside the gradient of that."""
+    model = adapt(stack(blocks=1), lora(), notes=True)
+    recipes = []
+    model[1].out.register_forward_pre_hook(lambda layer, args: recipes.append(args[0]._lit_peft_remade.recipe))
+    loss = model(x()).square().sum()
+    seen = []
+    product_t = LayerOps.product_t
+
+    def spy(ops, layer, *args):
+        seen.append((layer, recipes[0].made))
+        return product_t(ops, layer, *args)
+
+    monkeypatch.setattr(LayerOps, "product_t", spy)
+    loss.backward()
+    assert seen[0] == (model[1].out, None)
 
 
 def test_parts_of_a_graph_and_one_input_given_twice(monkeypatch):

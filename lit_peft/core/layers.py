@@ -190,16 +190,14 @@ class LayerOps:
         as_rows(y).addmm_(as_rows(x), self.dense(layer, x.dtype).t())
 
     def product_t(self, layer: Any, dy: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`W^T dy`, [..., out] -> [..., in], outside autograd; added in place to a contiguous `onto`, if given."""
-        if onto is None:
-            return dy @ self.dense(layer, dy.dtype)
-        as_rows(onto).addmm_(as_rows(dy), self.dense(layer, dy.dtype))
-        return onto
+        """`W^T dy`, [rows, out] -> [rows, in], outside autograd; added in place to `onto`, if that is given."""
+        W = self.dense(layer, dy.dtype)
+        return torch.mm(dy, W) if onto is None else onto.addmm_(dy, W)
 
 
 def as_rows(x: Tensor) -> Tensor:
     """`x`, [..., n], as a matrix [rows, n]; a view of a contiguous one."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 @register_layer_ops("torch.nn.modules.linear.Linear")
@@ -303,11 +301,12 @@ class Linear4bitOps(BitsandbytesOps):
         if dtype != dy.dtype:
             dx = super().product_t(layer, dy.to(dtype)).to(dy.dtype)
             return dx if onto is None else onto.add_(dx)
-        dx = dy.new_empty(*dy.shape[:-1], self.size(layer)[1]) if onto is None else onto
-        for columns in quantized.slices_4bit(layer):
-            as_rows(dx)[:, columns].addmm_(
-                as_rows(dy), quantized.dense_4bit(layer, dtype, columns), beta=onto is not None
-            )
+        slices = quantized.slices_4bit(layer)
+        if len(slices) == 1:
+            return super().product_t(layer, dy, onto)
+        dx = dy.new_empty(len(dy), self.size(layer)[1]) if onto is None else onto
+        for columns in slices:
+            dx[:, columns].addmm_(dy, quantized.dense_4bit(layer, dtype, columns), beta=onto is not None)
         return dx
 
     def quantization(self, layer: Any) -> str | None:

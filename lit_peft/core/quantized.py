@@ -178,7 +178,7 @@ def dense_4bit(layer: Any, dtype: torch.dtype | None = None, columns: slice = sl
     """
     state = state_4bit(layer)
     if state is None:  # not moved to its device yet: bitsandbytes quantises then
-        return layer.weight
+        return layer.weight[:, columns]
     if (fast := kernels.in_triton(layer.weight.data)) is not None:
         return fast.dense_4bit(layer.weight.data, state, dtype or state.dtype, columns)
     absmax = state.absmax
@@ -189,10 +189,11 @@ def dense_4bit(layer: Any, dtype: torch.dtype | None = None, columns: slice = sl
         two = layer.weight.data.view(torch.uint8).flatten().int()
         W = state.code[torch.stack((two >> 4, two & 15), 1)].flatten()[: state.shape.numel()]
         W *= absmax.float().repeat_interleave(state.blocksize)[: W.numel()]
-        return W.view(state.shape).to(dtype or state.dtype)
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        return W.view(state.shape).to(dtype or state.dtype)[:, columns]
+    W = torch.ops.bitsandbytes.dequantize_4bit.default(
         layer.weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype or state.dtype
     )
+    return W[:, columns]
 
 
 def slices_4bit(layer: Any) -> list[slice]:

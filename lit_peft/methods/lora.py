@@ -186,6 +186,7 @@ class LoRADelta(Delta):
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r))
         self.alpha, self.scaling, self.dropout, self.init_kind = alpha, scaling, dropout, init
+        self.layer_weights = in_features * out_features
 
     def init(self, site: Site, generator: torch.Generator) -> None:
         if self.init_kind == "kaiming":
@@ -216,7 +217,7 @@ class LoRADelta(Delta):
 
     @property
     def remakes_input(self) -> bool:
-        return self.lora_A.shape[1] * self.lora_B.shape[0] >= self.fused_from
+        return self.layer_weights >= self.fused_from
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         if self.fuses(call):
@@ -287,9 +288,13 @@ class LoRAFunction(torch.autograd.Function):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`s B A d + b`, and what `gradients` wants kept."""
         d, A, B, b = x if dropped is None else dropped, A.to(x.dtype), B.to(x.dtype), ops.bias(layer)
-        h = as_rows(d) @ A.t()
-        y = x.new_empty(*x.shape[:-1], len(B))  # no view, which autograd would not have written to afterwards
-        _product(h, B.t(), s, None if b is None else b.to(x.dtype), out=as_rows(y))
+        h = torch.mm(as_rows(d), A.t())
+        y = x.new_empty(*x.shape[:-1], B.shape[0])  # no view, which autograd would not have written to afterwards
+        rows = as_rows(y)
+        if b is None:
+            rows.addmm_(h, B.t(), beta=0, alpha=s)
+        else:
+            torch.addmm(b.to(x.dtype), h, B.t(), alpha=s, out=rows)
         ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
         ctx.recipe = None if again is None else again.recipe
         return y, (A, B, h, *((d,) if again is None else again.sources))
@@ -298,14 +303,14 @@ class LoRAFunction(torch.autograd.Function):
     def gradients(ctx: Any, dy: Tensor, A: Tensor, B: Tensor, h: Tensor, *of_d: Tensor) -> tuple[Tensor | None, ...]:
         """Those of `x`, `dropped`, `A` and `B`, as far as they are needed, from that of `y`."""
         needs_x, needs_d, needs_A, needs_B = ctx.needs_input_grad[:4]
-        dy_rows, s, shape = as_rows(dy), ctx.s, (*dy.shape[:-1], A.shape[1])
-        dh = dy_rows @ B
+        rows, s, shape = as_rows(dy), ctx.s, (*dy.shape[:-1], A.shape[1])
+        dh = torch.mm(rows, B)
         # Before the gradient of `x`, so that an input that is made again, and a dense weight, are not there with it.
         dA = _product(dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype)), s) if needs_A else None
-        dB = _product(dy_rows.t(), h, s) if needs_B else None
-        of_change = _product(dh, A, s).view(shape) if needs_d or (needs_x and not ctx.apart) else None
-        dx = ctx.ops.product_t(ctx.layer, dy, None if ctx.apart else of_change) if needs_x else None
-        return dx, of_change if needs_d else None, dA, dB
+        dB = _product(rows.t(), h, s) if needs_B else None
+        dd = _product(dh, A, s) if needs_d or (needs_x and not ctx.apart) else None
+        dx = ctx.ops.product_t(ctx.layer, rows, None if ctx.apart else dd).view(shape) if needs_x else None
+        return dx, dd.view(shape) if dd is not None and needs_d else None, dA, dB
 
     @staticmethod
     def input(ctx: Any, of_d: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -313,6 +318,6 @@ class LoRAFunction(torch.autograd.Function):
         return of_d[0] if ctx.recipe is None else ctx.recipe.again(of_d, dtype)
 
 
-def _product(a: Tensor, b: Tensor, s: float, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`onto + s a b` in one kernel; beta = 0 leaves out what it would be added to."""
-    return torch.addmm(a.new_empty(()) if onto is None else onto, a, b, beta=onto is not None, alpha=s, out=out)
+def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
+    """`s a b` in one kernel; beta = 0 leaves out what it would be added to."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
