@@ -13,7 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from sst2_peft import Theirs, comparison, data, trainer
+from comparison import parser
+from peft_worker import settings, task_and_data
+from sst2 import STUDY
 
 import lit_peft.methods
 from lit_peft.arguments import configs
@@ -55,23 +57,29 @@ class Clock(pl.Callback):
 
 
 def main() -> None:
-    parser = comparison(__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    args = parser.parse_args()
+    options = parser(__doc__, STUDY)
+    options.add_argument("--steps", type=int, default=200)
+    args = options.parse_args()
+    given = {"--config": STUDY.recipe, "--model.backbone": args.backbone, "--data.path": args.data}
+    given |= {"--model.learning_rate": "1e-4", "--data.limit_train": str(64 * (WARM + args.steps))}
+    recipe = settings([word for key, value in given.items() if value is not None for word in (key, value)])
     print("| method | ms a step | peak MiB | inference, examples/s |\n|---|---|---|---|")
     for name in [*args.methods, *(f"HF PEFT {method}" for method in args.theirs)]:
         gc.collect()
         torch.cuda.empty_cache()
         pl.seed_everything(0, verbose=False)
-        clock, callbacks, model = Clock(args.steps), [], None
-        if name.startswith("HF PEFT "):
-            model = Theirs(name.removeprefix("HF PEFT "), backbone=args.backbone, learning_rate=1e-4)
-        else:
+        clock, callbacks = Clock(args.steps), []
+        model, data = task_and_data(name.removeprefix("HF PEFT "), recipe)
+        if not name.startswith("HF PEFT "):
             config = yaml.safe_load(configs()[f"methods/{name}"].read_text())["method"]
             callbacks = [getattr(lit_peft.methods, config["class_path"].split(".")[-1])(**config["init_args"])]
-            model = TextClassification(backbone=args.backbone, learning_rate=1e-4)
+            model = TextClassification(**recipe["model"]["init_args"])
         alone = {"limit_val_batches": 0, "enable_checkpointing": False, "max_steps": WARM + args.steps}
-        trainer(args, callbacks=[*callbacks, clock], **alone).fit(model, data(args, 64 * (WARM + args.steps)))
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(
+            precision=args.precision, gradient_clip_val=1.0, callbacks=[*callbacks, clock], **alone, **quiet
+        )
+        trainer.fit(model, data)
         print(f"| {name} | {clock.step_ms:.2f} | {clock.peak_mib:,.0f} | {clock.rate:,.0f} |", flush=True)
 
 
