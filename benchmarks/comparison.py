@@ -46,6 +46,7 @@ class Study:
         several_seeds: Methods that run with seeds 0, 1 and 2 by default; the others with 0.
         variants: Name -> arguments: each method runs once for each, the sweep with those of the first.
         retests: Name -> (variant, arguments): its runs are tested again with these, without training.
+        own: Arguments of the runs of some methods.
         base_of: Methods whose first run also scores the base, before training.
         curve: Whether the validations of each method's first run are printed.
     """
@@ -61,6 +62,7 @@ class Study:
     several_seeds: Collection[str]
     variants: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
     retests: Mapping[str, tuple[str, Sequence[str]]] = field(default_factory=dict)
+    own: Mapping[str, Sequence[str]] = field(default_factory=dict)
     base_of: Collection[str] = ()
     curve: bool = False
 
@@ -183,14 +185,10 @@ def arguments(study: Study, run: Run, args: argparse.Namespace) -> list[str]:
         "--trainer.enable_progress_bar": "false",
     }
     words = [word for key, value in given.items() if value is not None for word in (key, str(value))]
-    own = [words for name, *words in map(shlex.split, args.extra) if name in (run.method, base_name(run.method))]
-    return [
-        *words,
-        *study.variants[run.variant],
-        *args.arguments,
-        *(word for words in own for word in words),
-        *args.rest,
-    ]
+    words += [*study.variants[run.variant], *args.arguments, *study.own.get(base_name(run.method), ())]
+    for name, *own in map(shlex.split, args.extra):
+        words += own if name in (run.method, base_name(run.method)) else []
+    return words + args.rest
 
 
 def fit(study: Study, run: Run, args: argparse.Namespace, ledger: Ledger) -> None:

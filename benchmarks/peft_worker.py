@@ -39,8 +39,6 @@ LAYERS: dict[str, dict[str, list[str]]] = {
     "gpt2": {
         "attention": ["attn.c_attn", "attn.c_proj"],
         "ffn": ["mlp.c_fc", "mlp.c_proj"],
-        "ia3": ["attn.c_attn", "mlp.c_proj"],
-        "ffn_down": ["mlp.c_proj"],
     },
 }
 """By architecture what our recipes mean by their target_modules, in HF PEFT's names."""

@@ -12,10 +12,11 @@ Next tokens by a decoder, `wikitext2/lora_causal`, or with `--masked` masked tok
 validation. The runs that count train on all, until three validations in a row bring nothing (the recipe's early
 stopping) or --epochs are over, and are scored on the test set with the checkpoint of the lowest validation NLL. A
 causal model is evaluated in windows that advance by --stride tokens: with blocks of 512 every token but the first ones
-of the text sees 256 at least. What the base scores before training stands in the first row. Memory is the peak of each
-process; times say little where several share the GPU. What follows `--` goes to every run. Each run keeps its files in
-a folder of its own under --out, and adds a line to --lines. Prints tables of the rates, the results and, masked, the
-curve of validation; then one line of JSON. Needs the dev extra (peft).
+of the text sees 256 at least. Prefix tuning takes 20 positions, and has blocks of 492. What the base scores before
+training stands in the first row. Memory is the peak of each process; times say little where several share the GPU.
+What follows `--` goes to every run. Each run keeps its files in a folder of its own under --out, and adds a line to
+--lines. Prints tables of the rates, the results and, masked, the curve of validation; then one line of JSON. Needs the
+dev extra (peft).
 """
 
 import sys
@@ -37,7 +38,8 @@ CAUSAL = Study(
     },
     common_rates=(1e-3, 2e-3, 5e-3),
     several_seeds=("lora",),
-    base_of=("lora", "qlora"),  # their first step is the base's: B is 0
+    own={"prefix_tuning": ("--data.block_size", "492")},  # 20 of 512 positions are the prefix's
+    base_of=("lora", "qlora"),  # untrained they are the base: B is 0
 )
 MASKED = Study(
     name="wikitext2_masked",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import bitsandbytes as bnb
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_peft.core.quantized import Frozen4bit
 from lit_peft.demo.text import unlabelled_text
+from lit_peft.methods import LoRA
 from lit_peft.methods.lora import LoRADelta
+from lit_peft.tasks import CausalLanguageModeling
 
 
 @pytest.fixture()
@@ -105,3 +108,117 @@ def test_a_decoder_is_made_of_local_text(monkeypatch, tmp_path, capsys):
         script.main(["--text", str(text), "--out", str(tmp_path / "model")])
     with pytest.raises(SystemExit, match="no column 'body'; it has text"):
         script.main(["--text", str(text), "--column", "body", "--out", str(tmp_path / "other")])
+
+
+@pytest.fixture()
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module
+
+
+STUDY = {
+    "name": "toy",
+    "recipe": "wikitext2/lora_causal",
+    "scores": {"nll": 4, "acc": 4},
+    "select": "val/nll",
+    "methods": ("lora", "bitfit"),
+    "theirs": ("lora",),
+    "rates": {"bitfit": (5e-3,)},
+    "common_rates": (1e-3, 2e-3),
+    "several_seeds": ("lora",),
+    "retests": {"again": ("", ("--data.stride", "8"))},
+    "base_of": ("lora",),
+}
+
+
+def test_a_comparison_goes_on_past_runs_that_fail_and_writes_each_as_it_ends(benchmarks, monkeypatch, tmp_path, capsys):
+    comparison = benchmarks("comparison")
+    commands: list[list[str]] = []
+
+    def execute(command, root):
+        commands.append(command)
+        rate = command[command.index("--model.learning_rate") + 1] if "test" not in command else "1e-3"
+        if "--method.biases=none" in command:
+            return {"error": "it failed"}
+        if rate == "0.005":
+            return {"diverged": True}
+        scores = {"val/nll": float(rate), "test/nll": 0.25, "test/acc": 0.5, "time/test_s": 3.0}
+        if "true" in command[command.index("--base_test") :][:2] if "--base_test" in command else False:
+            scores |= {"base/test/nll": 2.0, "base/test/acc": 0.125}
+        return {"metrics": scores, "run": str(root / "version_0")}
+
+    monkeypatch.setattr(comparison, "execute", execute)
+    study = comparison.Study(**STUDY)
+    options = comparison.parser(None, study)
+    comparison.add_runs(options, study, sweep_train=8)
+    words = ["--methods", "lora", "bitfit", "bitfit:biases=none@1e-2", "--out", str(tmp_path), "--parallel", "2"]
+    words += ["--extra", "bitfit --model.optimizer torch.optim.SGD", "--", "--data.limit_val", "4", "--method.r", "2"]
+    with pytest.raises(SystemExit) as left:
+        comparison.compare(study, options.parse_args(words))
+    assert str(left.value).startswith("bitfit: no rate of the sweep is left") and "it failed" in str(left.value)
+    out = capsys.readouterr().out
+    assert "| lora | 0.001: 0.0010, 0.002: 0.0020 |\n| bitfit | 0.005: diverged |" in out
+    rows = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("|")}
+    assert rows["| base"] == "| base |  |  | 2.0000 | 0.1250 |  |"
+    assert rows["| lora, again"] == rows["| lora"].replace("lora", "lora, again")
+    assert rows["| HF PEFT lora"] == "| HF PEFT lora | 0.001 | 3 | 0.2500 ± 0.0000 | 0.5000 ± 0.0000 | 3.0 |"
+    assert json.loads(out.splitlines()[-1])["lora/2"]["test/nll"] == 0.25
+    theirs = [command for command in commands if "peft_worker.py" in command[1]]
+    assert len(theirs) == 3 and not any("--method.r" in command or "2" in command[-1:] for command in theirs)
+    assert all("--data.limit_val" in command for command in theirs)
+    assert [c[c.index("--model.optimizer") + 1] for c in commands if "--model.optimizer" in c] == [
+        "torch.optim.SGD"
+    ] * 2
+    lines = tmp_path / "lines.jsonl"
+    assert len(lines.read_text().splitlines()) == 3 + 3 * 2 + 1 + 3
+    comparison.compare(study, options.parse_args(["--report", str(lines)]))
+    again = capsys.readouterr().out
+    assert sorted(again.splitlines()[:-1]) == sorted(out.splitlines()[:-1])
+
+
+def test_hf_peft_trains_a_decoder_by_the_recipe_of_ours(benchmarks, tmp_path, capsys):
+    """From equal tensors, without dropout, the losses of both are the same at every step."""
+    worker = benchmarks("peft_worker")
+    text = unlabelled_text(200)
+    for name, part in (("train", text[:160]), ("validation", text[160:180]), ("test", text[180:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part) + "\n")
+    words = ["--config", "wikitext2/lora_causal", "--model.backbone", "demo", "--data.path", str(tmp_path)]
+    words += ["--data.block_size", "32", "--data.stride", "16", "--data.limit_train", "40", "--data.batch_size", "8"]
+    words += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path / "run")]
+    recipe = worker.settings(words)
+    assert recipe["model"]["init_args"]["learning_rate"] == 1e-3 and recipe["early_stopping"]["patience"] == 3
+    ours = CausalLanguageModeling(**recipe["model"]["init_args"])
+    theirs, data = worker.task_and_data("lora", recipe)
+    factors: list[torch.Tensor] = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, module):
+            self.losses = []
+            layers = [m for m in module.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+            if not layers:
+                factors.extend(p.detach().clone() for name, p in module.named_parameters() if name.endswith("lora_A"))
+            for layer, factor in zip(layers, factors, strict=bool(layers)):
+                layer.lora_A["default"].weight.data.copy_(factor)
+                layer.lora_dropout["default"].p = 0.0
+
+        def on_train_batch_end(self, trainer, *args):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    losses = []
+    for model, method in ((ours, [LoRA(dropout=0.0)]), (theirs, [])):
+        pl.seed_everything(0, verbose=False)
+        watch = Watch()
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        pl.Trainer(accelerator="cpu", max_epochs=1, gradient_clip_val=1.0, callbacks=[*method, watch], **quiet).fit(
+            model, data
+        )
+        losses.append(watch.losses)
+    assert len(losses[0]) == 5 and losses[0][0] != losses[0][-1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len({sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)}) == 1
+
+    worker.main(["lora", *words, "--trainer.accelerator", "cpu"])
+    metrics, monitor = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("metrics", "monitor"))
+    assert metrics["test/word_perplexity"] > 1 and monitor["metrics"]["steps"] == 5 and len(monitor["curve"]) == 1
+    with pytest.raises(ValueError, match=r"--method\.r is no option"):
+        worker.settings([*words, "--method.r", "4"])
