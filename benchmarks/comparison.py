@@ -8,12 +8,14 @@ at once, so that nothing is lost when time runs out; `--report` makes the tables
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -135,20 +137,29 @@ def add_runs(made: argparse.ArgumentParser, study: Study, sweep_train: int) -> N
     made.add_argument("--adapter-decay", type=float, default=0.0, help="weight decay of HF PEFT's adapter")
     extra = "arguments of one method's runs, in one word: --extra 'qlora --model.optimizer torch.optim.AdamW'"
     made.add_argument("--extra", action="append", default=[], help=extra)
+    late = "begin no run after so many minutes, and end those that go on, so that the tables are printed in time"
+    made.add_argument("--minutes", type=float, default=math.inf, help=late)
     made.add_argument("--out", default=f"runs/benchmark_{study.name}")
     made.add_argument("--lines", type=Path, default=None, help="file to add a line to for each run; OUT/lines.jsonl")
     made.add_argument("--report", nargs="+", type=Path, default=None, help="run nothing: the tables of such files")
     made.add_argument("rest", nargs="*", help="after --: arguments of every run; those of a method are for ours alone")
 
 
-def execute(command: list[str], root: Path) -> Record:
+def execute(command: list[str], root: Path, deadline: float = math.inf) -> Record:
     """Runs a command that leaves metrics.json and monitor.json somewhere below `root`; of one that diverged nothing."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return {"error": "no time was left for it"}
     root.mkdir(parents=True, exist_ok=True)
     (root / FILE).unlink(missing_ok=True)  # of an earlier call
-    paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-    with (root / "log.txt").open("w+") as log:
-        environment = os.environ | {"PYTHONPATH": paths}
-        failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE))))
+    setting: dict[str, Any] = {"stderr": subprocess.STDOUT, "env": os.environ | {"PYTHONPATH": paths}}
+    try:
+        with (root / "log.txt").open("w") as log:
+            until = None if math.isinf(left) else left
+            failed = subprocess.run(command, stdout=log, timeout=until, **setting).returncode
+    except subprocess.TimeoutExpired:
+        return {"error": "its time was over"}
     said = (root / "log.txt").read_text(errors="replace")
     if failed and "Has the training diverged?" in said:
         return {"diverged": True}
@@ -198,12 +209,12 @@ def fit(study: Study, run: Run, args: argparse.Namespace, ledger: Ledger) -> Non
     if run.library:
         words = [word for start, word in enumerate(words) if not _of_our_method(words, start)]
         worker = [sys.executable, str(HERE / "peft_worker.py"), name, "--config", study.recipe]
-        done = execute([*worker, "--model.adapter_weight_decay", str(args.adapter_decay), *words], root)
+        done = execute([*worker, "--model.adapter_weight_decay", str(args.adapter_decay), *words], root, args.deadline)
     else:
         method = [f"--method.{argument}" for argument in extra.split(",") if argument]
         verbs = [sys.executable, "-m", "lit_peft.cli"]
         recipe = ["--config", study.recipe, "--config", f"methods/{name}"]
-        done = execute([*verbs, "fit", *recipe, *method, *words, *MONITOR], root)
+        done = execute([*verbs, "fit", *recipe, *method, *words, *MONITOR], root, args.deadline)
     folder = done.pop("run", None)
     ledger.add(run.record(**done))
     if run.limit is not None or run.library or folder is None:
@@ -212,7 +223,7 @@ def fit(study: Study, run: Run, args: argparse.Namespace, ledger: Ledger) -> Non
         if variant == run.variant:
             below = root / title.replace(" ", "_")
             command = [*verbs, "test", "--run", folder, *more, "--trainer.default_root_dir", str(below)]
-            again = execute(command, below)
+            again = execute(command, below, args.deadline)
             if "metrics" in again:  # of its training what there was to say
                 again["metrics"] = {k: v for k, v in done["metrics"].items() if "test" not in k} | again["metrics"]
             ledger.add(run.record(**again, name=name_of("", run.method, title)))
@@ -240,10 +251,11 @@ def compare(study: Study, args: argparse.Namespace, data: Sequence[str] = ()) ->
         args: Of a parser with the options of `add_runs`.
         data: Further arguments of all runs.
     """
-    args.arguments = list(data)
+    args.arguments, args.deadline = list(data), time.monotonic() + 60 * args.minutes
     if args.report:
-        lines = [line for path in args.report for line in path.read_text().splitlines()]
-        print_tables(study.scores, study.select, [json.loads(line) for line in lines], study.curve)
+        read = [json.loads(line) for path in args.report for line in path.read_text().splitlines()]
+        latest = {tuple(r[key] for key in ("name", "rate", "seed", "sweep")): r for r in read}
+        print_tables(study.scores, study.select, list(latest.values()), study.curve)
         return
     ledger = Ledger(args.lines or Path(args.out, "lines.jsonl"))
     known = dict.fromkeys(args.methods + args.theirs, args.at) if args.at else {}

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import time
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -135,7 +136,7 @@ def test_a_comparison_goes_on_past_runs_that_fail_and_writes_each_as_it_ends(ben
     comparison = benchmarks("comparison")
     commands: list[list[str]] = []
 
-    def execute(command, root):
+    def execute(command, root, deadline):
         commands.append(command)
         rate = command[command.index("--model.learning_rate") + 1] if "test" not in command else "1e-3"
         if "--method.biases=none" in command:
@@ -143,7 +144,7 @@ def test_a_comparison_goes_on_past_runs_that_fail_and_writes_each_as_it_ends(ben
         if rate == "0.005":
             return {"diverged": True}
         scores = {"val/nll": float(rate), "test/nll": 0.25, "test/acc": 0.5, "time/test_s": 3.0}
-        if "true" in command[command.index("--base_test") :][:2] if "--base_test" in command else False:
+        if "--base_test" in command and command[command.index("--base_test") + 1] == "true":
             scores |= {"base/test/nll": 2.0, "base/test/acc": 0.125}
         return {"metrics": scores, "run": str(root / "version_0")}
 
@@ -174,6 +175,15 @@ def test_a_comparison_goes_on_past_runs_that_fail_and_writes_each_as_it_ends(ben
     comparison.compare(study, options.parse_args(["--report", str(lines)]))
     again = capsys.readouterr().out
     assert sorted(again.splitlines()[:-1]) == sorted(out.splitlines()[:-1])
+
+
+def test_a_run_ends_when_time_is_over_or_says_why_it_failed(benchmarks, tmp_path):
+    execute, now = benchmarks("comparison").execute, time.monotonic()
+    assert execute(["sleep", "60"], tmp_path, now + 0.2) == {"error": "its time was over"}
+    assert execute(["sleep", "60"], tmp_path, now) == {"error": "no time was left for it"}
+    assert execute(["sh", "-c", "echo why; exit 3"], tmp_path)["error"].endswith("exit 3'\nwhy\n")
+    assert execute(["sh", "-c", "echo 'Has the training diverged?'; exit 1"], tmp_path) == {"diverged": True}
+    assert "error" in execute(["true"], tmp_path)  # it left nothing
 
 
 def test_hf_peft_trains_a_decoder_by_the_recipe_of_ours(benchmarks, tmp_path, capsys):
