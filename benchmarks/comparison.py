@@ -128,7 +128,7 @@ def add_runs(made: argparse.ArgumentParser, study: Study, sweep_train: int) -> N
     """The options that say how methods run."""
     made.add_argument("--sweep-train", type=int, default=sweep_train, help="rows that a run of the sweep trains on")
     made.add_argument("--sweep-epochs", type=int, default=None, help="its epochs; default: the recipe's")
-    made.add_argument("--epochs", type=int, default=None, help="most epochs of a run; default: the recipe's")
+    made.add_argument("--epochs", type=int, default=None, help="most epochs of a run (%(default)s); None: the recipe's")
     made.add_argument("--at", type=float, default=None, help="the rate of all runs; no sweep")
     made.add_argument("--rates", nargs="+", type=float, default=None, help="rates to try; default: each method's")
     several = f"default: 0 1 2 for {', '.join(study.several_seeds)}, 0 for the rest; none: the sweep alone"
