@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from language_models import VOCABULARY, batch, save
 from torch import nn
@@ -162,3 +163,15 @@ def test_a_head_whose_logits_are_cast_afterwards_is_not_left_out(folders):
     inputs = {key: value for key, value in batch(6).items() if key != "labels"}
     assert not head_is_last(model, inputs)
     assert head_is_last(model.float(), inputs)
+
+
+def test_a_head_whose_logits_get_a_bias_of_zeros_afterwards_is_not_left_out(tmp_path, folders):
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=VOCABULARY, **small, **heads)).eval()
+    given = batch(9, 6)
+    inputs, targets = {key: given[key] for key in ("input_ids", "attention_mask")}, given["labels"]
+    assert not model.final_logits_bias.any() and not head_is_last(model, inputs)
+    rows = token_loss.score_rows(model, inputs, targets, passes=False)
+    expected = F.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(token_loss.summed_nll(rows), expected)
