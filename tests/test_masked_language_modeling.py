@@ -210,3 +210,14 @@ def test_mask_tokens_of_texts_are_filled(folder):
             made.tokenizer.decode([token]) for token in expected.indices[row, places].tolist()
         ]
         assert rows[row]["text"] == made.tokenizer.decode(filled[: n + 2].tolist(), skip_special_tokens=True)
+
+
+def test_packed_texts_are_refused(folder):
+    """No encoder of transformers looks where positions begin anew; nothing would hide padding, either."""
+    packed = texts(3, 5)
+    packed["position_ids"] = torch.arange(7).expand(2, 7)
+    task(folder).inputs_and_targets(packed, False)  # with a mask they are positions, no more
+    del packed["attention_mask"]
+    for training in (True, False):
+        with pytest.raises(ValueError, match=r"BertForMaskedLM reads .* set data.pack to false"):
+            task(folder).inputs_and_targets(packed, training)

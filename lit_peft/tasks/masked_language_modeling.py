@@ -80,6 +80,11 @@ class MaskedLanguageModeling(LanguageModeling):
 
     def inputs_and_targets(self, batch: Batch, training: bool) -> tuple[dict[str, Any], Tensor]:
         ids, labels = batch["input_ids"], batch["labels"]
+        if "position_ids" in batch and "attention_mask" not in batch:
+            raise ValueError(
+                f"{type(self.model).__name__} reads texts to both sides, so that packed texts would see each other: "
+                "set data.pack to false."
+            )
         masking = self.masking(ids.device)
         if training:
             noise = torch.rand(3, *ids.shape, device=ids.device)
