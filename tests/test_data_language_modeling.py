@@ -1,6 +1,7 @@
 """LanguageModelingDataModule: texts, prompts and completions; what is scored; files, cuts, prompts and errors."""
 
 import itertools
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -424,7 +425,12 @@ def test_a_model_with_less_room_gets_shorter_rows_and_prompts(tmp_path: Path) ->
     data.trainer = pl.Trainer(**QUIET, enable_checkpointing=False)
     data.trainer.strategy._lightning_module = model
     assert max(map(len, rows_of(*data.train_dataloader()))) == 32
-    assert next(iter(data.predict_dataloader()))["input_ids"].shape[1] == 22
+    with pytest.warns(UserWarning, match="20 of 20 prompts are longer than 22 tokens, .* lose the beginning"):
+        assert next(iter(data.predict_dataloader()))["input_ids"].shape[1] == 22
+    data.use_texts([" ".join(["w1"] * 22)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lose the beginning")
+        data.predict_dataloader()
 
 
 # Order, cache

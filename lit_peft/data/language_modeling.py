@@ -49,8 +49,9 @@ class LanguageModelingDataModule(HeldOutDataModule):
     Validation and test read splits of their own, or are cut from train: whole documents or samples, drawn by `seed`;
     of one text of lines the last ones, for validation, and those before them, for the test. To predict, each row is
     a prompt (of a text of lines each line, but for blank ones), in the order of the file, padded on the left; of one
-    longer than a block the end is kept. Training rows come in an order that follows from `seed` and the epoch alone; a
-    resumed run, also in mid-epoch, sees exactly the batches that were left.
+    longer than a block, or than leaves room for what is to follow, the end is kept, with a warning. Training rows come
+    in an order that follows from `seed` and the epoch alone; a resumed run, also in mid-epoch, sees exactly the batches
+    that were left.
 
     Args:
         path: `demo` for the bundled reviews, one sentence a document, or with columns for prompts and completions
@@ -412,8 +413,15 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 option = "prompt_column" if self.prompt_column else "text_column"
                 check_text(self._split(name), self._prompt, self._where(name), option=option)
         lines = self._is_one_text and self._given is None
-        arguments = {"column": self._prompt, "size": self._prompt_room, "marks": self._marks, "lines": lines}
-        return self._encode(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
+        size = self._prompt_room
+        arguments = {"column": self._prompt, "size": size, "marks": self._marks, "lines": lines}
+        rows = self._encode(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
+        if cut := sum(rows["cut"][:]):
+            rank_zero_warn(
+                f"{cut:,} of {len(rows):,} prompts are longer than {size:,} tokens, what data.block_size and the "
+                "model's positions before model.max_new_tokens have room for, and lose the beginning."
+            )
+        return rows.select_columns(["input_ids", "length"])
 
     @property
     def _prompt_room(self) -> int:

@@ -56,12 +56,16 @@ def samples(
 def prompts(
     batch: Mapping[str, list[str]], tokenizer: Any, column: str, size: int, marks: Marks, lines: bool
 ) -> dict[str, list[Any]]:
-    """The last tokens of prompts, at most `size` with the marks; of lines without what ends them, and no blank ones."""
+    """The last tokens of prompts, at most `size` with the marks; `cut` where they are more.
+
+    Of `lines` blank ones are left out, and the others come without what ends them.
+    """
     texts = [text.rstrip() for text in batch[column] if text.strip()] if lines else batch[column]
     after = marks.after if marks.masked else ()
     room = max(1, size - len(marks.before) - len(after))
-    ids = [[*marks.before, *tokens[-room:], *after] for tokens in (_ids(tokenizer, texts) if texts else [])]
-    return {"input_ids": ids, "length": [*map(len, ids)]}
+    whole = _ids(tokenizer, texts) if texts else []
+    ids = [[*marks.before, *tokens[-room:], *after] for tokens in whole]
+    return {"input_ids": ids, "length": [*map(len, ids)], "cut": [len(tokens) > room for tokens in whole]}
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:
@@ -93,7 +97,7 @@ _INTS = ListOf(Value("int32"))
 FEATURES = {
     texts: Features(input_ids=_INTS, length=Value("int64"), words=Value("int64")),
     samples: Features(input_ids=_INTS, labels=_INTS, length=Value("int64"), cut=Value("bool")),
-    prompts: Features(input_ids=_INTS, length=Value("int64")),
+    prompts: Features(input_ids=_INTS, length=Value("int64"), cut=Value("bool")),
 }
 
 
