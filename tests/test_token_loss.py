@@ -135,7 +135,7 @@ def test_a_plan_counts_hidden_states_and_not_logits(folders, monkeypatch):
 
 def test_a_head_is_left_alone_when_a_forward_fails(folders):
     made = task(folders["llama"])
-    made._passes = True
+    made._passes = made._looked_ahead = True
     with pytest.raises(ValueError, match="input_ids"):
         made.rows({"nonsense": torch.zeros(1)}, torch.zeros(1, 1))
     assert "forward" not in vars(made.model.lm_head)
@@ -175,3 +175,20 @@ def test_a_head_whose_logits_get_a_bias_of_zeros_afterwards_is_not_left_out(tmp_
     rows = token_loss.score_rows(model, inputs, targets, passes=False)
     expected = F.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(token_loss.summed_nll(rows), expected)
+
+
+@pytest.mark.parametrize("kind", ["roformer", "xlnet"])
+def test_encoders_that_do_not_say_that_they_are_are_refused_at_the_first_batch(tmp_path, kind):
+    small = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "roformer": tf.RoFormerConfig(**small, intermediate_size=32),
+        "xlnet": tf.XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=32),
+    }[kind]
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(tmp_path)
+    made = task(tmp_path)
+    with pytest.raises(ValueError, match=r"reads texts to both sides .* use MaskedLanguageModeling"):
+        made.training_step(batch(6, 4), 0)

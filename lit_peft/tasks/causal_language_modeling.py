@@ -1,6 +1,6 @@
 """Causal language modelling: each token from those before it."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
-from lit_peft.tasks.token_loss import IGNORED, Rows, keeps_apart
+from lit_peft.tasks.token_loss import IGNORED, Rows, keeps_apart, sees_ahead
 
 
 class CausalLanguageModeling(LanguageModeling):
@@ -56,6 +56,8 @@ class CausalLanguageModeling(LanguageModeling):
         check_range("model.top_p", top_p, 0, 1)
         self._apart: bool | None = None
         """Whether packed texts do not see each other; None: not asked yet."""
+        self._looked_ahead = False
+        """Whether a batch has told that the model is causal."""
         self.decoding, self.sampling_seed = Decoding(max_new_tokens, temperature, top_p), sampling_seed
 
     def setup(self, stage: str) -> None:
@@ -66,11 +68,14 @@ class CausalLanguageModeling(LanguageModeling):
         model, fresh = super().load_model(storage)
         causal = [child.is_causal for child in model.modules() if isinstance(getattr(child, "is_causal", None), bool)]
         if causal and not any(causal):
-            raise ValueError(
-                f"backbone: {self.backbone}, a {type(model).__name__}, reads texts to both sides and would see "
-                "the tokens that it predicts: use MaskedLanguageModeling."
-            )
+            self._refuse(model)
         return model, fresh
+
+    def _refuse(self, model: Any) -> NoReturn:
+        raise ValueError(
+            f"backbone: {self.backbone}, a {type(model).__name__}, reads texts to both sides and would see "
+            "the tokens that it predicts: use MaskedLanguageModeling."
+        )
 
     def inputs_and_targets(self, batch: Batch, training: bool) -> tuple[dict[str, Any], Tensor]:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -81,6 +86,10 @@ class CausalLanguageModeling(LanguageModeling):
         return inputs | {"use_cache": False}, F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def rows(self, inputs: dict[str, Any], targets: Tensor) -> Rows:
+        if not self._looked_ahead:
+            if sees_ahead(self.model, inputs["input_ids"]):
+                self._refuse(self.model)
+            self._looked_ahead = True
         if self._apart is None and "position_ids" in inputs and "attention_mask" not in inputs:
             self._apart = keeps_apart(self.model, inputs["input_ids"])
             if not self._apart:

@@ -118,7 +118,29 @@ def keeps_apart(model: Any, ids: Tensor) -> bool:
     other[:, :2] = (other[:, :2] + 1) % model.config.get_text_config().vocab_size
     positions = torch.tensor([[0, 1, 0, 1]], device=ids.device)
     inputs = {"position_ids": positions, "use_cache": False}
-    first, second = (_asked(model, {"input_ids": asked, **inputs})[:, 2:].float() for asked in (row, other))
+    return _agree(*(_asked(model, {"input_ids": asked, **inputs})[:, 2:] for asked in (row, other)))
+
+
+def sees_ahead(model: Any, ids: Tensor) -> bool:
+    """Whether what a model says of the first tokens of a text changes with its last one.
+
+    Transformers loads encoders as causal models, too; some of their layers say so in `is_causal`, and those of XLNet,
+    XLM, BigBird, RoFormer and others do not. A few tokens tell.
+
+    Args:
+        model: A causal model of transformers.
+        ids: Some tokens, [b, w].
+    """
+    if _has_no_values(ids) or ids.shape[1] < 2:
+        return False
+    row, other = ids[:1, :8], ids[:1, :8].clone()
+    other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
+    return not _agree(*(_asked(model, {"input_ids": asked, "use_cache": False})[:, :-1] for asked in (row, other)))
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether logits are the same, but for rounding."""
+    first, second = first.float(), second.float()
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()))
 
 
