@@ -196,6 +196,15 @@ def test_words_are_left_out_where_they_are_not_known(folder, tmp_path):
     assert events.Tags()["images"] == ["calibration/val"]
 
 
+def test_words_are_not_those_of_the_data_before(folder):
+    task, run = CausalLanguageModeling(folder), trainer()
+    assert "test/word_perplexity" in run.test(task, Texts(batch(5, 9), words=1.5), verbose=False)[0]
+    loader = DataLoader([batch(7, 3)], batch_size=None)
+    assert "test/word_perplexity" not in run.test(task, loader, verbose=False)[0]
+    (scores,) = run.validate(task, Texts(batch(5, 9), words=2.0), verbose=False)
+    assert scores["val/word_perplexity"] == pytest.approx(scores["val/perplexity"] ** 2, rel=1e-4)
+
+
 def test_encoders_are_sent_to_the_other_task(tmp_path):
     with pytest.raises(ValueError, match=r"backbone: .* is of type distilbert, of which transformers has no causal"):
         CausalLanguageModeling(str(ENCODER)).configure_model()

@@ -101,7 +101,7 @@ class CausalLanguageModeling(LanguageModeling):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """One dict a prompt: `prompt`, its text, and `generation`, what follows it; both without special tokens."""
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None) or self.tokenizer
+        tokenizer = getattr(self.data_module, "tokenizer", None) or self.tokenizer
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids))
         seed = self.sampling_seed, self.global_rank, batch_idx

@@ -52,6 +52,14 @@ class LanguageModeling(TransformersTask):
         self.val_metrics = language_modeling_metrics("val/", self.masked)
         self.test_metrics = language_modeling_metrics("test/", self.masked)
 
+    @property
+    def data_module(self) -> Any:
+        """The data module whose batches come now; None where the trainer was given loaders.
+
+        `trainer.datamodule` would then still be that of the call before.
+        """
+        return self.trainer._data_connector._datahook_selector.datamodule  # type: ignore[union-attr]
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of `backbone`."""
@@ -140,7 +148,7 @@ class LanguageModeling(TransformersTask):
 
     def _count_words(self, metrics: MetricCollection, role: str) -> None:
         if "word_perplexity" in metrics:
-            known = getattr(getattr(self.trainer, "datamodule", None), "tokens_per_word", None)
+            known = getattr(self.data_module, "tokens_per_word", None)
             metrics["word_perplexity"].tokens_per_word = None if known is None else known(role)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
