@@ -1,5 +1,5 @@
-"""What training itself shows to be wrong."""
+"""What a run itself shows to be wrong."""
 
 
 class TrainingFault(ValueError):
-    """Training cannot go on, for a reason that the message tells in full: the command line shows no traceback."""
+    """A run cannot go on, for a reason that the message tells in full: the command line shows no traceback."""

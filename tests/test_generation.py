@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lit_peft import LoRA, PrefixTuning, PromptTuning, PTuning
 from lit_peft.callbacks import PredictionWriter
+from lit_peft.faults import TrainingFault
 from lit_peft.tasks import CausalLanguageModeling
 from lit_peft.tasks.generation import continuations
 from lit_peft.tasks.token_loss import summed_nll
@@ -143,6 +144,17 @@ def test_what_cannot_be_continued_is_told(folders):
         CausalLanguageModeling(folders["gpt2"], top_p=0.0)
     with pytest.raises(ValueError, match=r"model\.max_new_tokens"):
         CausalLanguageModeling(folders["gpt2"], max_new_tokens=0)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_virtual_tokens_leave_less_room(folders, method):
+    with pytest.raises(
+        TrainingFault, match=r"exceed the 60 positions .* behind its virtual tokens: set it to 55 at most"
+    ):
+        predict(task(folders["gpt2"], METHODS[method](), max_new_tokens=60), prompts(PROMPTS[0]))
+    made = task(folders["gpt2"], METHODS[method](), max_new_tokens=55)
+    made.model.generation_config.eos_token_id = VOCABULARY - 1  # so that it goes on to the last position
+    assert len(predict(made, prompts(PROMPTS[0]))) == 1
 
 
 def test_generations_are_written_and_printed(folders, tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lit_peft import LoRA
 from lit_peft.callbacks import ReproducibleSteps
 from lit_peft.core.weightless import without_weights
+from lit_peft.faults import TrainingFault
 from lit_peft.planning.plan import plan
 from lit_peft.tasks import MaskedLanguageModeling
 from lit_peft.tasks.loading import load_model
@@ -219,5 +220,5 @@ def test_packed_texts_are_refused(folder):
     task(folder).inputs_and_targets(packed, False)  # with a mask they are positions, no more
     del packed["attention_mask"]
     for training in (True, False):
-        with pytest.raises(ValueError, match=r"BertForMaskedLM reads .* set data.pack to false"):
+        with pytest.raises(TrainingFault, match=r"BertForMaskedLM reads .* set data.pack to false"):
             task(folder).inputs_and_targets(packed, training)

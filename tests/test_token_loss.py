@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import lit_peft.tasks.token_loss as token_loss
 from lit_peft import LoRA
 from lit_peft.core.weightless import without_weights
+from lit_peft.faults import TrainingFault
 from lit_peft.planning.plan import plan
 from lit_peft.tasks import CausalLanguageModeling
 from lit_peft.tasks.token_loss import head_is_last
@@ -148,7 +149,7 @@ def test_decoders_that_let_packed_texts_see_each_other_are_refused(tmp_path):
     task.training_step(alone, 0)
     packed = {**alone, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     del packed["attention_mask"]
-    with pytest.raises(ValueError, match=r"OPTForCausalLM does not look .* set data.pack to false"):
+    with pytest.raises(TrainingFault, match=r"OPTForCausalLM does not look .* set data.pack to false"):
         task.training_step(packed, 0)
 
 
@@ -190,5 +191,5 @@ def test_encoders_that_do_not_say_that_they_are_are_refused_at_the_first_batch(t
             p.add_(0.2 * torch.randn_like(p))
     model.save_pretrained(tmp_path)
     made = task(tmp_path)
-    with pytest.raises(ValueError, match=r"reads texts to both sides .* use MaskedLanguageModeling"):
+    with pytest.raises(TrainingFault, match=r"reads texts to both sides .* use MaskedLanguageModeling"):
         made.training_step(batch(6, 4), 0)

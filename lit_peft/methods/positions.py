@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.core.active import Adapted
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.swap import Swapped
+from lit_peft.faults import TrainingFault
 
 _TABLES = ("position_embeddings", "wpe", "embed_positions")
 
@@ -25,6 +27,15 @@ def position_room(stack: nn.Module) -> int | None:
     return layer_ops(table).size(table)[1] - (0 if padding is None else padding + 1)
 
 
+def text_room(stack: nn.Module) -> int | None:
+    """How many of these are left for a text behind the virtual tokens that run; None where there is no such table."""
+    room = position_room(stack)
+    if room is None:
+        return None
+    adapted = (layer.peft for layer in stack.modules() if isinstance(layer, Adapted))
+    return room - sum(getattr(peft[name], "takes", 0) for peft in adapted for name in peft.active)
+
+
 def text_positions(x: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
     """The positions that a model itself would give a text, [1 or batch, length].
 
@@ -40,14 +51,14 @@ def text_positions(x: Tensor, ids: Tensor | None, padding: int | None) -> Tensor
 
 
 def check_room(stack: nn.Module, room: int | None, n: int, length: int, *, shared: bool = False) -> None:
-    """Raises ValueError when a text and what stands before it need more positions than there are.
+    """Raises TrainingFault when a text and what stands before it need more positions than there are.
 
     Here and not in the look-up, which on a GPU would bring the process down. `shared`: whether both begin at the first.
     """
     if room is None or (max(n, length) if shared else n + length) <= room:
         return
     left = room if shared else room - n
-    raise ValueError(
+    raise TrainingFault(
         f"{n} virtual tokens and {length} of the text exceed the {room} positions of {type(stack).__name__}: "
         f"cut texts off at {left} tokens (max_length; of blocks of tokens, block_size)."
     )

@@ -90,6 +90,11 @@ class ShiftedPositions(Addition):
         self.n, self.names, self.room = n, argument_names(stack), position_room(stack)
         self.padding = getattr(position_table(stack), "padding_idx", None)
 
+    @property
+    def takes(self) -> int:
+        """How many positions of the model it takes from a text."""
+        return self.n
+
     def forward(self, layer: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if self.reads:

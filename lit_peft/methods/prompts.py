@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_peft.core.addition import Addition, Call
+from lit_peft.faults import TrainingFault
 from lit_peft.methods.positions import check_room, text_positions
 
 
@@ -35,6 +36,11 @@ class Prompt(Addition):
         """The position of a text's first token."""
         return 0 if self.padding is None else self.padding + 1
 
+    @property
+    def takes(self) -> int:
+        """How many positions of the model it takes from a text."""
+        return 0 if self.keeps else len(self.prompt())
+
     def forward(self, layer: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         prompt, past = self.prompt(), given.get("past_key_values")
@@ -52,7 +58,7 @@ class Prompt(Addition):
             return call(**given)
 
         if mask is None and positions is not None and not self.keeps and bool((positions.diff() <= 0).any()):
-            raise ValueError(
+            raise TrainingFault(
                 "Several texts share a row here (packing), and virtual tokens stand before the first of them alone: do "
                 "not pack, or take PrefixTuning, whose prefix all of them see."
             )

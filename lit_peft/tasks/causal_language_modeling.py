@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_peft import hub
+from lit_peft.faults import TrainingFault
 from lit_peft.methods.checks import check_positive, check_range
 from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
@@ -72,7 +73,7 @@ class CausalLanguageModeling(LanguageModeling):
         return model, fresh
 
     def _refuse(self, model: Any) -> NoReturn:
-        raise ValueError(
+        raise TrainingFault(
             f"backbone: {self.backbone}, a {type(model).__name__}, reads texts to both sides and would see "
             "the tokens that it predicts: use MaskedLanguageModeling."
         )
@@ -93,7 +94,7 @@ class CausalLanguageModeling(LanguageModeling):
         if self._apart is None and "position_ids" in inputs and "attention_mask" not in inputs:
             self._apart = keeps_apart(self.model, inputs["input_ids"])
             if not self._apart:
-                raise ValueError(
+                raise TrainingFault(
                     f"{type(self.model).__name__} does not look where positions begin anew, so that packed texts would "
                     "see each other: set data.pack to false."
                 )

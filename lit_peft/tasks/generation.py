@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_peft.methods.positions import position_room
+from lit_peft.faults import TrainingFault
+from lit_peft.methods.positions import position_room, text_room
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ def continuations(
         *seed: Numbers that the draws follow from; torch's generators are as they were afterwards.
 
     Raises:
-        ValueError: When prompts are padded on the right, empty, or longer than the model has room for.
+        ValueError: When prompts are padded on the right or empty; a TrainingFault when they are longer than the model
+            has room for.
     """
     width = ids.shape[1]
     if not width or not mask[:, -1].all():
         raise ValueError("Prompts have at least one token each, and are padded on the left for generation.")
-    room = position_room(model.base_model)
+    room = text_room(model.base_model)
     if room is not None and width + decoding.max_new_tokens > room:
-        raise ValueError(
+        raise TrainingFault(
             f"max_new_tokens: {decoding.max_new_tokens} after a prompt of {width} tokens exceed the {room} positions "
-            f"of {type(model).__name__}: "
+            f"of {type(model).__name__}"
+            + (" behind its virtual tokens: " if room != position_room(model.base_model) else ": ")
             + (f"set it to {room - width} at most, or " if room > width else "")
             + "shorten the prompts, with data.block_size for instance."
         )

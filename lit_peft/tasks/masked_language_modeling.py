@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_peft import hub
+from lit_peft.faults import TrainingFault
 from lit_peft.methods.checks import check_range
 from lit_peft.metrics import Perplexity, token_scores
 from lit_peft.tasks.base import Batch
@@ -81,7 +82,7 @@ class MaskedLanguageModeling(LanguageModeling):
     def inputs_and_targets(self, batch: Batch, training: bool) -> tuple[dict[str, Any], Tensor]:
         ids, labels = batch["input_ids"], batch["labels"]
         if "position_ids" in batch and "attention_mask" not in batch:
-            raise ValueError(
+            raise TrainingFault(
                 f"{type(self.model).__name__} reads texts to both sides, so that packed texts would see each other: "
                 "set data.pack to false."
             )
