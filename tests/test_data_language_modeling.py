@@ -556,7 +556,7 @@ COMPLETIONS = {"prompt_column": "prompt", "completion_column": "completion"}
         (
             COMPLETIONS | {"tokenizer": "encoder"},
             "fit",
-            "tokenizer .* has no eos token, with which a completion is closed",
+            "tokenizer .* has no eos token, with which a completion is closed: .* data.completion_column to null",
         ),
     ],
 )
@@ -585,8 +585,8 @@ def test_errors_name_what_is_wrong(
         ({"prompt_column": "a"}, "data.completion_column is null"),
         ({"completion_column": "a"}, "data.prompt_column is null"),
         ({"prompt_column": "a", "completion_column": "a"}, "are both 'a'"),
-        ({"pack": True}, "data.pack is true: blocks of texts are full as it is"),
-        (COMPLETIONS | {"stride": 4}, "data.stride is 4: it is for windows over texts"),
+        ({"pack": True}, "data.pack is true: .* Set it to false, or data.prompt_column .* to columns"),
+        (COMPLETIONS | {"stride": 4}, "data.stride is 4: it is for windows over texts.* Set it to null, or .* to null"),
         (COMPLETIONS | {"document": "split"}, "data.document is split: a sample is a row"),
     ],
 )
@@ -601,7 +601,10 @@ def test_arguments_that_make_no_sense(options: dict[str, Any], message: str) -> 
         (b"", r"mine\.txt is empty: it has 0 bytes"),
         (b"w1\n\xff\n", r"mine\.txt is not UTF-8: byte 0xff at offset 3, in line 2"),
         (b"\n\n\n", "only blank texts in column 'text'"),
-        (b"w1 w2 w3", r"1 examples in split 'train' of .*mine\.txt are too few to cut"),
+        (
+            b"w1 w2 w3",
+            r"1 examples in split 'train' of .*mine\.txt are too few to cut some off: .* a file for each split",
+        ),
     ],
 )
 def test_text_files_that_cannot_be_read(tmp_path: Path, decoder: str, content: bytes, message: str) -> None:

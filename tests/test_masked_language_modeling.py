@@ -213,6 +213,14 @@ def test_mask_tokens_of_texts_are_filled(folder):
         assert rows[row]["text"] == made.tokenizer.decode(filled[: n + 2].tolist(), skip_special_tokens=True)
 
 
+def test_texts_without_a_mask_token_are_told(folder):
+    made = task(folder).eval()
+    given = {key: texts(6)[key] for key in ("input_ids", "attention_mask")}
+    with pytest.warns(UserWarning, match=r"Texts without \[MASK\].* have nothing to fill"):
+        ((row,),) = trainer().predict(made, DataLoader([given], batch_size=None))
+    assert row["tokens"] == row["probabilities"] == []
+
+
 def test_packed_texts_are_refused(folder):
     """No encoder of transformers looks where positions begin anew; nothing would hide padding, either."""
     packed = texts(3, 5)

@@ -205,7 +205,10 @@ class HeldOutDataModule(TextDataModule):
                 )
                 cut |= {role: rows[held], "train": np.delete(rows, held)}
         if not len(cut["train"]):
-            raise ValueError(f"{len(train)} examples in {self._where('train')} are too few to cut some off.")
+            raise ValueError(
+                f"{len(train)} examples in {self._where('train')} are too few to cut some off: give more, or a folder "
+                "with a file for each split."
+            )
         return cut
 
     def _rows(self, role: str, limited: bool = True) -> tuple[str, np.ndarray]:

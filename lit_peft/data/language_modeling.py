@@ -144,12 +144,13 @@ class LanguageModelingDataModule(HeldOutDataModule):
         if prompt_column is not None and prompt_column == completion_column:
             raise ValueError(f"data.prompt_column and data.completion_column are both {prompt_column!r}.")
         for argument, set_, why in (
-            ("pack", pack and prompt_column is None, "true: blocks of texts are full as it is. Set data.prompt_column"),
-            ("stride", stride and prompt_column, f"{stride}: it is for windows over texts. Leave out prompt_column"),
-            ("document", document == "split" and prompt_column, "split: a sample is a row. Leave out prompt_column"),
+            ("pack", pack and prompt_column is None, "true: blocks of texts are full as it is. Set it to false"),
+            ("stride", stride and prompt_column, f"{stride}: it is for windows over texts. Set it to null"),
+            ("document", document == "split" and prompt_column, "split: a sample is a row. Set it to null"),
         ):
             if set_:
-                raise ValueError(f"data.{argument} is {why}, or data.{argument}.")
+                columns = "data.prompt_column and data.completion_column"
+                raise ValueError(f"data.{argument} is {why}, or {columns} to {'null' if prompt_column else 'columns'}.")
         if stride and block_size and stride > block_size:
             raise ValueError(
                 f"data.stride is {stride}, expected at most data.block_size, {block_size}: "
@@ -375,7 +376,10 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self._check_room()
         if self.completion_column:
             if self._marks.eos is None:
-                raise ValueError(f"The tokenizer {key[1]} has no eos token, with which a completion is closed.")
+                raise ValueError(
+                    f"The tokenizer {key[1]} has no eos token, with which a completion is closed: take another, or set "
+                    "data.prompt_column and data.completion_column to null, for texts."
+                )
             tokens = self._encode(
                 split, token_rows.samples, role, columns=self._text_columns, size=self._longest, marks=self._marks
             )

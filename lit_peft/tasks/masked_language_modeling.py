@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_peft import hub
@@ -125,6 +126,8 @@ class MaskedLanguageModeling(LanguageModeling):
         order = mask.argsort(dim=1, descending=True, stable=True)  # padding to the right: positions start with text
         ids, mask = ids.gather(1, order), mask.gather(1, order)
         gaps = (ids == self.tokenizer.mask_token_id) & mask.bool()
+        if not gaps.any():
+            rank_zero_warn(f"Texts without {self.tokenizer.mask_token}, in the place of a word, have nothing to fill.")
         rows = self.rows({"input_ids": ids, "attention_mask": mask}, torch.where(gaps, 0, IGNORED))
         scores = [logits.float().softmax(-1).max(-1) for logits, _ in rows.chunks()]
         tokens, sure = (torch.cat(parts) for parts in ([s.indices for s in scores], [s.values for s in scores]))
