@@ -19,8 +19,8 @@ class WikiText2DataModule(LanguageModelingDataModule):
 
     - wikitext-2-raw-v1 is the text for models with a vocabulary of their own, and what is usual for them.
     - wikitext-2-v1 has <unk> in the place of every word seen less than three times in train (2.6 % of it): the text of
-      word-level models. Other tokenizers read <unk> as any characters, and what is easier to predict in it is not
-      theirs to claim.
+      word-level models. Other tokenizers read <unk> as any characters, or as their own mark of unknown words (Llama,
+      RoBERTa, T5), and what is easier to predict in it is not theirs to claim.
 
     Both keep the original's tokens ("@-@", spaces before commas). Perplexities "of WikiText-2" in work on quantised
     models are of another text, the raw rows with two line breaks between each, and by their own tokens: neither is
