@@ -99,6 +99,10 @@ def of_lightning(text: str) -> str:
         return f"trainer.accelerator: this machine has no {match[1].upper()}; use auto or cpu."
     if "is not in bounds, numpy accepts" in text:
         return f"seed_everything: {text}."
+    if re.match(r"Expected to (be able to )?read \d+ ", text):  # Arrow's, which names no file
+        from datasets.config import HF_DATASETS_CACHE
+
+        return f"A prepared data set in {HF_DATASETS_CACHE} is cut short ({text}): delete that folder, and run again."
     return shorten(text)
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_cli import SMALL, fit
 
 from lit_peft import BottleneckAdapter, LoRA, cli, save
 from lit_peft.demo import ENCODER
+from lit_peft.mistakes import of_built
 from lit_peft.tasks import TextClassification
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -409,3 +411,14 @@ def test_a_disk_that_takes_nothing(
         answers[what] = _for_the_docs(mistake, answer, {})
     finally:
         release()
+
+
+@pytest.mark.parametrize("size", [300, 1200])
+def test_a_prepared_data_set_that_is_cut_short_is_told_with_its_folder(tmp_path, size):
+    tokens = Dataset.from_dict({"ids": [[1, 2, 3]] * 500})
+    tokens.map(lambda row: row, cache_file_name=str(tmp_path / "a.arrow"))
+    whole = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(whole[:size])
+    with pytest.raises((ValueError, OSError)) as error:  # in its head, or behind it
+        Dataset.from_file(str(tmp_path / "a.arrow"))
+    assert re.search(r"A prepared data set in /.* is cut short .* delete that folder", of_built(error.value))
