@@ -178,11 +178,12 @@ def test_a_head_whose_logits_get_a_bias_of_zeros_afterwards_is_not_left_out(tmp_
     torch.testing.assert_close(token_loss.summed_nll(rows), expected)
 
 
-@pytest.mark.parametrize("kind", ["roformer", "xlnet"])
+@pytest.mark.parametrize("kind", ["roformer", "xlm", "xlnet"])
 def test_encoders_that_do_not_say_that_they_are_are_refused_at_the_first_batch(tmp_path, kind):
     small = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {
         "roformer": tf.RoFormerConfig(**small, intermediate_size=32),
+        "xlm": tf.XLMConfig(vocab_size=VOCABULARY, emb_dim=16, n_layers=1, n_heads=2),
         "xlnet": tf.XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=32),
     }[kind]
     model = tf.AutoModelForCausalLM.from_config(config)

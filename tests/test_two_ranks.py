@@ -18,6 +18,7 @@ from test_long_texts import LENGTHS, save_backbone
 from test_long_texts import Data as LongTexts
 from torch import nn
 from toys import loader
+from transformers import AutoModelForCausalLM
 
 import lit_peft
 from lit_peft import AdaLoRA, FullFineTuning, LoRA, SparseLoRA
@@ -378,6 +379,42 @@ def tokens_by_rank(rank: int, folder: str, lengths: list[tuple[int, int]], alone
     task = CausalLanguageModeling(folder, learning_rate=0.1, warmup=0.0)
     trainer.fit(task, train_dataloaders=torch.utils.data.DataLoader(parts, batch_size=None))
     return {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
+
+
+class ShardedDecoder(CausalLanguageModeling):
+    def shard(self, mesh: Any) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*self.model.transformer.h, self.model):
+            fully_shard(part, mesh=mesh["data_parallel"])
+
+
+def _fit_sharded_decoder(rank: int, folder: str, packed: bool) -> float:
+    trainer = pl.Trainer(
+        **QUIET,
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False, process_group_backend="gloo"),
+        devices=2,
+        plugins=[TorchElasticEnvironment()],
+        callbacks=[LoRA(r=2, dropout=0.0, target_modules=["c_attn"])],
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        max_epochs=1,
+    )
+    task = ShardedDecoder(folder, learning_rate=0.1, warmup=0.0)
+    rows = batch(7) if rank else batch(1)  # a rank's first batch may be a text of one token
+    if packed:
+        rows["position_ids"] = torch.arange(rows.pop("attention_mask").shape[1])[None]
+    trainer.fit(task, train_dataloaders=torch.utils.data.DataLoader([rows], batch_size=None))
+    return float(trainer.callback_metrics["train/loss"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_sharded_decoder_is_asked_for_what_it_sees_by_all_ranks(two_ranks, tmp_path, packed):
+    folder = save(tmp_path, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        expected = model(**batch(7)).loss.item()
+    assert two_ranks(_fit_sharded_decoder, folder, packed)[1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_two_ranks_take_the_mean_over_the_tokens_of_both(two_ranks, tmp_path):

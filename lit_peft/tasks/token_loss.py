@@ -110,12 +110,11 @@ def keeps_apart(model: Any, ids: Tensor) -> bool:
 
     Args:
         model: A causal model of transformers.
-        ids: Some tokens, [b, w].
+        ids: A tensor where its inputs are.
     """
-    if _has_no_values(ids) or ids.shape[1] < 4:
+    if _has_no_values(ids):
         return True
-    row, other = ids[:1, :4], ids[:1, :4].clone()
-    other[:, :2] = (other[:, :2] + 1) % model.config.get_text_config().vocab_size
+    row, other = _two_texts(model, ids, slice(2))
     positions = torch.tensor([[0, 1, 0, 1]], device=ids.device)
     inputs = {"position_ids": positions, "use_cache": False}
     return _agree(*(_asked(model, {"input_ids": asked, **inputs})[:, 2:] for asked in (row, other)))
@@ -129,13 +128,25 @@ def sees_ahead(model: Any, ids: Tensor) -> bool:
 
     Args:
         model: A causal model of transformers.
-        ids: Some tokens, [b, w].
+        ids: A tensor where its inputs are.
     """
-    if _has_no_values(ids) or ids.shape[1] < 2:
+    if _has_no_values(ids):
         return False
-    row, other = ids[:1, :8], ids[:1, :8].clone()
-    other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
-    return not _agree(*(_asked(model, {"input_ids": asked, "use_cache": False})[:, :-1] for asked in (row, other)))
+    row, other = _two_texts(model, ids, slice(3, None))
+    inputs = {"attention_mask": torch.ones_like(row), "use_cache": False}  # without one XLM looks for padding
+    return not _agree(*(_asked(model, {"input_ids": asked, **inputs})[:, :-1] for asked in (row, other)))
+
+
+def _two_texts(model: Any, ids: Tensor, where: slice) -> tuple[Tensor, Tensor]:
+    """Texts of four tokens, [1, 4], that differ in some places.
+
+    Not those of the batch, which on some rank may be a token wide: a sharded model communicates, and all must ask it.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    row = torch.arange(4, device=ids.device)[None] % vocabulary
+    other = row.clone()
+    other[:, where] = (row[:, where] + 1) % vocabulary
+    return row, other
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
@@ -150,7 +161,9 @@ def _asked(model: Any, inputs: dict[str, Any]) -> Tensor:
     try:
         model.eval()
         with torch.no_grad():
-            return model.forward(**inputs).logits  # not called: it may be compiled, which this is not worth
+            # Not called where it may be compiled, which this is not worth; FSDP2 gathers weights where it is called.
+            sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+            return (model if sharded else model.forward)(**inputs).logits
     finally:
         for child, mode in modes:
             child.training = mode
