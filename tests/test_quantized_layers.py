@@ -108,7 +108,7 @@ def test_the_gradient_of_the_input_may_be_had_slice_by_slice(monkeypatch):
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(quantized.kernels, "in_triton", lambda tensor: SimpleNamespace())
         slices = quantized.slices_4bit(layer)
-    assert slices == [slice(0, 128), slice(128, 256), slice(256, 384)]
+    assert slices == [slice(0, 192), slice(192, 384)]
     monkeypatch.setattr(quantized, "slices_4bit", lambda layer: slices)
     torch.testing.assert_close(ops.product_t(layer, dy), whole)
     torch.testing.assert_close(ops.product_t(layer, dy, onto.clone()), whole + onto)

@@ -200,13 +200,13 @@ def slices_4bit(layer: Any) -> list[slice]:
     """Columns in which the weight of a 4-bit layer is best made dense for the gradient of its input.
 
     That gradient is as wide, and where the layer narrows, as the last one of a feed-forward network does, both are what
-    a checkpointed block has its peak with: of a large one, on a GPU, a third is made dense at a time.
+    a checkpointed block has its peak with: of a large one, on a GPU, half is made dense at a time.
     """
     out, n = state_4bit(layer).shape
     blocks, ragged = divmod(n, state_4bit(layer).blocksize)
     if n < 2 * out or out * n < SLICED_FROM or ragged or kernels.in_triton(layer.weight.data) is None:
         return [slice(0, n)]
-    step = -(-blocks // 3) * state_4bit(layer).blocksize
+    step = -(-blocks // 2) * state_4bit(layer).blocksize
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
