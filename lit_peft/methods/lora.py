@@ -305,12 +305,14 @@ class LoRAFunction(torch.autograd.Function):
         needs_x, needs_d, needs_A, needs_B = ctx.needs_input_grad[:4]
         rows, s, shape = as_rows(dy), ctx.s, (*dy.shape[:-1], A.shape[1])
         dh = torch.mm(rows, B)
-        # Before the gradient of `x`, so that an input that is made again, and a dense weight, are not there with it.
+        # In this order an input that is made again is gone before the gradient of `x`, which is as large, and the dense
+        # weight that this takes is gone before the gradient of `dropped`.
         dA = _product(dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype)), s) if needs_A else None
         dB = _product(rows.t(), h, s) if needs_B else None
-        dd = _product(dh, A, s) if needs_d or (needs_x and not ctx.apart) else None
-        dx = ctx.ops.product_t(ctx.layer, rows, None if ctx.apart else dd).view(shape) if needs_x else None
-        return dx, dd.view(shape) if dd is not None and needs_d else None, dA, dB
+        onto = _product(dh, A, s) if needs_x and not ctx.apart else None
+        dx = ctx.ops.product_t(ctx.layer, rows, onto).view(shape) if needs_x else None
+        dd = _product(dh, A, s).view(shape) if needs_d else None
+        return dx, dd, dA, dB
 
     @staticmethod
     def input(ctx: Any, of_d: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
