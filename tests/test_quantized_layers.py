@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -19,6 +21,7 @@ from lit_peft.core.addition import Call, Delta
 from lit_peft.core.dtypes import dequantises_itself
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.quantize import make_quantizer
+from lit_peft.methods import lora as lora_module
 from lit_peft.methods.dora import DoRADelta
 from lit_peft.methods.lora import LoRADelta
 from lit_peft.quantizers.bnb import NF4
@@ -112,6 +115,39 @@ def test_the_gradient_of_the_input_may_be_had_slice_by_slice(monkeypatch):
     monkeypatch.setattr(quantized, "slices_4bit", lambda layer: slices)
     torch.testing.assert_close(ops.product_t(layer, dy), whole)
     torch.testing.assert_close(ops.product_t(layer, dy, onto.clone()), whole + onto)
+
+
+def test_the_dense_weight_is_gone_before_the_gradient_of_a_dropped_input(monkeypatch):
+    """With dropout a node returns two gradients as large as its input; the weight lies beside one of them alone."""
+    monkeypatch.setattr(LoRADelta, "fused_from", 0)
+    module = holder("nf4")
+    LoRA(r=4, dropout=0.3, target_modules="layer").attach(module)
+    y = module(layer_input("nf4").requires_grad_())
+    weights, beside = [], []
+    dense, product = quantized.dense_4bit, lora_module._product
+
+    def spy_dense(*args):
+        weights.append(weakref.ref(W := dense(*args)))
+        return W
+
+    def spy_product(a, b, s):
+        if len(a) == y.numel() // OUT:
+            beside.append([ref() is not None for ref in weights])
+        return product(a, b, s)
+
+    monkeypatch.setattr(quantized, "dense_4bit", spy_dense)
+    monkeypatch.setattr(lora_module, "_product", spy_product)
+    y.sum().backward()
+    assert beside == [[False]]  # it was there, and is no longer
+
+
+@pytest.mark.parametrize("make", [bnb.nn.Linear4bit, partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)])
+def test_a_layer_that_is_not_quantised_yet_says_so(make, monkeypatch):
+    monkeypatch.setattr(LoRADelta, "fused_from", 0)
+    module = Holder(make(IN, OUT))
+    LoRA(r=4, target_modules="layer").attach(module)
+    with pytest.raises(RuntimeError, match=r"is not quantised yet: bitsandbytes does that as the layer is moved"):
+        module(layer_input("linear"))
 
 
 @pytest.mark.parametrize("kind", ["linear", "nf4"])

@@ -155,6 +155,15 @@ def state_4bit(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
+def _quantised_4bit(layer: Any) -> Any:
+    """`state_4bit`, for a product, which a layer that is not quantised yet has none of."""
+    if (state := state_4bit(layer)) is None:
+        raise RuntimeError(
+            f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
+        )
+    return state
+
+
 def is_misread(weight: Tensor, state: Any) -> bool:
     """Whether bitsandbytes' kernels may read codes with the scales of other blocks, as those for CPUs do.
 
@@ -174,7 +183,7 @@ def dense_4bit(layer: Any, dtype: torch.dtype | None = None, columns: slice = sl
     Args:
         layer: The layer.
         dtype: Of the result.
-        columns: Of `slices_4bit`, what is wanted of it.
+        columns: Which of them; all, or one of `slices_4bit`.
     """
     state = state_4bit(layer)
     if state is None:  # not moved to its device yet: bitsandbytes quantises then
@@ -213,17 +222,12 @@ def slices_4bit(layer: Any) -> list[slice]:
 def multiplies_dense(layer: Any, x: Tensor) -> bool:
     """Whether, without gradients, a product with a 4-bit weight is to be made through the dense one."""
     many = x.numel() > MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled() and kernels.in_triton(x) is not None
-    return many or is_misread(layer.weight, state_4bit(layer))
+    return many or is_misread(layer.weight, _quantised_4bit(layer))
 
 
 def forward_4bit(layer: Any, x: Tensor, with_bias: bool = True) -> Tensor:
     """`W x + b` of a 4-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
-    state = state_4bit(layer)
-    if state is None:
-        raise RuntimeError(
-            f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
-        )
-    own, dtype = compute_dtype(x), layer.compute_dtype or compute_dtype(x)
+    state, own, dtype = _quantised_4bit(layer), compute_dtype(x), layer.compute_dtype or compute_dtype(x)
     bias = layer.bias if with_bias else None
     if multiplies_dense(layer, x):
         b = None if bias is None else bias.to(dtype)
