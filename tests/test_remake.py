@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lit_peft
 from lit_peft.core.attach import detach
 from lit_peft.core.layers import LayerOps
-from lit_peft.core.remake import NotesInput, note_inputs, remade
+from lit_peft.core.remake import NotesInput, Recipe, note_inputs, remade
 from lit_peft.core.swap import restore_class
 from lit_peft.methods import DoRA, LoRA
 from lit_peft.training.checkpointing import checkpoint_activations
@@ -172,15 +172,20 @@ def test_what_is_made_is_let_go_of_with_the_last_that_asks(monkeypatch):
     model[1].out.register_forward_pre_hook(lambda layer, args: recipes.append(args[0]._lit_peft_remade.recipe))
     loss = model(x()).square().sum()
     seen = []
-    product_t = LayerOps.product_t
+    again, product_t = Recipe.again, LayerOps.product_t
 
-    def spy(ops, layer, *args):
+    def spy_again(recipe, *args):
+        seen.append(recipe)
+        return again(recipe, *args)
+
+    def spy_product_t(ops, layer, *args):
         seen.append((layer, recipes[0].made))
         return product_t(ops, layer, *args)
 
-    monkeypatch.setattr(LayerOps, "product_t", spy)
+    monkeypatch.setattr(Recipe, "again", spy_again)
+    monkeypatch.setattr(LayerOps, "product_t", spy_product_t)
     loss.backward()
-    assert seen[0] == (model[1].out, None)
+    assert seen[:2] == [recipes[0], (model[1].out, None)]
 
 
 def test_parts_of_a_graph_and_one_input_given_twice(monkeypatch):
