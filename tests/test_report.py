@@ -2,11 +2,13 @@
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 from toys import Module, loader, net_lora, trainer
 
 import lit_peft
 import lit_peft.data
+from lit_peft.callbacks.checkpoints import TestSetCheck as SetCheck  # not to be collected
 from lit_peft.callbacks.report import RunReport
 from lit_peft.core.folder_files import read_files
 from lit_peft.core.records import RECORD
@@ -80,3 +82,36 @@ def test_only_a_fit_that_is_interrupted_says_what_it_did_not_write(verb, told, t
     run.state.fn = verb
     RunReport(str(tmp_path)).on_exception(run, run.lightning_module, KeyboardInterrupt())
     assert ("Interrupted after" in capsys.readouterr().out) is told
+
+
+class Told(pl.LightningDataModule):
+    """Says of itself what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: list[str] = []
+
+    def train_dataloader(self):
+        return loader()
+
+    test_dataloader = train_dataloader
+
+    def describe(self, roles=("train", "test")):
+        return [f"the first data, to {role}" for role in roles]
+
+    def check(self, role):
+        self.checked.append(role)
+
+
+def test_what_is_told_and_checked_is_of_the_data_that_are_read(capsys):
+    data, module, report = Told(), Module(), RunReport()
+    run = trainer(report, SetCheck(), max_epochs=1)
+    run.fit(module, datamodule=data)
+    assert "the first data, to train" in capsys.readouterr().out and data.checked == ["test"]
+    run.fit_loop.max_epochs = 2
+    report._described = None  # a data module is described once
+    run.fit(module, loader())
+    run.test(module, loader(), verbose=False)
+    assert "the first data" not in capsys.readouterr().out and data.checked == ["test"]
+    run.test(module, datamodule=data, verbose=False)
+    assert "the first data, to test" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_peft.arguments import nearest
 from lit_peft.faults import TrainingFault
+from lit_peft.training.data_module import current_data_module
 
 HIGHER_IS_BETTER = {"acc", "accuracy", "f1", "mcc", "auroc", "precision", "recall"}
 
@@ -123,7 +124,7 @@ class TestSetCheck(pl.Callback):
     """Has the data module look at its test set before training: after it is late to find that it cannot be scored."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = current_data_module(trainer)
         if hasattr(data, "check") and trainer.limit_test_batches and is_overridden("test_step", pl_module):
             data.check("test")
 

@@ -24,6 +24,7 @@ from lit_peft.core.registry import registry
 from lit_peft.methods.base import Method
 from lit_peft.saving.folder import save
 from lit_peft.training.bringing import methods
+from lit_peft.training.data_module import current_data_module
 from lit_peft.training.seam import BUILT_IN
 
 
@@ -68,7 +69,7 @@ class RunReport(pl.Callback):
         self._describe(trainer, ("test",))
 
     def _describe(self, trainer: pl.Trainer, *roles: Any) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = current_data_module(trainer)
         if not trainer.is_global_zero or self.quiet or data is self._described or not hasattr(data, "describe"):
             return
         if not roles:

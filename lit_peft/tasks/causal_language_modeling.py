@@ -14,6 +14,7 @@ from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
 from lit_peft.tasks.token_loss import IGNORED, Rows, keeps_apart, sees_ahead
+from lit_peft.training.data_module import current_data_module
 
 
 class CausalLanguageModeling(LanguageModeling):
@@ -102,7 +103,7 @@ class CausalLanguageModeling(LanguageModeling):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """One dict a prompt: `prompt`, its text, and `generation`, what follows it; both without special tokens."""
-        tokenizer = getattr(self.data_module, "tokenizer", None) or self.tokenizer
+        tokenizer = getattr(current_data_module(self.trainer), "tokenizer", None) or self.tokenizer
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids))
         seed = self.sampling_seed, self.global_rank, batch_idx

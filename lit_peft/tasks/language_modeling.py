@@ -14,6 +14,7 @@ from lit_peft.metrics import language_modeling_metrics, token_scores
 from lit_peft.tasks.base import Batch, TransformersTask
 from lit_peft.tasks.token_loss import Rows, head_is_last, score_rows, summed_nll
 from lit_peft.training.averaging import is_a
+from lit_peft.training.data_module import current_data_module
 
 UNIT = 1024
 """Tokens of the loss that a step returns, a sum: any constant, which the optimizer step takes out again."""
@@ -51,14 +52,6 @@ class LanguageModeling(TransformersTask):
     def build_metrics(self) -> None:
         self.val_metrics = language_modeling_metrics("val/", self.masked)
         self.test_metrics = language_modeling_metrics("test/", self.masked)
-
-    @property
-    def data_module(self) -> Any:
-        """The data module whose batches come now; None where the trainer was given loaders.
-
-        `trainer.datamodule` would then still be that of the call before.
-        """
-        return self.trainer._data_connector._datahook_selector.datamodule  # type: ignore[union-attr]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -148,7 +141,7 @@ class LanguageModeling(TransformersTask):
 
     def _count_words(self, metrics: MetricCollection, role: str) -> None:
         if "word_perplexity" in metrics:
-            known = getattr(self.data_module, "tokens_per_word", None)
+            known = getattr(current_data_module(self.trainer), "tokens_per_word", None)
             metrics["word_perplexity"].tokens_per_word = None if known is None else known(role)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
