@@ -86,6 +86,13 @@ def test_a_short_text_has_one_token_drawn_and_an_empty_one_none(folder):
     assert (targets != -100).sum(1).tolist() == [1, 0, 1]
 
 
+def test_of_equal_draws_the_first_tokens_are_masked():
+    masking = Masking(0.5, 1, torch.tensor([0, 1]), torch.arange(2, 99))
+    noise = torch.stack([torch.zeros(1, 300), *torch.rand(2, 1, 300)])
+    ids = torch.full((1, 300), 7)
+    assert masking.apply(ids, ids, noise)[1].tolist() == [[7] * 150 + [-100] * 150]
+
+
 def test_evaluation_draws_the_same_of_a_text_in_any_batch(folder):
     made, given = task(folder), texts(30, 12, 20)
     inputs, targets = made.inputs_and_targets(given, False)

@@ -358,27 +358,36 @@ def test_gradual_unfreezing_on_two_ranks(two_ranks: Any) -> None:
     assert all(torch.equal(value, second[1][key]) for key, value in first[1].items())
 
 
-def tokens_by_rank(rank: int, folder: str, lengths: list[tuple[int, int]], alone: bool) -> dict[str, torch.Tensor]:
+def tokens_by_rank(
+    rank: int, folder: str, lengths: list[tuple[int, int]], how: str, clip: float | None
+) -> dict[str, torch.Tensor]:
     """What a fit over two steps leaves: of one process with all texts, or of two that have a half of each batch."""
     torch.manual_seed(0)
     parts = [batch(*pair, seed=i) for i, pair in enumerate(lengths)]
-    if not alone:
+    if how != "alone":
         parts = [{key: value[rank : rank + 1] for key, value in part.items()} for part in parts]
-    more = {"strategy": DDPStrategy(process_group_backend="gloo"), "plugins": [TorchElasticEnvironment()]}
+    strategies = {
+        "alone": lambda: "auto",
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+        "sharded": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False, process_group_backend="gloo"),
+    }
     trainer = pl.Trainer(
         **QUIET,
-        **({} if alone else more),
-        devices=1 if alone else 2,
+        strategy=strategies[how](),
+        plugins=[] if how == "alone" else [TorchElasticEnvironment()],
+        devices=1 if how == "alone" else 2,
         callbacks=[LoRA(r=2, dropout=0.0, target_modules=["c_attn"])],
         accumulate_grad_batches=2,
-        gradient_clip_val=0.05,
+        gradient_clip_val=clip,
         enable_checkpointing=False,
         use_distributed_sampler=False,
         max_epochs=1,
     )
-    task = CausalLanguageModeling(folder, learning_rate=0.1, warmup=0.0)
+    cls = ShardedDecoder if how == "sharded" else CausalLanguageModeling
+    # Steps of SGD are as long as the gradients, which Adam's are not.
+    task = cls(folder, optimizer=torch.optim.SGD, learning_rate=1.0, warmup=0.0)
     trainer.fit(task, train_dataloaders=torch.utils.data.DataLoader(parts, batch_size=None))
-    return {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()).clone() for name, p in task.named_parameters() if p.requires_grad}
 
 
 class ShardedDecoder(CausalLanguageModeling):
@@ -417,10 +426,11 @@ def test_a_sharded_decoder_is_asked_for_what_it_sees_by_all_ranks(two_ranks, tmp
     assert two_ranks(_fit_sharded_decoder, folder, packed)[1] == pytest.approx(expected, rel=1e-4)
 
 
-def test_two_ranks_take_the_mean_over_the_tokens_of_both(two_ranks, tmp_path):
+@pytest.mark.parametrize(("how", "clip"), [("ddp", 0.05), ("sharded", None)])
+def test_two_ranks_take_the_mean_over_the_tokens_of_both(two_ranks, tmp_path, how, clip):
     folder = save(tmp_path, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     lengths = [(11, 3), (4, 9), (2, 12)]
-    alone = tokens_by_rank(0, folder, lengths, True)
-    for ranks in two_ranks(tokens_by_rank, folder, lengths, False):
+    alone = tokens_by_rank(0, folder, lengths, "alone", clip)
+    for ranks in two_ranks(tokens_by_rank, folder, lengths, how, clip):
         for name, expected in alone.items():
             torch.testing.assert_close(ranks[name], expected, rtol=1e-4, atol=1e-6)

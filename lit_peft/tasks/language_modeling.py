@@ -1,5 +1,6 @@
 """What causal and masked language models share: loss and scores by token, whatever the batches are."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
@@ -128,9 +129,12 @@ class LanguageModeling(TransformersTask):
         own = torch.tensor(float(self._tokens), device=self.device)
         tokens = self.trainer.strategy.reduce(own, reduce_op="mean")
         scale = UNIT * self.trainer.accumulate_grad_batches / tokens.clamp(min=1 / UNIT)
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad.mul_(scale.to(p.grad.device))
+        alike: dict[Any, list[Any]] = defaultdict(list)  # one kernel for many, of shards for what lies here
+        for grad in (p.grad for p in self.parameters() if p.grad is not None):
+            own = grad.to_local() if hasattr(grad, "to_local") else grad
+            alike[own.device, own.dtype].append(own)
+        for (device, _), grads in alike.items():
+            torch._foreach_mul_(grads, scale.to(device))
         self._tokens = 0
 
     def on_validation_start(self) -> None:
