@@ -136,9 +136,13 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def _longest(self) -> int:
-        """Tokens of the longest text that a model gets; a task of ours says how many it has positions for."""
-        positions = getattr(self.trainer.lightning_module, "max_positions", None) if self.trainer else None
-        return min(self.max_length, self.tokenizer.model_max_length, positions or self.max_length)
+        """Tokens of the longest text that a model gets."""
+        return min(self.max_length, self.tokenizer.model_max_length, self._positions or self.max_length)
+
+    @property
+    def _positions(self) -> int | None:
+        """How many positions the model has, where it is a task of ours, which says so."""
+        return getattr(self.trainer.lightning_module, "max_positions", None) if self.trainer else None
 
     @property
     def _padding(self) -> dict[str, int]:

@@ -65,8 +65,9 @@ class LanguageModelingDataModule(HeldOutDataModule):
         document: What one document is. row: each row; split: all rows of a split, which are the lines of one text; a
             line break is added to those that do not end with one. null: split for text files, else row.
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
-        block_size: Most tokens of a row; null: 1024. Where the tokenizer or the model take less, so many, with a
-            warning if it was set.
+        block_size: Most tokens of a row; null: 1024, and no more than virtual tokens (`PromptTuning`, `PrefixTuning`,
+            `PTuning`) leave of a model's positions. Where the tokenizer or the model take less, so many, with a warning
+            if it was set.
         stride: Tokens from one evaluation window to the next; null: `block_size`, so that none overlap.
         pack: Put several samples, of a prompt and a completion each, into one row.
         batch_size: Training rows a step on each device.
@@ -428,11 +429,22 @@ class LanguageModelingDataModule(HeldOutDataModule):
         return rows.select_columns(["input_ids", "length"])
 
     @property
+    def _positions(self) -> int | None:
+        # A block that is set is not cut by a method: what it has no positions for, it refuses itself.
+        return self._text_positions if self.block_size is None else super()._positions
+
+    @property
+    def _text_positions(self) -> int | None:
+        """What virtual tokens leave of the model's positions, where it says so."""
+        model = self.trainer.lightning_module if self.trainer else None
+        return getattr(model, "text_positions", None) or super()._positions
+
+    @property
     def _prompt_room(self) -> int:
         """Most tokens of a prompt: the model has positions for what is to follow it, too."""
         model = self.trainer.lightning_module if self.trainer else None
         new = getattr(getattr(model, "decoding", None), "max_new_tokens", 0)
-        room = (getattr(model, "max_positions", None) or self._longest + new) - new
+        room = (self._text_positions or self._longest + new) - new
         return min(self._longest, room) if room > self._marks.size else self._longest
 
     def _encode(self, split: Dataset, function: Any, role: str, **arguments: Any) -> Dataset:

@@ -134,6 +134,10 @@ class Method(pl.Callback):
         """
         return [{"params": [name for name, _ in named], "lr": lr}]
 
+    def positions_taken(self, causal: bool) -> int:
+        """How many of a model's positions a text must leave to it, of a causal model or of one that is not."""
+        return 0
+
     def notes(self, module: nn.Module) -> list[str]:
         """Lines for below the table of what trains: what it does not tell, a schedule for instance."""
         return []

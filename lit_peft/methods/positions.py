@@ -30,10 +30,13 @@ def position_room(stack: nn.Module) -> int | None:
 def text_room(stack: nn.Module) -> int | None:
     """How many of these are left for a text behind the virtual tokens that run; None where there is no such table."""
     room = position_room(stack)
-    if room is None:
-        return None
+    return None if room is None else room - positions_taken(stack)
+
+
+def positions_taken(stack: nn.Module) -> int:
+    """How many positions the virtual tokens that run in a stack take from a text."""
     adapted = (layer.peft for layer in stack.modules() if isinstance(layer, Adapted))
-    return room - sum(getattr(peft[name], "takes", 0) for peft in adapted for name in peft.active)
+    return sum(getattr(peft[name], "takes", 0) for peft in adapted for name in peft.active)
 
 
 def text_positions(x: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
@@ -58,9 +61,13 @@ def check_room(stack: nn.Module, room: int | None, n: int, length: int, *, share
     if room is None or (max(n, length) if shared else n + length) <= room:
         return
     left = room if shared else room - n
+    way_out = (
+        f"cut texts off at {left} tokens (max_length; of blocks of tokens, block_size, or null for as many)"
+        if left > 0
+        else "set num_virtual_tokens to fewer"
+    )
     raise TrainingFault(
-        f"{n} virtual tokens and {length} of the text exceed the {room} positions of {type(stack).__name__}: "
-        f"cut texts off at {left} tokens (max_length; of blocks of tokens, block_size)."
+        f"{n} virtual tokens and {length} of the text exceed the {room} positions of {type(stack).__name__}: {way_out}."
     )
 
 

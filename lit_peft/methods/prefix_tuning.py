@@ -101,6 +101,9 @@ class PrefixTuning(TargetedMethod):
                 stacks[stack] = None
         return [make_site(path, module.get_submodule(path)) for path in (*self._widths, *stacks)]
 
+    def positions_taken(self, causal: bool) -> int:
+        return self.num_virtual_tokens if causal or self.as_hf_peft else 0
+
     def plan(self, sites: list[Site]) -> None:
         self._trunk: Trunk | None = None
 

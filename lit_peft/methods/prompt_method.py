@@ -61,6 +61,9 @@ class PromptMethod(Method):
         paths = {id(child): path for path, child in module.named_modules()}
         return [make_site(paths[id(stack)], stack) for stack in stacks]
 
+    def positions_taken(self, causal: bool) -> int:
+        return self.num_virtual_tokens if causal or self.as_hf_peft else 0
+
     def plan(self, sites: list[Site]) -> None:
         self._decoder = sites[1].path if len(sites) > 1 else None
 

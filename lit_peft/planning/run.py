@@ -58,7 +58,10 @@ def plan_run(
                 "less, so that the figures are upper bounds."
             )
         assert name is not None
-        batch = model.sample(data.batch_size, getattr(data, name))
+        length = getattr(data, name)
+        if getattr(data, "block_size", length) is None and model.max_positions is not None:
+            length = min(length, model.max_positions - method.positions_taken(not getattr(model, "masked", True)))
+        batch = model.sample(data.batch_size, length)
     else:
         batch = _first_batch(model, data)
     make = getattr(model, "optimizer", None) if ours else _optimizer_of(model, notes)

@@ -11,10 +11,12 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lit_peft import hub
+from lit_peft.methods.positions import positions_taken
 from lit_peft.metrics import language_modeling_metrics, token_scores
 from lit_peft.tasks.base import Batch, TransformersTask
 from lit_peft.tasks.token_loss import Rows, head_is_last, score_rows, summed_nll
 from lit_peft.training.averaging import is_a
+from lit_peft.training.bringing import methods_of
 from lit_peft.training.data_module import current_data_module
 
 UNIT = 1024
@@ -53,6 +55,25 @@ class LanguageModeling(TransformersTask):
     def build_metrics(self) -> None:
         self.val_metrics = language_modeling_metrics("val/", self.masked)
         self.test_metrics = language_modeling_metrics("test/", self.masked)
+
+    @property
+    def text_positions(self) -> int | None:
+        """What `max_positions` leaves to a text beside virtual tokens; blocks of tokens keep to it where they may.
+
+        Those of the trainer's methods, attached or not yet; where it has none, of the adapters that run.
+
+        Raises:
+            ValueError: When nothing is left.
+        """
+        if (room := self.max_positions) is None:
+            return None
+        methods = methods_of(self)
+        taken = sum(method.positions_taken(not self.masked) for method in methods)
+        if not methods and self.model is not None:
+            taken = positions_taken(self.model)
+        if taken >= room:
+            raise ValueError(f"num_virtual_tokens: {taken} leave none of the {room} positions of the model to a text.")
+        return room - taken
 
     @cached_property
     def tokenizer(self) -> Any:
