@@ -27,10 +27,13 @@ def take_texts(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str
     """Splits off `--text` and `--text_pair`, both of which may be repeated: (the other arguments, texts, pairs).
 
     Raises:
-        ValueError: For a verb other than predict.
+        ValueError: For a verb other than predict, and a blank text.
     """
     words, texts = take(arguments, "--text")
     words, pairs = take(words, "--text_pair")
+    for option, given in (("--text", texts), ("--text_pair", pairs)):
+        if blank := [text for text in given if not text.strip()]:
+            raise ValueError(f"{option} is {blank[0]!r}, expected a text that is not blank.")
     if pairs and not texts:
         raise ValueError("--text_pair is the second of two texts; give the first, --text.")
     if texts and words[0] != "predict":

@@ -309,6 +309,23 @@ def test_an_empty_split_is_none(tmp_path: Path, decoder: str) -> None:
         named.setup("validate")
 
 
+def test_a_wrong_split_is_told_before_train_is_tokenised(tmp_path: Path, decoder: str) -> None:
+    data = module(write(tmp_path / "mine.jsonl", documents(*range(50))), decoder, val_split="valid")
+    with pytest.raises(ValueError, match=r"No split 'valid' in .*--data\.val_split"):
+        data.setup("fit")
+    assert not data._parts
+
+
+@pytest.mark.parametrize("role", ["train", "predict"])
+def test_special_tokens_that_a_text_spells_out_are_those(tmp_path: Path, decoder: str, role: str) -> None:
+    data = module(write(tmp_path / "mine.jsonl", {"text": ["w0 </s> w1"] * 3}), decoder)
+    marks = data._marks
+    (row, *_) = data._encoded(role)
+    assert row["input_ids"][:3] == [FIRST, marks.eos, FIRST + 1]
+    if role == "train":
+        assert row["labels"][:3] == [FIRST, -100, FIRST + 1]
+
+
 def test_limits_count_rows_of_tokens(tmp_path: Path, decoder: str) -> None:
     path = write(tmp_path / "mine.jsonl", documents(*range(50)))
     limits = {"limit_train": 7, "limit_val": 2, "limit_test": 1000}

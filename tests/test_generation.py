@@ -140,8 +140,9 @@ def test_what_cannot_be_continued_is_told(folders):
     right = {key: value.flip(1) for key, value in prompts(*PROMPTS).items()}
     with pytest.raises(ValueError, match="padded on the left"):
         predict(task(folders["gpt2"]), right)
-    with pytest.raises(ValueError, match=r"model\.top_p"):
-        CausalLanguageModeling(folders["gpt2"], top_p=0.0)
+    for share in (0.0, 2.0):
+        with pytest.raises(ValueError, match=rf"model\.top_p must be above 0 and at most 1, not {share}"):
+            CausalLanguageModeling(folders["gpt2"], top_p=share)
     with pytest.raises(ValueError, match=r"model\.max_new_tokens"):
         CausalLanguageModeling(folders["gpt2"], max_new_tokens=0)
 

@@ -135,8 +135,9 @@ def test_predict_writes_what_an_adapter_says_of_a_file(run, theirs, tmp_path, mo
         (["predict", "--adapter", "{run}", "--text", "x"], "is no adapter folder: it has no adapter_config.json"),
         (["predict", "--adapter", "{run}/adapter"], "Nothing says what to predict: give --data.path FILE"),
         (["predict", "--run", "{run}", "--text_pair", "x"], "give the first, --text"),
+        (["predict", "--run", "{run}", "--text", "a", "--text", ""], "--text is '', expected a text that is not blank"),
+        (["predict", "--run", "{run}", "--text", "a", "--text_pair", " "], "--text_pair is ' ', expected a text that"),
         (["predict", "--run", "{run}", "--text", "x", "--text_pair", "y"], "data.text_pair_column is None"),
-        (["predict", "--run", "{run}", "--text", ""], "empty"),
         (
             ["predict", "--run", "{run}s", "--text", "x"],
             "--run: there is no folder '{run}s'. Did you mean 'version_0'?",

@@ -147,6 +147,7 @@ class HeldOutDataModule(TextDataModule):
         if stage == "fit":
             self._fitted = True
             self.remember(None)
+            self._rows("val", limited=False)  # a missing split is told before the train split is tokenised
         super().setup(stage)
 
     def _forget(self) -> None:

@@ -37,7 +37,9 @@ class LanguageModelingDataModule(HeldOutDataModule):
     label, and less context than a window holds only where a window begins. A causal model can score all tokens but a
     row's first: with disjoint windows (`stride: null`) one of each window goes unscored, with overlapping ones only the
     first of a document. The tokenizer's marks ([CLS] and [SEP], or a <s>), which count as tokens of a block, stand
-    around each row; neither they nor separators are scored. Blank texts hold nothing and are passed over.
+    around each row; neither they nor separators are scored. Blank texts hold nothing and are passed over. A special
+    token that a text spells out ("[MASK]", "<|endoftext|>") is read as that token, as transformers does by default
+    (`split_special_tokens`), and is not scored in a text either.
 
     **Prompts and completions** (`prompt_column`, `completion_column`). A sample is the prompt and the completion as
     they stand, each tokenised by itself, and an eos token; the completion and that token are scored. Of a sample longer
@@ -254,7 +256,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         """Predict from these prompts, in this order, instead of a data set; `path` is then not read for prediction.
 
         Args:
-            texts: The prompts.
+            texts: The prompts. Special tokens that they spell out are read as such, or no mask token could be given:
+                take them out of what strangers have typed.
             pairs: Not for language models: None.
 
         Raises:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_peft import hub
 from lit_peft.faults import TrainingFault
-from lit_peft.methods.checks import check_positive, check_range
+from lit_peft.methods.checks import check_number, check_range
 from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
@@ -33,7 +33,7 @@ class CausalLanguageModeling(LanguageModeling):
         backbone: Model to start from: a hub id, a local folder, or demo for the bundled decoder.
         max_new_tokens: How many tokens `predict` makes of a prompt at most; an end-of-text token ends it before.
         temperature: 0: the likeliest token at each step; else tokens are drawn from softmax(logits / temperature).
-        top_p: Drawn tokens come from the smallest set that has this share of the probability; 1: from all.
+        top_p: Drawn tokens come from the smallest set that has this share of the probability, above 0; 1: from all.
         sampling_seed: Seed of the draws: the same prompts in the same batches get the same texts.
         **common: See `TransformersTask`.
     """
@@ -54,8 +54,9 @@ class CausalLanguageModeling(LanguageModeling):
         super().__init__(hub.DEMO_DECODER if backbone == hub.DEMO else backbone, **common)
         check_range("model.max_new_tokens", max_new_tokens, 1)
         check_range("model.temperature", temperature, 0)
-        check_positive("model.top_p", top_p)
-        check_range("model.top_p", top_p, 0, 1)
+        check_number("model.top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"model.top_p must be above 0 and at most 1, not {top_p}.")
         self._apart: bool | None = None
         """Whether packed texts do not see each other; None: not asked yet."""
         self._looked_ahead = False
