@@ -8,7 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lit_peft.data.blocks import IGNORED, Marks, best_fit, evaluation_windows, packed, pad_rows, table, training_blocks
+from lit_peft.data.blocks import Marks, best_fit, evaluation_windows, packed, pad_rows, table, training_blocks
+from lit_peft.data.token_rows import blocks, packed_samples
+from lit_peft.labels import IGNORED
 
 BARE = Marks(separator=1, eos=1, special=(0, 1))
 FRAMED = Marks(before=(2,), after=(3,), separator=3, special=(0, 2, 3, 4))
@@ -177,3 +179,41 @@ def test_padding_of_a_packed_row_is_one_more_sample() -> None:
         "labels": [[5, 6, 7, -100, -100], [8, -100, -100, -100, -100]],
         "position_ids": [[0, 1, 0, 0, 1], [0, 0, 1, 2, 3]],
     }
+
+
+class Odd:
+    """A tokenizer that knows some texts, and may not put its special tokens around them."""
+
+    name_or_path = "odd"
+    bos_token_id = cls_token_id = pad_token_id = unk_token_id = mask_token_id = eos_token_id = None
+    sep_token_id = 9
+
+    def __init__(self, known: str, within: bool) -> None:
+        self.known, self.within = known, within
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = [3, 4] if text in self.known else []
+        return {"input_ids": (([1, *ids, 9] if self.within else [3, 1, 4]) if add_special_tokens else ids)}
+
+
+def test_marks_of_odd_tokenizers() -> None:
+    assert Marks.of(Odd("A", within=True)) == Marks((1,), (9,), separator=9, special=(1, 9))  # none of small letters
+    with pytest.raises(ValueError, match=r"tokenizer odd makes \[3, 4\] of '0', and with special tokens \[3, 1, 4\]"):
+        Marks.of(Odd("aA0", within=False))
+    with pytest.raises(ValueError, match=r"tokenizer odd makes \[\] of '0', and with special tokens \[1, 9\]"):
+        Marks.of(Odd("", within=True))
+
+
+def test_more_tokens_than_offsets_reach_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_peft.data.blocks.MOST_TOKENS", 20)
+    ids, lengths = texts([20])
+    training_blocks(ids, lengths, 5, Marks())
+    message = "There are {} tokens in the rows of one split, expected at most 20: give less text"
+    with pytest.raises(ValueError, match=message.format(28)):
+        training_blocks(ids, lengths, 7, Marks((1,), (2,)))
+    with pytest.raises(ValueError, match=message.format("[0-9]+") + ".* larger data.stride"):
+        evaluation_windows(ids, lengths, 5, 2, Marks())
+    rows = table(np.array([21]), input_ids=np.arange(21), labels=np.arange(21))
+    for lay_out in (lambda: blocks(rows, 5, Marks(), True), lambda: packed_samples(rows, 21)):
+        with pytest.raises(ValueError, match=message.format(21)):
+            lay_out()

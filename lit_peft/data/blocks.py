@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-IGNORED = -100
-"""Label of what is not scored; what `torch.nn.functional.cross_entropy` passes over."""
+from lit_peft.labels import IGNORED
+
+MOST_TOKENS = 2**31 - 1
+"""What the offsets of Arrow's lists reach."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,22 @@ class Marks:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Marks":
-        """Found by tokenising a text with and without them."""
-        plain, full = (tokenizer("a", add_special_tokens=marked)["input_ids"] for marked in (False, True))
-        size = len(plain)
-        at = next(i for i in range(len(full) + 1) if full[i : i + size] == plain)
+        """Found by tokenising a text with and without them.
+
+        Raises:
+            ValueError: The one does not contain the other.
+        """
+        for text in ("a", "A", "0"):  # an alphabet of proteins has no small letters, and may have no unknown token
+            plain, full = (tokenizer(text, add_special_tokens=marked)["input_ids"] for marked in (False, True))
+            size = len(plain)
+            at = next((i for i in range(len(full) + 1) if plain and full[i : i + size] == plain), None)
+            if at is not None:
+                break
+        else:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path} makes {plain} of {text!r}, and with special tokens {full}, "
+                "expected the former within the latter: blocks are made for tokenizers that put theirs around a text."
+            )
         eos, sep = tokenizer.eos_token_id, tokenizer.sep_token_id
         ends = {tokenizer.bos_token_id, eos, sep, tokenizer.cls_token_id, tokenizer.mask_token_id}
         padding = {tokenizer.pad_token_id} - {tokenizer.unk_token_id}
@@ -60,6 +74,29 @@ class Marks:
     def size(self) -> int:
         """Tokens of a row that are marks."""
         return len(self.before) + len(self.after)
+
+    def check_room(self, size: int, completions: bool) -> None:
+        """Raises ValueError when rows of that size have no room for marks and a text, or a prompt and a completion."""
+        marks, text = (len(self.before), 2) if completions else (self.size, 1)
+        if size < marks + text:
+            raise ValueError(
+                f"data.block_size is {size}, expected at least {marks + text}: {counted(marks, 'mark')} of the "
+                f"tokenizer and {counted(text, 'token')} of text."
+            )
+
+
+def counted(count: int, what: str) -> str:
+    """A number with its noun."""
+    return f"{count:,} {what}" + ("s" if count != 1 else "")
+
+
+def check_tokens(count: int) -> None:
+    """Raises ValueError when there are more tokens than `MOST_TOKENS`."""
+    if count > MOST_TOKENS:
+        raise ValueError(
+            f"There are {count:,} tokens in the rows of one split, expected at most {MOST_TOKENS:,}: give less text, "
+            "or, of windows that overlap, a larger data.stride."
+        )
 
 
 def table(lengths: np.ndarray, **columns: np.ndarray) -> pa.Table:
@@ -229,6 +266,7 @@ def _rows(
     """Rows of `ids[start:stop]` between marks, with labels from `scored` on."""
     sizes = stops - starts
     lengths = sizes + marks.size
+    check_tokens(int(lengths.sum()))
     begins = np.cumsum(lengths) - lengths
     position = _counted(sizes)
     source = np.repeat(starts, sizes) + position

@@ -61,6 +61,22 @@ def check_text(split: Dataset, column: str, where: str, *, option: str = "", num
         raise ValueError(f"Column {column!r} of {where} holds numbers alone, such as {texts[0]}, expected text.")
 
 
+def check_documents(split: Dataset, column: str, where: str, *, option: str = "") -> None:
+    """Refuses a column whose texts, some of which may be blank, are no documents; see `check_text`.
+
+    Raises:
+        ValueError: The column is missing or of another type, has a null, or blank texts alone.
+    """
+    texts = texts_of(split, column, where, option=option)
+    if count := texts.null_count:
+        raise ValueError(
+            f"Column {column!r} of {where} has {count:,} {'text' if count == 1 else 'texts'} of null, the first in row "
+            f"{pc.index(texts.is_null(), True).as_py() + 1} of {len(texts):,}."
+        )
+    if pc.all(pc.equal(pc.utf8_trim_whitespace(texts), "")).as_py():
+        raise ValueError(f"There are only blank texts in column {column!r} of {where}.")
+
+
 def texts_of(split: Dataset, column: str, where: str, *, option: str = "") -> pa.ChunkedArray:
     """A column of texts, which may be null or blank, as large strings; see `check_text`.
 

@@ -1,19 +1,17 @@
 """Language modelling on texts, or on prompts and completions, from a hub data set, local files, or the demo."""
 
-import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_peft import hub
 from lit_peft.data import token_rows
-from lit_peft.data.blocks import Marks, pad_rows
-from lit_peft.data.columns import check_text, given_texts, nearest, texts_of
+from lit_peft.data.blocks import Marks, counted, pad_rows
+from lit_peft.data.columns import check_documents, check_text, given_texts, nearest
 from lit_peft.data.held_out import VERBS, HeldOutDataModule, check_least
 from lit_peft.data.splits import LINE, is_text, load_splits, stratified_subset
 
@@ -21,7 +19,6 @@ LONGEST_BLOCK = 1024
 """Tokens of a block where `block_size` is null and the tokenizer and the model take more."""
 TOLD_APART = 8
 """Words of the shortest line by which a text is known again: texts share headings and blank lines."""
-PER_PROCESS = 25_000  # texts; with fewer, starting a process costs more than it saves
 
 
 class LanguageModelingDataModule(HeldOutDataModule):
@@ -90,7 +87,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
     Raises:
         ValueError: An argument out of range; while loading: a file that is broken or empty, a missing split or column,
             a text that is null, an empty prompt or completion, a split of blank texts alone, a `block_size` that has
-            no room for a text, no eos token to close completions.
+            no room for a text, no eos token to close completions, a tokenizer whose special tokens do not stand around
+            a text, 2^31 tokens or more in the rows of a split.
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set or tokenizer that is neither in reach nor in the cache.
     """
@@ -241,14 +239,14 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 lines.append(f"Data: none to {VERBS[role]}")
                 continue
             kind = "sample" if self.prompt_column else "line" if self._is_one_text else "document"
-            parts = [_count(len(rows), kind)]
+            parts = [counted(len(rows), kind)]
             if not self.prompt_column:
-                parts.append(_count(sum(tokens["words"][:]), "word"))
-            parts.append(_count(sum(tokens["length"][:]), "token"))
+                parts.append(counted(sum(tokens["words"][:]), "word"))
+            parts.append(counted(sum(tokens["length"][:]), "token"))
             limit = self.limits[role] or count
             chosen = f"{limit:,} of " if limit < count else ""
             kind = "row" if self.prompt_column else "block" if role == "train" else "window"
-            what = f"{chosen}{_count(count, kind)} of at most {size:,} tokens"
+            what = f"{chosen}{counted(count, kind)} of at most {size:,} tokens"
             lines.append(f"Data: {', '.join(parts)}, {what} to {VERBS[role]}{self._origin(role, name)}")
         return lines
 
@@ -308,14 +306,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
             for column, option in zip(self._text_columns, ("prompt_column", "completion_column"), strict=True):
                 check_text(data, column, where, option=option)
             return
-        texts = texts_of(data, self.text_column, where, option="text_column")
-        if texts.null_count:
-            raise ValueError(
-                f"Column {self.text_column!r} of {where} has {_count(texts.null_count, 'text')} of null, the first in "
-                f"row {pc.index(texts.is_null(), True).as_py() + 1} of {len(texts):,}."
-            )
-        if pc.all(pc.equal(pc.utf8_trim_whitespace(texts), "")).as_py():
-            raise ValueError(f"There are only blank texts in column {self.text_column!r} of {where}.")
+        check_documents(data, self.text_column, where, option="text_column")
 
     def _rows(self, role: str, limited: bool = True) -> tuple[str, np.ndarray]:
         return super()._rows(role, limited=False)  # limits count rows of tokens
@@ -377,38 +368,18 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self._check_texts(name)
         split, where = self._split(name).select_columns(self._text_columns), self._where(name)
         split = split.select(rows) if len(rows) < len(split) else split
-        self._check_room()
+        self._marks.check_room(self._longest, bool(self.completion_column))
+        common = (split, self.tokenizer, self.num_proc, role, where)
         if self.completion_column:
-            if self._marks.eos is None:
-                raise ValueError(
-                    f"The tokenizer {key[1]} has no eos token, with which a completion is closed: take another, or set "
-                    "data.prompt_column and data.completion_column to null, for texts."
-                )
-            tokens = self._encode(
-                split, token_rows.samples, role, columns=self._text_columns, size=self._longest, marks=self._marks
+            tokens = token_rows.tokens_of_samples(
+                *common, columns=self._text_columns, size=self._longest, marks=self._marks
             )
-            if cut := sum(tokens["cut"][:]):
-                rank_zero_warn(
-                    f"{cut:,} of {len(tokens):,} samples of {where} are longer than {self._longest:,} tokens: their "
-                    "prompts lose the beginning, and completions for which that is not enough their end."
-                )
         else:
-            join = token_rows.joined if self._is_one_text else token_rows.without_blank
-            split = join(split, self.text_column)
-            arguments = {"column": self.text_column, "line_breaks": self.counts_line_breaks}
-            tokens = self._encode(split, token_rows.texts, role, **arguments)
-            if not sum(tokens["length"][:]):
-                raise ValueError(f"What there is in {where} to {VERBS[role]} holds no tokens, blank texts alone.")
+            tokens = token_rows.tokens_of_texts(
+                *common, self._is_one_text, column=self.text_column, line_breaks=self.counts_line_breaks
+            )
         self._parts[key] = tokens
         return tokens
-
-    def _check_room(self) -> None:
-        marks, text = (len(self._marks.before), 2) if self.completion_column else (self._marks.size, 1)
-        if self._longest < marks + text:
-            raise ValueError(
-                f"data.block_size is {self._longest}, expected at least {marks + text}: {_count(marks, 'mark')} of the "
-                f"tokenizer and {_count(text, 'token')} of text."
-            )
 
     def _prompts(self) -> Dataset:
         split = self._given
@@ -420,16 +391,15 @@ class LanguageModelingDataModule(HeldOutDataModule):
             else:
                 option = "prompt_column" if self.prompt_column else "text_column"
                 check_text(self._split(name), self._prompt, self._where(name), option=option)
-        lines = self._is_one_text and self._given is None
-        size = self._prompt_room
-        arguments = {"column": self._prompt, "size": size, "marks": self._marks, "lines": lines}
-        rows = self._encode(split.select_columns([self._prompt]), token_rows.prompts, "predict", **arguments)
-        if cut := sum(rows["cut"][:]):
-            rank_zero_warn(
-                f"{cut:,} of {len(rows):,} prompts are longer than {size:,} tokens, what data.block_size and the "
-                "model's positions before model.max_new_tokens have room for, and lose the beginning."
-            )
-        return rows.select_columns(["input_ids", "length"])
+        return token_rows.tokens_of_prompts(
+            split.select_columns([self._prompt]),
+            self.tokenizer,
+            self.num_proc,
+            column=self._prompt,
+            size=self._prompt_room,
+            marks=self._marks,
+            lines=self._is_one_text and self._given is None,
+        )
 
     @property
     def _positions(self) -> int | None:
@@ -450,14 +420,6 @@ class LanguageModelingDataModule(HeldOutDataModule):
         room = (self._text_positions or self._longest + new) - new
         return min(self._longest, room) if room > self._marks.size else self._longest
 
-    def _encode(self, split: Dataset, function: Any, role: str, **arguments: Any) -> Dataset:
-        processes = self.num_proc or min(os.cpu_count() or 1, len(split) // PER_PROCESS)
-        return token_rows.encode(split, function, self.tokenizer, processes, f"Tokenising {role}", **arguments)
-
     @property
     def _marks(self) -> Marks:
         return Marks.of(self.tokenizer)
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("s" if count != 1 else "")

@@ -1,16 +1,22 @@
 """What `datasets` calls to tokenise texts, samples and prompts, and to lay out rows of them; kept in its cache."""
 
 import itertools
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_peft.data.blocks import IGNORED, Marks, evaluation_windows, packed, training_blocks
+from lit_peft.data.blocks import Marks, check_tokens, evaluation_windows, packed, training_blocks
+from lit_peft.data.held_out import VERBS
+from lit_peft.labels import IGNORED
 
+PER_PROCESS = 25_000  # texts; with fewer, starting a process costs more than it saves
 PIECE = 10_000
 """Characters of a text of lines after which it is tokenised anew, from the next line on: few enough to share the work
 among processes, and so many that what a tokenizer would have joined across two pieces does not count."""
@@ -68,14 +74,15 @@ def prompts(
     return {"input_ids": ids, "length": [*map(len, ids)], "cut": [len(tokens) > room for tokens in whole]}
 
 
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy()
+def _flat(tokens: pa.Table, column: str) -> np.ndarray:
+    check_tokens(pc.sum(tokens["length"]).as_py() or 0)
+    return tokens[column].combine_chunks().flatten().to_numpy()
 
 
 def _documents(tokens: pa.Table, one_text: bool) -> tuple[np.ndarray, np.ndarray]:
     """All tokens, and how many each document has."""
     lengths = tokens["length"].to_numpy()
-    return _flat(tokens["input_ids"]), np.array([lengths.sum()]) if one_text else lengths
+    return _flat(tokens, "input_ids"), np.array([lengths.sum()]) if one_text else lengths
 
 
 def blocks(tokens: pa.Table, size: int, marks: Marks, one_text: bool) -> pa.Table:
@@ -90,7 +97,7 @@ def windows(tokens: pa.Table, size: int, marks: Marks, one_text: bool, stride: i
 
 def packed_samples(tokens: pa.Table, size: int) -> pa.Table:
     """`packed` rows of what `samples` gives."""
-    return packed(_flat(tokens["input_ids"]), _flat(tokens["labels"]), tokens["length"].to_numpy(), size)
+    return packed(_flat(tokens, "input_ids"), _flat(tokens, "labels"), tokens["length"].to_numpy(), size)
 
 
 _INTS = ListOf(Value("int32"))
@@ -111,8 +118,59 @@ def joined(split: Dataset, column: str) -> Dataset:
     return split.map(pieces, batched=True, batch_size=None, fn_kwargs={"column": column})
 
 
-def encode(split: Dataset, function: Any, tokenizer: Any, processes: int, desc: str, **arguments: Any) -> Dataset:
-    """What `texts`, `samples` or `prompts` gives of a split, a row each."""
+def tokens_of_texts(
+    split: Dataset, tokenizer: Any, processes: int | None, role: str, where: str, one_text: bool, **arguments: Any
+) -> Dataset:
+    """What `texts` gives of documents, or of the pieces of one text.
+
+    Raises:
+        ValueError: They hold no tokens.
+    """
+    split = (joined if one_text else without_blank)(split, arguments["column"])
+    tokens = encode(split, texts, tokenizer, processes, role, **arguments)
+    if not sum(tokens["length"][:]):
+        raise ValueError(f"What there is in {where} to {VERBS[role]} holds no tokens, blank texts alone.")
+    return tokens
+
+
+def tokens_of_samples(
+    split: Dataset, tokenizer: Any, processes: int | None, role: str, where: str, **arguments: Any
+) -> Dataset:
+    """What `samples` gives of prompts and completions, with a warning if some are cut.
+
+    Raises:
+        ValueError: There is no eos token.
+    """
+    if arguments["marks"].eos is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path} has no eos token, with which a completion is closed: take "
+            "another, or set data.prompt_column and data.completion_column to null, for texts."
+        )
+    tokens = encode(split, samples, tokenizer, processes, role, **arguments)
+    if cut := sum(tokens["cut"][:]):
+        rank_zero_warn(
+            f"{cut:,} of {len(tokens):,} samples of {where} are longer than {arguments['size']:,} tokens: their "
+            "prompts lose the beginning, and completions for which that is not enough their end."
+        )
+    return tokens
+
+
+def tokens_of_prompts(split: Dataset, tokenizer: Any, processes: int | None, **arguments: Any) -> Dataset:
+    """What `prompts` gives, with a warning if some are cut."""
+    rows = encode(split, prompts, tokenizer, processes, "predict", **arguments)
+    if cut := sum(rows["cut"][:]):
+        rank_zero_warn(
+            f"{cut:,} of {len(rows):,} prompts are longer than {arguments['size']:,} tokens, what data.block_size and "
+            "the model's positions before model.max_new_tokens have room for, and lose the beginning."
+        )
+    return rows.select_columns(["input_ids", "length"])
+
+
+def encode(
+    split: Dataset, function: Any, tokenizer: Any, processes: int | None, role: str, **arguments: Any
+) -> Dataset:
+    """What `texts`, `samples` or `prompts` gives of a split, a row each; without a number, in as many as pay off."""
+    processes = processes or min(os.cpu_count() or 1, len(split) // PER_PROCESS)
     return split.map(
         function,
         batched=True,
@@ -120,7 +178,7 @@ def encode(split: Dataset, function: Any, tokenizer: Any, processes: int, desc: 
         features=FEATURES[function],
         fn_kwargs={"tokenizer": tokenizer, **arguments},
         num_proc=processes if processes > 1 else None,
-        desc=desc,
+        desc=f"Tokenising {role}",
     )
 
 

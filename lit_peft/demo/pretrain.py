@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lit_peft.demo.text import unlabelled_text
+from lit_peft.labels import IGNORED
 
 STEPS = 6144
 BATCH_SIZE = 64
@@ -34,7 +35,6 @@ HELD_OUT_SEED = 10**6  # chunk i is `unlabelled_text` of seed i, so this text is
 LEARNING_RATE = 1.5e-3
 MAX_LENGTH = 128
 LOG_EVERY = 256
-IGNORED = -100  # target of a token that is not to be predicted
 
 
 def build_tokenizer(texts: list[str]) -> DistilBertTokenizer:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lit_peft import hub
 from lit_peft.faults import TrainingFault
+from lit_peft.labels import IGNORED
 from lit_peft.methods.checks import check_number, check_range
 from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
-from lit_peft.tasks.token_loss import IGNORED, Rows, keeps_apart, sees_ahead
+from lit_peft.tasks.token_loss import Rows, keeps_apart, sees_ahead
 from lit_peft.training.data_module import current_data_module
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_peft import hub
 from lit_peft.faults import TrainingFault
+from lit_peft.labels import IGNORED
 from lit_peft.methods.checks import check_range
 from lit_peft.metrics import Perplexity, token_scores
 from lit_peft.tasks.base import Batch
@@ -15,7 +16,6 @@ from lit_peft.tasks.documents import most_passes
 from lit_peft.tasks.language_modeling import LanguageModeling
 from lit_peft.tasks.loading import BaseStorage
 from lit_peft.tasks.masking import Masking, fixed_noise
-from lit_peft.tasks.token_loss import IGNORED
 
 
 class MaskedLanguageModeling(LanguageModeling):

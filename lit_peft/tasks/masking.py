@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_peft.tasks.token_loss import IGNORED
+from lit_peft.labels import IGNORED
 
 
 @dataclass(frozen=True)

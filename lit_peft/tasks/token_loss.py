@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
-"""Label of a token that is not scored."""
+from lit_peft.labels import IGNORED
+
 CHUNK_NUMBERS = 2**25
 """Logits that are there at a time, a 128 MB float32 tensor."""
 
