@@ -13,12 +13,14 @@ import transformers
 from models import inputs, logits, tiny
 from packaging.version import Version
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_peft.core.active import set_active
 from lit_peft.core.addition import Addition, Call, Delta
 from lit_peft.core.attach import detach
 from lit_peft.core.registry import registry
 from lit_peft.methods.base import TargetedMethod
+from lit_peft.methods.dora import DoRA
 from lit_peft.methods.hira import HiRA
 from lit_peft.methods.lora import LoRA
 from lit_peft.testing.conformance import by_equation, perturb
@@ -254,6 +256,19 @@ def test_a_bottleneck_wraps_a_delta():
     set_active(module, ["lora", "adapter"])
     addition = module.layer.peft["adapter"]
     torch.testing.assert_close(module(x), inner + addition.up(F.relu(addition.down(inner))))
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_the_fused_function_has_its_flops_counted(method):
+    """What Lightning's and others' throughput figures count."""
+    flops = []
+    for fused in (True, False):
+        module = holder("linear", method(r=4, dropout=0.0, target_modules="layer"))
+        module.layer.peft["default"].fused_from = 0 if fused else 1 << 62
+        with FlopCounterMode(display=False) as counted:
+            module(sample("linear").requires_grad_()).sum().backward()
+        flops.append(counted.get_total_flops())
+    assert flops[0] == flops[1] > 0
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])

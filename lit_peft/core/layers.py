@@ -185,14 +185,16 @@ class LayerOps:
     def add_product(self, layer: Any, x: Tensor, y: Tensor) -> None:
         """Adds `W x`, `x`: [..., in], to a contiguous `y`: [..., out], in place and outside autograd.
 
-        The product of a linear layer, without its bias; in one kernel, which rounds the sum once.
+        The product of a linear layer, without its bias; in one kernel. Here and below `addmm` with `out`, not `addmm_`,
+        which does the same and which torch's `FlopCounterMode` does not count.
         """
-        as_rows(y).addmm_(as_rows(x), self.dense(layer, x.dtype).t())
+        rows = as_rows(y)
+        torch.addmm(rows, as_rows(x), self.dense(layer, x.dtype).t(), out=rows)
 
     def product_t(self, layer: Any, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """`W^T dy`, [rows, out] -> [rows, in], outside autograd; added in place to `onto`, if that is given."""
         W = self.dense(layer, dy.dtype)
-        return torch.mm(dy, W) if onto is None else onto.addmm_(dy, W)
+        return torch.mm(dy, W) if onto is None else torch.addmm(onto, dy, W, out=onto)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -306,7 +308,9 @@ class Linear4bitOps(BitsandbytesOps):
             return super().product_t(layer, dy, onto)
         dx = dy.new_empty(len(dy), self.size(layer)[1]) if onto is None else onto
         for columns in slices:
-            dx[:, columns].addmm_(dy, quantized.dense_4bit(layer, dtype, columns), beta=onto is not None)
+            part = dx[:, columns]
+            W = quantized.dense_4bit(layer, dtype, columns)
+            torch.addmm(part, dy, W, beta=0 if onto is None else 1, out=part)
         return dx
 
     def quantization(self, layer: Any) -> str | None:

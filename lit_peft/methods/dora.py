@@ -92,7 +92,8 @@ class DoRAFunction(torch.autograd.Function):
         x, _, A, B, layer, ops, s, _ = low_rank
         W, b = ops.matrix(layer), ops.bias(layer)
         z, kept = LoRAFunction.change(ctx, *low_rank)
-        as_rows(z).addmm_(as_rows(x), W.to(x.dtype).t())
+        rows = as_rows(z)
+        torch.addmm(rows, as_rows(x), W.to(x.dtype).t(), out=rows)
         norm = row_norms(W, A, B, s)
         ctx.save_for_backward(z, m, norm, b, *kept)
         return scale(z, m, norm, b)

@@ -292,7 +292,7 @@ class LoRAFunction(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], B.shape[0])  # no view, which autograd would not have written to afterwards
         rows = as_rows(y)
         if b is None:
-            rows.addmm_(h, B.t(), beta=0, alpha=s)
+            torch.addmm(rows, h, B.t(), beta=0, alpha=s, out=rows)
         else:
             torch.addmm(b.to(x.dtype), h, B.t(), alpha=s, out=rows)
         ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
