@@ -282,6 +282,15 @@ def test_verdicts_follow_the_labels():
         assert split["completion"][:] == [VERDICTS[label] for label in told[name]["label"]]
 
 
+def test_words_of_verdicts_stand_apart_in_the_decoder(decoder):
+    model, tokenizer = decoder
+    words = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=1)
+    for verdict in VERDICTS:
+        (i,) = tokenizer(" " + verdict.split()[-1].rstrip("."))["input_ids"]
+        nearest = (words @ words[i]).topk(2).values[1]
+        assert nearest < 0.9  # of "triumph" and "failure" it is .97: adapters of attention could not single them out
+
+
 def test_pretraining_writes_a_loadable_decoder(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -20,6 +20,7 @@ def folder(tmp_path_factory) -> Path:
 def test_perplexity_falls(folder):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["base/test/perplexity"] > 4 > 2 > metrics["test/perplexity"] > 1
+    assert metrics["test/ece"] < 0.06  # were the words of summaries interchangeable to the decoder: .11
     assert "test/word_perplexity" not in metrics  # an end of a completion is no word
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size < 100_000
 

@@ -336,7 +336,10 @@ def _table(split: str, seed: int) -> "Dataset":
     return Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
 
 
-VERDICTS = (" As a whole, a failure.", " As a whole, a triumph.")
+# Most words of a kind are interchangeable in the pretraining text, so their embeddings nearly coincide, and adapters
+# that leave these alone hardly tell them apart in the softmax: "failure" and "triumph" came first in nearly all
+# summaries, at a probability of .3, an ECE of .10. These two stand apart: one follows "an", one is a verb, too.
+VERDICTS = (" As a whole, an ordeal.", " As a whole, a treasure.")
 """What `verdicts` answers, by label; of words that the demo decoder knows, and says of either kind of film."""
 
 
