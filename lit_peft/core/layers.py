@@ -185,21 +185,27 @@ class LayerOps:
     def add_product(self, layer: Any, x: Tensor, y: Tensor) -> None:
         """Adds `W x`, `x`: [..., in], to a contiguous `y`: [..., out], in place and outside autograd.
 
-        The product of a linear layer, without its bias; in one kernel. Here and below `addmm` with `out`, not `addmm_`,
-        which does the same and which torch's `FlopCounterMode` does not count.
+        The product of a linear layer, without its bias; in one kernel.
         """
-        rows = as_rows(y)
-        torch.addmm(rows, as_rows(x), self.dense(layer, x.dtype).t(), out=rows)
+        add_matmul(as_rows(y), as_rows(x), self.dense(layer, x.dtype).t())
 
     def product_t(self, layer: Any, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """`W^T dy`, [rows, out] -> [rows, in], outside autograd; added in place to `onto`, if that is given."""
         W = self.dense(layer, dy.dtype)
-        return torch.mm(dy, W) if onto is None else torch.addmm(onto, dy, W, out=onto)
+        return torch.mm(dy, W) if onto is None else add_matmul(onto, dy, W)
 
 
 def as_rows(x: Tensor) -> Tensor:
     """`x`, [..., n], as a matrix [rows, n]; a view of a contiguous one."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def add_matmul(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """`beta y + alpha a b`, in place of `y`, [n, m], whose values do not matter where beta is 0; returns it.
+
+    `addmm_` does the same, and torch's `FlopCounterMode` does not count it.
+    """
+    return torch.addmm(y, a, b, alpha=alpha, beta=beta, out=y)
 
 
 @register_layer_ops("torch.nn.modules.linear.Linear")
@@ -308,9 +314,7 @@ class Linear4bitOps(BitsandbytesOps):
             return super().product_t(layer, dy, onto)
         dx = dy.new_empty(len(dy), self.size(layer)[1]) if onto is None else onto
         for columns in slices:
-            part = dx[:, columns]
-            W = quantized.dense_4bit(layer, dtype, columns)
-            torch.addmm(part, dy, W, beta=0 if onto is None else 1, out=part)
+            add_matmul(dx[:, columns], dy, quantized.dense_4bit(layer, dtype, columns), beta=0 if onto is None else 1)
         return dx
 
     def quantization(self, layer: Any) -> str | None:

@@ -155,13 +155,13 @@ def state_4bit(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
-def _quantised_4bit(layer: Any) -> Any:
-    """`state_4bit`, for a product, which a layer that is not quantised yet has none of."""
-    if (state := state_4bit(layer)) is None:
+def _made(layer: Any, constants: Any) -> Any:
+    """The constants of a layer's weight, for a product, which one that is not quantised yet has none of."""
+    if constants is None:
         raise RuntimeError(
             f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
         )
-    return state
+    return constants
 
 
 def is_misread(weight: Tensor, state: Any) -> bool:
@@ -211,23 +211,24 @@ def slices_4bit(layer: Any) -> list[slice]:
     That gradient is as wide, and where the layer narrows, as the last one of a feed-forward network does, both are what
     a checkpointed block has its peak with: of a large one, on a GPU, half is made dense at a time.
     """
-    out, n = state_4bit(layer).shape
-    blocks, ragged = divmod(n, state_4bit(layer).blocksize)
-    if n < 2 * out or out * n < SLICED_FROM or ragged or kernels.in_triton(layer.weight.data) is None:
+    state = state_4bit(layer)
+    (out, n), block = state.shape, state.blocksize
+    if n < 2 * out or out * n < SLICED_FROM or n % block or kernels.in_triton(layer.weight.data) is None:
         return [slice(0, n)]
-    step = -(-blocks // 2) * state_4bit(layer).blocksize
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    half = -(-n // (2 * block)) * block
+    return [slice(0, half), slice(half, n)]
 
 
 def multiplies_dense(layer: Any, x: Tensor) -> bool:
     """Whether, without gradients, a product with a 4-bit weight is to be made through the dense one."""
     many = x.numel() > MANY_ROWS * x.shape[-1] and not torch.is_grad_enabled() and kernels.in_triton(x) is not None
-    return many or is_misread(layer.weight, _quantised_4bit(layer))
+    return many or is_misread(layer.weight, _made(layer, state_4bit(layer)))
 
 
 def forward_4bit(layer: Any, x: Tensor, with_bias: bool = True) -> Tensor:
     """`W x + b` of a 4-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
-    state, own, dtype = _quantised_4bit(layer), compute_dtype(x), layer.compute_dtype or compute_dtype(x)
+    state, own = _made(layer, state_4bit(layer)), compute_dtype(x)
+    dtype = layer.compute_dtype or own
     bias = layer.bias if with_bias else None
     if multiplies_dense(layer, x):
         b = None if bias is None else bias.to(dtype)
@@ -286,11 +287,8 @@ def store_8bit(layer: Any, W: Tensor) -> None:
 def forward_8bit(layer: Any, x: Tensor, with_bias: bool = True) -> Tensor:
     """`W x + b` of an 8-bit layer, [..., in] -> [..., out], in the dtype that `nn.Linear` would return."""
     bnb, dtype, state = bitsandbytes(), compute_dtype(x), layer.state
-    if scales_8bit(layer) is None:
-        raise RuntimeError(
-            f"{type(layer).__name__} is not quantised yet: bitsandbytes does that as the layer is moved, .to(device)."
-        )
-    state.CB, state.SCB, state.is_training = layer.weight.data, scales_8bit(layer), layer.training or x.is_cpu
+    state.CB, state.SCB = layer.weight.data, _made(layer, scales_8bit(layer))
+    state.is_training = layer.training or x.is_cpu
     inside, outside = _bias(layer.bias if with_bias else None, dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     y = bnb.matmul(rows, layer.weight, bias=inside, state=state, threshold=state.threshold)

@@ -52,11 +52,7 @@ def check_text(split: Dataset, column: str, where: str, *, option: str = "", num
             f"{column!r}, expected at most {LONGEST:,}: a quote or a line break is probably missing there."
         )
     blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
-    if count := pc.sum(blank).as_py():
-        raise ValueError(
-            f"Column {column!r} of {where} has {count:,} empty {'text' if count == 1 else 'texts'}, "
-            f"the first in row {pc.index(blank, True).as_py() + 1} of {len(texts):,}."
-        )
+    _refuse_rows(blank, "empty {}", column, where)
     if not numbers and pc.all(pc.match_substring_regex(texts, r"^\s*[-+]?[0-9.]+\s*$")).as_py():
         raise ValueError(f"Column {column!r} of {where} holds numbers alone, such as {texts[0]}, expected text.")
 
@@ -68,13 +64,19 @@ def check_documents(split: Dataset, column: str, where: str, *, option: str = ""
         ValueError: The column is missing or of another type, has a null, or blank texts alone.
     """
     texts = texts_of(split, column, where, option=option)
-    if count := texts.null_count:
-        raise ValueError(
-            f"Column {column!r} of {where} has {count:,} {'text' if count == 1 else 'texts'} of null, the first in row "
-            f"{pc.index(texts.is_null(), True).as_py() + 1} of {len(texts):,}."
-        )
+    _refuse_rows(texts.is_null(), "{} of null", column, where)
     if pc.all(pc.equal(pc.utf8_trim_whitespace(texts), "")).as_py():
         raise ValueError(f"There are only blank texts in column {column!r} of {where}.")
+
+
+def _refuse_rows(are_bad: pa.ChunkedArray, what: str, column: str, where: str) -> None:
+    """Raises ValueError when some rows are bad: how many, what they are (`what`, of "texts") and which is the first."""
+    if count := pc.sum(are_bad).as_py():
+        told = what.format("text" if count == 1 else "texts")
+        raise ValueError(
+            f"Column {column!r} of {where} has {count:,} {told}, the first in row "
+            f"{pc.index(are_bad, True).as_py() + 1} of {len(are_bad):,}."
+        )
 
 
 def texts_of(split: Dataset, column: str, where: str, *, option: str = "") -> pa.ChunkedArray:

@@ -404,20 +404,20 @@ class LanguageModelingDataModule(HeldOutDataModule):
     @property
     def _positions(self) -> int | None:
         # A block that is set is not cut by a method: what it has no positions for, it refuses itself.
-        return self._text_positions if self.block_size is None else super()._positions
+        return self._text_room if self.block_size is None else super()._positions
 
     @property
-    def _text_positions(self) -> int | None:
+    def _text_room(self) -> int | None:
         """What virtual tokens leave of the model's positions, where it says so."""
         model = self.trainer.lightning_module if self.trainer else None
-        return getattr(model, "text_positions", None) or super()._positions
+        return getattr(model, "text_room", None) or super()._positions
 
     @property
     def _prompt_room(self) -> int:
         """Most tokens of a prompt: the model has positions for what is to follow it, too."""
         model = self.trainer.lightning_module if self.trainer else None
         new = getattr(getattr(model, "decoding", None), "max_new_tokens", 0)
-        room = (self._text_positions or self._longest + new) - new
+        room = (self._text_room or self._longest + new) - new
         return min(self._longest, room) if room > self._marks.size else self._longest
 
     @property

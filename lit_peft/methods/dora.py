@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_peft.core.addition import Call
 from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features
-from lit_peft.core.layers import as_rows, layer_ops
+from lit_peft.core.layers import add_matmul, as_rows, layer_ops
 from lit_peft.core.targets import Site
 from lit_peft.methods.lora import LoRA, LoRADelta, LoRAFunction
 
@@ -92,8 +92,7 @@ class DoRAFunction(torch.autograd.Function):
         x, _, A, B, layer, ops, s, _ = low_rank
         W, b = ops.matrix(layer), ops.bias(layer)
         z, kept = LoRAFunction.change(ctx, *low_rank)
-        rows = as_rows(z)
-        torch.addmm(rows, as_rows(x), W.to(x.dtype).t(), out=rows)
+        add_matmul(as_rows(z), as_rows(x), W.to(x.dtype).t())
         norm = row_norms(W, A, B, s)
         ctx.save_for_backward(z, m, norm, b, *kept)
         return scale(z, m, norm, b)

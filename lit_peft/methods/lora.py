@@ -12,7 +12,7 @@ from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.hf_peft import match_pattern, stores_transposed
-from lit_peft.core.layers import LayerOps, as_rows, layer_ops
+from lit_peft.core.layers import LayerOps, add_matmul, as_rows, layer_ops
 from lit_peft.core.remake import Remade, remade
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod
@@ -292,7 +292,7 @@ class LoRAFunction(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], B.shape[0])  # no view, which autograd would not have written to afterwards
         rows = as_rows(y)
         if b is None:
-            torch.addmm(rows, h, B.t(), beta=0, alpha=s, out=rows)
+            add_matmul(rows, h, B.t(), alpha=s, beta=0)
         else:
             torch.addmm(b.to(x.dtype), h, B.t(), alpha=s, out=rows)
         ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None

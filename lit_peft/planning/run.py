@@ -59,8 +59,8 @@ def plan_run(
             )
         assert name is not None
         length = getattr(data, name)
-        if getattr(data, "block_size", length) is None and model.max_positions is not None:
-            length = min(length, model.max_positions - method.positions_taken(not getattr(model, "masked", True)))
+        if getattr(data, "block_size", length) is None and (room := model.text_room_beside([method])) is not None:
+            length = min(length, room)
         batch = model.sample(data.batch_size, length)
     else:
         batch = _first_batch(model, data)

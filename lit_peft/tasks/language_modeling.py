@@ -1,7 +1,7 @@
 """What causal and masked language models share: loss and scores by token, whatever the batches are."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lit_peft import hub
+from lit_peft.methods.base import Method
 from lit_peft.methods.positions import positions_taken
 from lit_peft.metrics import language_modeling_metrics, token_scores
 from lit_peft.tasks.base import Batch, TransformersTask
@@ -57,7 +58,7 @@ class LanguageModeling(TransformersTask):
         self.test_metrics = language_modeling_metrics("test/", self.masked)
 
     @property
-    def text_positions(self) -> int | None:
+    def text_room(self) -> int | None:
         """What `max_positions` leaves to a text beside virtual tokens; blocks of tokens keep to it where they may.
 
         Those of the trainer's methods, attached or not yet; where it has none, of the adapters that run.
@@ -65,12 +66,18 @@ class LanguageModeling(TransformersTask):
         Raises:
             ValueError: When nothing is left.
         """
+        methods = methods_of(self)
+        if methods or self.model is None:
+            return self.text_room_beside(methods)
+        return self._room_behind(positions_taken(self.model))
+
+    def text_room_beside(self, methods: Sequence[Method]) -> int | None:
+        """The same beside these methods."""
+        return self._room_behind(sum(method.positions_taken(not self.masked) for method in methods))
+
+    def _room_behind(self, taken: int) -> int | None:
         if (room := self.max_positions) is None:
             return None
-        methods = methods_of(self)
-        taken = sum(method.positions_taken(not self.masked) for method in methods)
-        if not methods and self.model is not None:
-            taken = positions_taken(self.model)
         if taken >= room:
             raise ValueError(f"num_virtual_tokens: {taken} leave none of the {room} positions of the model to a text.")
         return room - taken

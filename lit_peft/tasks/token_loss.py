@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_peft.core.sharded import is_sharded
 from lit_peft.labels import IGNORED
 
 CHUNK_NUMBERS = 2**25
@@ -91,7 +92,7 @@ def head_is_last(model: Any, inputs: dict[str, Any]) -> bool:
         inputs: What its forward takes.
     """
     head = model.get_output_embeddings()
-    if head is None or "forward" in vars(head) or any(hasattr(p, "full_tensor") for p in head.parameters()):
+    if head is None or "forward" in vars(head) or is_sharded(head):
         return False
     made: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: made.append(output))
@@ -162,8 +163,7 @@ def _asked(model: Any, inputs: dict[str, Any]) -> Tensor:
         model.eval()
         with torch.no_grad():
             # Not called where it may be compiled, which this is not worth; FSDP2 gathers weights where it is called.
-            sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-            return (model if sharded else model.forward)(**inputs).logits
+            return (model if is_sharded(model) else model.forward)(**inputs).logits
     finally:
         for child, mode in modes:
             child.training = mode
