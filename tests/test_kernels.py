@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_peft.core.kernels import in_triton, row_norms, scale_features
+from lit_peft.core.products import matmul_in
 from lit_peft.core.quantized import dense_4bit, forward_4bit
 from lit_peft.quantizers.bnb import FP4, NF4
 
@@ -50,6 +51,20 @@ def test_row_norms(device, dtype, out, n, r, transposed):
     assert found.dtype == torch.float32 and not found.requires_grad
     tolerance = 2e-2 if dtype == torch.bfloat16 or device == "cuda" else 1e-5  # a GPU multiplies in TF32
     torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_matmul_in(device, dtype, wanted):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator).to(device, dtype) for size in ((16, 500), (500, 40)))
+    found, exact = matmul_in(wanted, a, b), a.double() @ b.double()
+    widened = device == "cuda" and wanted == torch.float32
+    assert found.dtype == (wanted if widened else dtype)
+    tolerance = 1e-5 if widened and dtype != wanted else torch.finfo(dtype).eps
+    tolerance = max(tolerance, 1e-3 if dtype == torch.float32 and device == "cuda" else 1e-5)  # which may use TF32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -178,8 +178,8 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
-        trains = any(p is not None and p.requires_grad for p in self.layer._parameters.values())
-        return self.is_base and self.can_read_again and not trains
+        frozen = not any(p is not None and p.requires_grad for p in self.layer._parameters.values())
+        return self.is_base and frozen and self._has_weight_to_read
 
     @property
     def can_read_again(self) -> bool:
@@ -187,14 +187,12 @@ class Call:
 
         Whatever stands below, and also where the layer's bias trains; not a weight that is computed, by a weight norm.
         """
-        weight = self.layer._parameters.get("weight")
-        return (
-            self.ops.is_linear
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and weight is not None
-            and not weight.requires_grad
-        )
+        return self._has_weight_to_read and not self.layer._parameters["weight"].requires_grad  # type: ignore[union-attr]
+
+    @property
+    def _has_weight_to_read(self) -> bool:
+        is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return is_eager and self.layer._parameters.get("weight") is not None and self.ops.is_linear
 
     @property
     def ops(self) -> LayerOps:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_peft.core import quantized, wrapped
 from lit_peft.core.dtypes import dequantises_itself
+from lit_peft.core.products import add_matmul, as_rows
 from lit_peft.core.swap import Swapped
 
 _REGISTRY: dict[str, "LayerOps"] = {}
@@ -193,19 +194,6 @@ class LayerOps:
         """`W^T dy`, [rows, out] -> [rows, in], outside autograd; added in place to `onto`, if that is given."""
         W = self.dense(layer, dy.dtype)
         return torch.mm(dy, W) if onto is None else add_matmul(onto, dy, W)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """`x`, [..., n], as a matrix [rows, n]; a view of a contiguous one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def add_matmul(y: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """`beta y + alpha a b`, in place of `y`, [n, m], whose values do not matter where beta is 0; returns it.
-
-    `addmm_` does the same, and torch's `FlopCounterMode` does not count it.
-    """
-    return torch.addmm(y, a, b, alpha=alpha, beta=beta, out=y)
 
 
 @register_layer_ops("torch.nn.modules.linear.Linear")

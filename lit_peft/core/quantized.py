@@ -188,19 +188,20 @@ def dense_4bit(layer: Any, dtype: torch.dtype | None = None, columns: slice = sl
     state = state_4bit(layer)
     if state is None:  # not moved to its device yet: bitsandbytes quantises then
         return layer.weight[:, columns]
-    if (fast := kernels.in_triton(layer.weight.data)) is not None:
-        return fast.dense_4bit(layer.weight.data, state, dtype or state.dtype, columns)
+    codes = layer.weight.data
+    if (fast := kernels.in_triton(codes)) is not None:
+        return fast.dense_4bit(codes, state, dtype or state.dtype, columns)
     absmax = state.absmax
     ops = bitsandbytes().functional
     if state.nested:
         absmax = ops.dequantize_blockwise(state.absmax, state.state2) + state.offset
     if is_misread(layer.weight, state):
-        two = layer.weight.data.view(torch.uint8).flatten().int()
+        two = codes.view(torch.uint8).flatten().int()
         W = state.code[torch.stack((two >> 4, two & 15), 1)].flatten()[: state.shape.numel()]
         W *= absmax.float().repeat_interleave(state.blocksize)[: W.numel()]
         return W.view(state.shape).to(dtype or state.dtype)[:, columns]
     W = torch.ops.bitsandbytes.dequantize_4bit.default(
-        layer.weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype or state.dtype
+        codes, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype or state.dtype
     )
     return W[:, columns]
 

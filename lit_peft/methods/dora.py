@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from lit_peft.core.addition import Call
 from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features
-from lit_peft.core.layers import add_matmul, as_rows, layer_ops
+from lit_peft.core.layers import layer_ops
+from lit_peft.core.products import add_matmul
 from lit_peft.core.targets import Site
 from lit_peft.methods.lora import LoRA, LoRADelta, LoRAFunction
 
@@ -88,11 +89,10 @@ class DoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *low_rank, m = inputs  # what `LoRAFunction` takes, and `m`
-        x, _, A, B, layer, ops, s, _ = low_rank
-        W, b = ops.matrix(layer), ops.bias(layer)
-        z, kept = LoRAFunction.change(ctx, *low_rank)
-        add_matmul(as_rows(z), as_rows(x), W.to(x.dtype).t())
+        x, dropped, A, B, layer, ops, s, again, m = inputs  # what `LoRAFunction` takes, and `m`
+        W, b, rows = ops.matrix(layer), ops.bias(layer), list[Tensor]()
+        z, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again, rows)
+        add_matmul(rows[1], rows[0], W.to(x.dtype).t())
         norm = row_norms(W, A, B, s)
         ctx.save_for_backward(z, m, norm, b, *kept)
         return scale(z, m, norm, b)

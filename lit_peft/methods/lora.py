@@ -12,7 +12,8 @@ from lit_peft.core.addition import Call, Delta, dropped
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.dtypes import compute_dtype
 from lit_peft.core.hf_peft import match_pattern, stores_transposed
-from lit_peft.core.layers import LayerOps, add_matmul, as_rows, layer_ops
+from lit_peft.core.layers import LayerOps, layer_ops
+from lit_peft.core.products import as_rows, matmul_in, scaled_matmul
 from lit_peft.core.remake import Remade, remade
 from lit_peft.core.targets import Site
 from lit_peft.methods.base import TargetedMethod
@@ -221,10 +222,10 @@ class LoRADelta(Delta):
 
     def forward(self, layer: nn.Module, call: Call, x: Tensor) -> Tensor:
         if self.fuses(call):
-            inputs = self.node_inputs(layer, x)
-            y = LoRAFunction.apply(*inputs)
+            rows: list[Tensor] = []
+            y = LoRAFunction.apply(*self.node_inputs(layer, x), rows)
             with torch.no_grad():
-                layer_ops(layer).add_product(layer, inputs[0], y.detach())
+                layer_ops(layer).add_product(layer, *rows)
             return y
         d = dropped(x, self.dropout, self.training)
         return layer_ops(layer).add_low_rank(layer, call(x), d, *self.factors(), self.scaling)
@@ -249,8 +250,9 @@ class LoRAFunction(torch.autograd.Function):
     last tensor that is kept, computes it once instead of twice. And the large product, which adds in float32, is
     rounded with the sum; were the small one added to it, that would read and write `y` again.
 
-    Keeps `d`, or what it can be made from again, `A d` and the factors, and of a quantised weight only what is packed.
-    Computes in the dtype of `x`, in which it returns the factors' gradients too; autograd casts them.
+    Keeps `d`, or what it can be made from again, `s A d` and the factors, of a quantised weight only what is packed.
+    Computes in the dtype of `x`. A call of torch costs the host microseconds, for which a small step waits: so `s` is
+    in products that are made anyway, and views are made once.
     """
 
     @staticmethod
@@ -264,15 +266,17 @@ class LoRAFunction(torch.autograd.Function):
         ops: LayerOps,
         s: float,
         again: Remade | None,
+        rows: list[Tensor],
     ) -> Tensor:
-        y, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again)
+        """`s B A d + b`; `rows` is given `x` and it as matrices, for what is to be added."""
+        y, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again, rows)
         ctx.save_for_backward(*kept)
         return y
 
     @staticmethod
     @once_differentiable  # its casts have no gradient of their own
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None, None
+        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None, None, None
 
     @staticmethod
     def change(
@@ -285,41 +289,38 @@ class LoRAFunction(torch.autograd.Function):
         ops: LayerOps,
         s: float,
         again: Remade | None,
+        rows: list[Tensor],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`s B A d + b`, and what `gradients` wants kept."""
-        d, A, B, b = x if dropped is None else dropped, A.to(x.dtype), B.to(x.dtype), ops.bias(layer)
-        h = torch.mm(as_rows(d), A.t())
-        y = x.new_empty(*x.shape[:-1], B.shape[0])  # no view, which autograd would not have written to afterwards
-        rows = as_rows(y)
-        if b is None:
-            add_matmul(rows, h, B.t(), alpha=s, beta=0)
-        else:
-            torch.addmm(b.to(x.dtype), h, B.t(), alpha=s, out=rows)
-        ctx.layer, ctx.ops, ctx.s, ctx.apart = layer, ops, s, dropped is not None
+        """`s B A d + b`, and what `gradients` wants kept; `rows` as in `forward`."""
+        ctx.layer, ctx.ops, ctx.s, ctx.apart, ctx.stored = layer, ops, s, dropped is not None, A.dtype
         ctx.recipe = None if again is None else again.recipe
-        return y, (A, B, h, *((d,) if again is None else again.sources))
+        A, B, b, x_rows = A.to(x.dtype), B.to(x.dtype), ops.bias(layer), as_rows(x)
+        h = scaled_matmul(x_rows if dropped is None else as_rows(dropped), A.t(), s)
+        y = x.new_empty(*x.shape[:-1], B.shape[0])  # no view, which autograd would not have written to afterwards
+        y_rows = as_rows(y)
+        if b is None:
+            torch.mm(h, B.t(), out=y_rows)
+        else:
+            torch.addmm(b.to(x.dtype), h, B.t(), out=y_rows)
+        rows += x_rows, y_rows
+        return y, (A, B, h, *((x if dropped is None else dropped,) if again is None else again.sources))
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor, A: Tensor, B: Tensor, h: Tensor, *of_d: Tensor) -> tuple[Tensor | None, ...]:
         """Those of `x`, `dropped`, `A` and `B`, as far as they are needed, from that of `y`."""
         needs_x, needs_d, needs_A, needs_B = ctx.needs_input_grad[:4]
-        rows, s, shape = as_rows(dy), ctx.s, (*dy.shape[:-1], A.shape[1])
-        dh = torch.mm(rows, B)
+        rows, shape = as_rows(dy), (*dy.shape[:-1], A.shape[1])
+        dh = scaled_matmul(rows, B, ctx.s)
         # In this order an input that is made again is gone before the gradient of `x`, which is as large, and the dense
         # weight that this takes is gone before the gradient of `dropped`.
-        dA = _product(dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype)), s) if needs_A else None
-        dB = _product(rows.t(), h, s) if needs_B else None
-        onto = _product(dh, A, s) if needs_x and not ctx.apart else None
+        dA = matmul_in(ctx.stored, dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype))) if needs_A else None
+        dB = matmul_in(ctx.stored, rows.t(), h) if needs_B else None
+        onto = torch.mm(dh, A) if needs_x and not ctx.apart else None
         dx = ctx.ops.product_t(ctx.layer, rows, onto).view(shape) if needs_x else None
-        dd = _product(dh, A, s).view(shape) if needs_d else None
+        dd = torch.mm(dh, A).view(shape) if needs_d else None
         return dx, dd, dA, dB
 
     @staticmethod
     def input(ctx: Any, of_d: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """`d`, which was kept or is made again."""
         return of_d[0] if ctx.recipe is None else ctx.recipe.again(of_d, dtype)
-
-
-def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
-    """`s a b` in one kernel; beta = 0 leaves out what it would be added to."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
