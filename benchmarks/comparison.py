@@ -159,7 +159,8 @@ def execute(command: list[str], root: Path, deadline: float = math.inf) -> Recor
             until = None if math.isinf(left) else left
             failed = subprocess.run(command, stdout=log, timeout=until, **setting).returncode
     except subprocess.TimeoutExpired:
-        return {"error": "its time was over"}
+        curve = json.loads((root / FILE).read_text())["curve"] if (root / FILE).is_file() else []
+        return {"error": "its time was over", "curve": curve}
     said = (root / "log.txt").read_text(errors="replace")
     if failed and "Has the training diverged?" in said:
         return {"diverged": True}

@@ -37,6 +37,7 @@ class RunMonitor(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.curve.append({"step": trainer.global_step} | self._scores(trainer, "val/"))
+            self._write(trainer, {})  # a run that is cut off leaves its curve
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         batches, seconds = self._warm
@@ -66,4 +67,6 @@ class RunMonitor(pl.Callback):
         self.metrics |= metrics
         path = Path(trainer.default_root_dir, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"metrics": self.metrics, "curve": self.curve}))
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"metrics": self.metrics, "curve": self.curve}))
+        part.replace(path)  # the run may be killed at any moment

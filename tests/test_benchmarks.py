@@ -179,7 +179,10 @@ def test_a_comparison_goes_on_past_runs_that_fail_and_writes_each_as_it_ends(ben
 
 def test_a_run_ends_when_time_is_over_or_says_why_it_failed(benchmarks, tmp_path):
     execute, now = benchmarks("comparison").execute, time.monotonic()
-    assert execute(["sleep", "60"], tmp_path, now + 0.2) == {"error": "its time was over"}
+    assert execute(["sleep", "60"], tmp_path, now + 0.2) == {"error": "its time was over", "curve": []}
+    leaves = f'echo \'{{"curve": [{{"step": 1}}]}}\' > {tmp_path / "monitor.json"}; sleep 60'
+    killed = execute(["sh", "-c", leaves], tmp_path, time.monotonic() + 0.5)
+    assert killed == {"error": "its time was over", "curve": [{"step": 1}]}
     assert execute(["sleep", "60"], tmp_path, now) == {"error": "no time was left for it"}
     assert execute(["sh", "-c", "echo why; exit 3"], tmp_path)["error"].endswith("exit 3'\nwhy\n")
     assert execute(["sh", "-c", "echo 'Has the training diverged?'; exit 1"], tmp_path) == {"diverged": True}
