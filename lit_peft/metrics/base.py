@@ -1,6 +1,7 @@
 """What every metric of this package shares: the check of its inputs, and sums that keep their precision."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,3 +87,33 @@ class SumMetric(Metric):
             setattr(self, name, value)
             self._defaults[name] = torch.zeros_like(value)
         return self
+
+
+class MeanMetric(SumMetric):
+    """The mean of one number a sample, over all samples since the last reset, on all ranks.
+
+    `compute` returns a float32 scalar, NaN before any sample was seen (torchmetrics warns).
+    """
+
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # torchmetrics' compute groups take metrics for one whose states have equal names, and equal values once.
+        self._total = f"total_{type(self).__name__}"
+        self.add_sum(self._total)
+        self.add_sum("count")
+
+    def add(self, values: Tensor) -> None:
+        """Add the samples of one batch: a number of each, any dtype [N]."""
+        total = getattr(self, self._total)
+        setattr(self, self._total, total + values.sum(dtype=total.dtype))
+        self.count = self.count + len(values)
+
+    def mean(self) -> Tensor:
+        """The mean in the dtype of the sums."""
+        mean: Tensor = getattr(self, self._total) / self.count
+        return mean
+
+    def compute(self) -> Tensor:
+        return self.mean().float()

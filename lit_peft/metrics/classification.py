@@ -1,17 +1,15 @@
 """Proper scores of predicted probabilities, and the set of metrics that a classification run reports."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
-from lit_peft.metrics.base import SumMetric, checked_logits
+from lit_peft.metrics.base import MeanMetric, checked_logits
 from lit_peft.metrics.calibration import CalibrationError
 
 
-class BrierScore(SumMetric):
+class BrierScore(MeanMetric):
     """Brier score: squared error of the predicted probabilities, summed over classes, averaged over samples.
 
     With p = softmax(preds) and y the one-hot target::
@@ -39,28 +37,14 @@ class BrierScore(SumMetric):
         tensor(0.5487)
     """
 
-    squared_error: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("squared_error")
-        self.add_sum("count")
-
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add the samples of one batch: logits [N, C], class indices [N]."""
         probabilities = checked_logits(preds, target).softmax(dim=1)
         truth = torch.nn.functional.one_hot(target.long(), preds.shape[1])
-        squared_error = (probabilities - truth).square()
-        self.squared_error = self.squared_error + squared_error.sum(dtype=self.squared_error.dtype)
-        self.count = self.count + len(target)
-
-    def compute(self) -> Tensor:
-        """Brier score of all samples since the last reset, on all ranks: a float32 scalar."""
-        return (self.squared_error / self.count).float()
+        self.add((probabilities - truth).square().sum(dim=1))
 
 
-class NLL(SumMetric):
+class NLL(MeanMetric):
     """Mean negative log-likelihood of the true class, in nats.
 
     With p = softmax(preds)::
@@ -87,24 +71,10 @@ class NLL(SumMetric):
         tensor(0.7201)
     """
 
-    nll: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("nll")
-        self.add_sum("count")
-
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add the samples of one batch: logits [N, C], class indices [N]."""
         log_probabilities = checked_logits(preds, target).log_softmax(dim=1)
-        true_class = log_probabilities.gather(1, target.long()[:, None])
-        self.nll = self.nll - true_class.sum(dtype=self.nll.dtype)
-        self.count = self.count + len(target)
-
-    def compute(self) -> Tensor:
-        """NLL of all samples since the last reset, on all ranks: a float32 scalar, in nats."""
-        return (self.nll / self.count).float()
+        self.add(-log_probabilities.gather(1, target.long()[:, None])[:, 0])
 
 
 class _PositiveClassF1(MulticlassF1Score):

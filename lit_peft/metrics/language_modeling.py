@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lit_peft.metrics.base import SumMetric, checked_logits
+from lit_peft.metrics.base import MeanMetric, checked_logits
 from lit_peft.metrics.calibration import CalibrationError
 
 
@@ -45,7 +45,7 @@ def token_scores(preds: Tensor, target: Tensor) -> TokenScores:
     return TokenScores(log_partition - true_token, (top - log_partition).exp(), label == target)
 
 
-class TokenNLL(SumMetric):
+class TokenNLL(MeanMetric):
     """Mean negative log-likelihood of a token, in nats: the logarithm of the perplexity.
 
     `update` takes `TokenScores`. `compute` returns a float32 scalar, NaN before any token was seen.
@@ -61,26 +61,9 @@ class TokenNLL(SumMetric):
         tensor(0.7201)
     """
 
-    nll: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("nll")
-        self.add_sum("count")
-
     def update(self, tokens: TokenScores) -> None:
         """Add the tokens of one batch."""
-        self.nll = self.nll + tokens.nll.sum(dtype=self.nll.dtype)
-        self.count = self.count + len(tokens.nll)
-
-    def mean(self) -> Tensor:
-        """The mean over all tokens since the last reset, in the dtype of the sums."""
-        return self.nll / self.count
-
-    def compute(self) -> Tensor:
-        """NLL of all tokens since the last reset, on all ranks: a float32 scalar, in nats."""
-        return self.mean().float()
+        self.add(tokens.nll)
 
 
 class Perplexity(TokenNLL):
@@ -141,7 +124,7 @@ class WordPerplexity(TokenNLL):
         return (self.mean() * rate).exp().float()
 
 
-class TokenAccuracy(SumMetric):
+class TokenAccuracy(MeanMetric):
     """Share of tokens that get the largest probability, in [0, 1], 1 is best.
 
     `update` takes `TokenScores`. `compute` returns a float32 scalar, NaN before any token was seen.
@@ -158,22 +141,10 @@ class TokenAccuracy(SumMetric):
     """
 
     higher_is_better = True
-    correct: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("correct")
-        self.add_sum("count")
 
     def update(self, tokens: TokenScores) -> None:
         """Add the tokens of one batch."""
-        self.correct = self.correct + tokens.correct.sum(dtype=self.correct.dtype)
-        self.count = self.count + len(tokens.correct)
-
-    def compute(self) -> Tensor:
-        """Accuracy over all tokens since the last reset, on all ranks: a float32 scalar."""
-        return (self.correct / self.count).float()
+        self.add(tokens.correct)
 
 
 class TokenCalibrationError(CalibrationError):
@@ -235,5 +206,5 @@ def language_modeling_metrics(prefix: str = "", masked: bool = False) -> MetricC
         if masked
         else {"perplexity": Perplexity(), "word_perplexity": WordPerplexity()}
     )
-    # torchmetrics would join metrics whose states are alike after the first batch, and compute one for another.
+    # Nothing to join: no two of these keep the same state.
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
