@@ -1,6 +1,7 @@
 """Saving, resuming and loading on a quantised base; bases that transformers has loaded in 4 or 8 bit."""
 
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ OTHERS = {
     "as it is": None,
 }
 
+TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+STORED = [
+    pytest.param(quantize, id=name) for name, quantize in {"nf4": NF4, **OTHERS}.items() if quantize is not None
+] + [pytest.param({"mode": "int8_torchao"}, id="torchao", marks=TORCHAO)]
+
 
 def base(quantize=None, seed=0) -> Module:
     """A module that comes quantised."""
@@ -48,11 +54,12 @@ def codes(module: nn.Module) -> dict[str, list[torch.Tensor]]:
     return {path: layer_ops(layer).stored(layer) for path, layer in layers.items()}
 
 
-def assert_same_codes(one: nn.Module, other: nn.Module) -> None:
+def assert_same_codes(one: nn.Module, other: nn.Module, constants: bool = True) -> None:
     first, second = codes(one), codes(other)
     assert stored_as(one) == stored_as(other) and first
     for path, tensors in first.items():
-        assert all(torch.equal(a, b) for a, b in zip(tensors, second[path], strict=True)), path
+        pairs = list(zip(tensors, second[path], strict=True))
+        assert all(torch.equal(a, b) for a, b in (pairs if constants else pairs[:1])), path
 
 
 # --------------------------------------------------------------------------------------------- a trainer's file
@@ -170,16 +177,16 @@ class TestLoading:
         assert set(stored_as(module).values()) == set(stored_as(expected).values())
 
 
-@pytest.mark.parametrize("mode", ["nf4", "fp4", "int8"])
-def test_a_base_that_was_quantised_from_bfloat16_is_the_same(tmp_path, mode):
-    """As one that is not quantised: there are other codes, but few."""
+@pytest.mark.parametrize("quantize", STORED)
+def test_a_base_that_was_quantised_from_bfloat16_is_the_same(tmp_path, quantize):
+    """As one that is not quantised: there are other codes, but few, and scales that are rounded."""
 
     def model(dtype=torch.float32, seed=0):
         torch.manual_seed(seed)
         return nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(12))).to(dtype)
 
     trained = model()
-    LoRA(r=2, target_modules=["0"], quantize=mode).attach(trained)
+    LoRA(r=2, target_modules=["0"], quantize=quantize).attach(trained)
     folder = lit_peft.save(trained, tmp_path)
     other = model(torch.bfloat16)
     with warnings.catch_warnings():
@@ -190,6 +197,61 @@ def test_a_base_that_was_quantised_from_bfloat16_is_the_same(tmp_path, mode):
     wrong[11] = model()[11]
     with pytest.raises(CheckpointMismatch, match=r"0\.weight holds other values, and 10 more of 12 differ"):
         lit_peft.load(wrong, folder)
+
+
+def scaled(by: float, quantize, seed=0) -> Module:
+    """A module whose weights that come quantised are all multiplied by one number."""
+    module = Module(seed=seed)
+    with torch.no_grad():
+        for layer in (module.net.first, module.net.second, module.net.unused):
+            layer.weight.mul_(by)
+    quantize_base(module, make_quantizer(quantize))
+    return module
+
+
+@pytest.mark.parametrize("quantize", STORED)
+def test_a_base_with_the_same_codes_and_other_scales_is_refused(tmp_path, quantize):
+    trained = base(quantize)
+    path = saved(tmp_path, trained, net_lora())
+    folder = lit_peft.save(trained, tmp_path / "adapter")
+    first = r"another base model: net\.first\.weight holds other values, and 2 more of 8 differ\."
+    for by in (0.5, 1.1, 2):
+        other = scaled(by, quantize)
+        if by != 1.1:
+            assert_same_codes(trained, other, constants=False)
+        for source in (path, folder):
+            with pytest.raises(CheckpointMismatch, match=first):
+                lit_peft.load(other, source)
+            assert registry(other) is None
+        with pytest.raises(CheckpointMismatch, match=first):
+            fit(other, net_lora(), ckpt_path=path, max_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in (path, folder):
+            lit_peft.load(scaled(1, quantize), source)
+    fit(scaled(1, quantize), net_lora(), ckpt_path=path, max_epochs=2)
+
+
+def test_a_base_is_the_one_of_a_checkpoint_that_knows_no_scales(tmp_path):
+    """As earlier releases wrote them."""
+    path = saved(tmp_path, base(NF4), net_lora())
+    content = torch.load(path, weights_only=True)
+    digests = content["lit_peft"]["fingerprint"]
+    assert sum("*" in digest for digest in digests.values()) == 3
+    content["lit_peft"]["fingerprint"] = {name: digest.partition("*")[0] for name, digest in digests.items()}
+    torch.save(content, path)
+    for by in (1, 2):
+        lit_peft.load(scaled(by, NF4), path)
+
+
+def test_a_scale_that_is_no_number_is_another_one(tmp_path):
+    path = saved(tmp_path, base(NF4), net_lora())
+    content = torch.load(path, weights_only=True)
+    digests = content["lit_peft"]["fingerprint"]
+    digests["net.first.weight"] = digests["net.first.weight"].partition("*")[0] + "*large"
+    torch.save(content, path)
+    with pytest.raises(CheckpointMismatch, match=r"another base model: net\.first\.weight holds other values\."):
+        lit_peft.load(base(NF4), path)
 
 
 def test_an_adapter_that_was_trained_in_float_predicts_on_a_quantised_base(tmp_path):

@@ -1,6 +1,7 @@
 """What tells one base model from another of the same shape."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,16 +16,20 @@ _SAMPLES = 64
 _FEW = 1 / 2
 """Share of a sample of codes that may differ: of fp4's 2 % do on another kind of device; where the base was quantised
 from bfloat16, 1 % of 4-bit and 16 % of 8-bit ones; of another base's nearly all."""
+_SCALED = 0.05
+"""Share by which the mean scale of a quantised weight may differ. Rounding, as to bfloat16, changes a scale by at most
+.4 %, torchao's, which is bfloat16 itself then, by .8 %, and their mean by less."""
 
 
 def fingerprint(module: nn.Module) -> dict[str, str]:
     """A digest of every parameter and saved floating buffer: name -> "shape:hash of 64 values spread over it".
 
     Values are rounded to bfloat16 first, so that a base gives the same digests whether it was loaded in
-    float32 or bfloat16. Of a quantised weight it is 64 bytes of the codes themselves, after what they are,
-    "64x64:nf4 in blocks of 64:bytes", since devices, and bfloat16, give another code now and then. Of buffers, running
-    statistics for instance, those of integers are left out: counters and positions do not tell a base. Take it before
-    sharding; tensors on the meta device have no values and are left out. Cost: one small gather a tensor.
+    float32 or bfloat16. Of a quantised weight it is 64 bytes of the codes themselves and the mean magnitude of their
+    scales, after what they are, "64x64:nf4 in blocks of 64:bytes*0.0213", since devices, and bfloat16, give another
+    code now and then. Of buffers, running statistics for instance, those of integers are left out: counters and
+    positions do not tell a base. Take it before sharding; tensors on the meta device have no values and are left out.
+    Cost: one small gather a tensor, and a mean of the scales of each quantised one.
     """
     buffers = ((name, b) for name, b in base_buffers(module).items() if b.is_floating_point())
     tensors = {name: tensor for name, tensor in (*module.named_parameters(), *buffers) if not tensor.is_meta}
@@ -34,7 +39,9 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
         if name in quantised:
             layer = module.get_submodule(name.rpartition(".")[0])
             ops = layer_ops(layer)
-            digests[name] = f"{_shape(ops.size(layer))}:{quantised[name]}:{_sample(ops.codes(layer)).hex()}"
+            scales = ops.scales(layer)
+            scale = "" if scales is None else f"*{scales.detach().float().abs().mean().item():.4g}"
+            digests[name] = f"{_shape(ops.size(layer))}:{quantised[name]}:{_sample(ops.codes(layer)).hex()}{scale}"
         else:
             digests[name] = f"{_shape(tensor.shape)}:{_hash(_sample(tensor))}"
     return digests
@@ -110,12 +117,15 @@ class _Parts(NamedTuple):
     """What it is quantised to; "" where it is not."""
     value: str
     """The hash or, of a quantised one, the sample."""
+    scale: str
+    """Of a quantised one; "" where none is known, as in records of before it was taken."""
 
 
 def _parts(digest: str) -> _Parts:
     shape, _, rest = digest.partition(":")
     storage, _, value = rest.rpartition(":")
-    return _Parts(shape, storage, value)
+    value, _, scale = value.partition("*")
+    return _Parts(shape, storage, value, scale)
 
 
 def _alike(old: _Parts, new: _Parts) -> bool:
@@ -123,7 +133,14 @@ def _alike(old: _Parts, new: _Parts) -> bool:
         return old == new
     a, b = old.value, new.value
     pairs = [a[i : i + 2] != b[i : i + 2] for i in range(0, max(len(a), len(b)), 2)]
-    return sum(pairs) <= _FEW * len(pairs)
+    return sum(pairs) <= _FEW * len(pairs) and _as_large(old.scale, new.scale)
+
+
+def _as_large(old: str, new: str) -> bool:
+    try:
+        return not (old and new) or old == new or math.isclose(float(old), float(new), rel_tol=_SCALED)
+    except ValueError:  # of a checkpoint whose record was edited
+        return False
 
 
 def _same_size(one: _Parts, other: _Parts) -> bool:

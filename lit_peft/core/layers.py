@@ -113,6 +113,13 @@ class LayerOps:
         """All tensors that a quantised weight is made of, codes first, then its constants: what memory it takes."""
         return [layer.weight]
 
+    def scales(self, layer: Any) -> Tensor | None:
+        """What the codes of a quantised weight are multiplied by, of any shape; None where nothing is.
+
+        A fingerprint holds how large they are. By default, the first of the constants that is in floating point.
+        """
+        return next((t for t in self.stored(layer)[1:] if t.is_floating_point()), None)
+
     def store(self, layer: Any, W: Tensor, b: Tensor | None) -> None:
         """Writes a weight [out, in] and a bias [out] into the layer, in its own dtype and layout, in place.
 
@@ -316,6 +323,10 @@ class Linear4bitOps(BitsandbytesOps):
         state = quantized.state_4bit(layer)
         nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
         return [layer.weight, state.absmax, state.code, *nested]
+
+    def scales(self, layer: Any) -> Tensor:
+        state = quantized.state_4bit(layer)
+        return state.offset if state.nested else state.absmax  # their mean, as it was before they were rounded to 8 bit
 
     def store_matrix(self, layer: Any, W: Tensor) -> None:
         quantized.store_4bit(layer, W)
