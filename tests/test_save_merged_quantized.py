@@ -113,6 +113,31 @@ def test_what_transformers_cannot_make_it_reads(kind, tmp_path):
     assert set(stored_as(read_again(model, tmp_path / "out")).values()) == set(stored_as(model).values())
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_was_quantised_in_place_is_read_back_without_an_adapter(name, kind, tmp_path):
+    """`save_pretrained` writes it in a way that nothing reads; see docs/quantization.md."""
+    model = tiny(name).eval()
+    LoRA(r=2, quantize=KINDS[kind]).attach(model)
+    lit_peft.detach(model)
+    save_merged(model, tmp_path / "out")
+    assert not hasattr(model.config, "quantization_config")  # which other models may have as theirs
+    again = read_again(model, tmp_path / "out")
+    assert stored_as(again) == stored_as(model) and torch.equal(logits(again, name), logits(model, name))
+
+
+def test_of_several_models_that_are_merged_each_is_written(tmp_path):
+    both = nn.ModuleDict({"one": tiny("bert"), "other": tiny("llama")}).eval()
+    LoRA(r=2, target_modules="all-linear", quantize=NF4).attach(both)
+    perturb(both)
+    with pytest.raises(ValueError, match=r"merge\(module\), then save_merged\(module\.one, FOLDER\)\."):
+        save_merged(both, tmp_path / "out", into="requantized")
+    merge(both, into="requantized")
+    for path, name in (("one", "bert"), ("other", "llama")):
+        save_merged(both[path], tmp_path / path)
+        assert torch.equal(logits(read_again(both[path], tmp_path / path), name), logits(both[path], name))
+
+
 @pytest.mark.parametrize("kind", FEW)
 def test_a_folder_that_is_read_in_few_bits_takes_adapters(kind, tmp_path):
     """A second one, on what the first one became."""

@@ -33,7 +33,8 @@ def save_merged(
     tokenizer. What training changed outside of the transformers model, a head of one's own, is not in it.
 
     Args:
-        module: A model with adapters, or merged, or a LightningModule that holds one. Afterwards it is as it was.
+        module: A model with adapters, or merged, or with neither, as a base that was quantised, or a LightningModule
+            that holds one. Afterwards it is as it was.
         folder: A new folder; there whole, or not at all.
         tokenizer: Its tokenizer, which is written beside it; null: none is.
         into: Of a quantised base, see `lit_peft.merge`: dequantized gives the folder of a float model, which needs no
@@ -86,7 +87,7 @@ def find_model(module: nn.Module) -> Root:
     if several := [path for path in find_models(module) if any(is_inside(name, [path]) for name in elsewhere)]:
         raise ValueError(
             f"{type(module).__name__} holds several models that were trained, {root.path} and {', '.join(several)}: "
-            f"a folder is of one. In Python: lit_peft.merge(module), then module.{root.path}.save_pretrained(FOLDER)."
+            f"a folder is of one. In Python: lit_peft.merge(module), then save_merged(module.{root.path}, FOLDER)."
         )
     if names and len(elsewhere) == len(names):
         raise ValueError(
