@@ -160,6 +160,13 @@ def test_used_in_other_ways(run):
     assert_close(gradients(True, run), gradients(False, run), tolerance=1e-5)
 
 
+def test_a_base_in_float64_is_adapted():
+    module = nn.Sequential(nn.Linear(6, 5)).double()
+    before, x = module(torch.ones(2, 6).double()), torch.ones(2, 6).double()
+    DoRA(r=2, dropout=0.0, target_modules="all-linear").attach(module)
+    torch.testing.assert_close(module(x), before, rtol=1e-6, atol=0)
+
+
 def test_a_row_of_zeros_stays_one():
     module, x = holder("linear"), layer_input("linear").requires_grad_()
     module.layer.weight.data[3] = 0

@@ -1,13 +1,18 @@
 """Fast operations against the same in plain torch; the Triton side where there is a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from lit_peft.core import products
 from lit_peft.core.kernels import in_triton, row_norms, scale_features
 from lit_peft.core.products import matmul_in
 from lit_peft.core.quantized import dense_4bit, forward_4bit
+from lit_peft.methods import lora
 from lit_peft.quantizers.bnb import FP4, NF4
 
+HALVES = (torch.bfloat16, torch.float16)
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
@@ -60,11 +65,35 @@ def test_matmul_in(device, dtype, wanted):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, generator=generator).to(device, dtype) for size in ((16, 500), (500, 40)))
     found, exact = matmul_in(wanted, a, b), a.double() @ b.double()
-    widened = device == "cuda" and wanted == torch.float32
+    widened = wanted == torch.float32 and dtype in HALVES and products._returns_sums(a)
     assert found.dtype == (wanted if widened else dtype)
-    tolerance = 1e-5 if widened and dtype != wanted else torch.finfo(dtype).eps
+    tolerance = 1e-5 if widened else torch.finfo(dtype).eps
     tolerance = max(tolerance, 1e-3 if dtype == torch.float32 and device == "cuda" else 1e-5)  # which may use TF32
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
+
+
+def test_products_are_had_in_float32_where_the_gpu_has_them(monkeypatch):
+    """A T4 has none of bfloat16, and a sum in float16 is none in float32: torch would raise."""
+    tensors = {dtype: SimpleNamespace(is_cuda=True, dtype=dtype, device=dtype) for dtype in HALVES}
+    found = {}
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        products._has_bfloat16.cache_clear()
+        found[capability] = [products._returns_sums(tensor) for tensor in tensors.values()]
+    products._has_bfloat16.cache_clear()
+    assert found == {(7, 5): [False, True], (8, 0): [True, True], (9, 0): [True, True]}
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
+    assert not products._returns_sums(tensors[torch.float16])
+
+
+def test_gradients_of_float32_factors_are_asked_for_in_float32(monkeypatch):
+    monkeypatch.setattr(lora.LoRADelta, "fused_from", 0)
+    asked = []
+    monkeypatch.setattr(lora, "matmul_in", lambda dtype, a, b: asked.append((dtype, a.dtype)) or matmul_in(dtype, a, b))
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 6, dtype=torch.bfloat16))
+    lora.LoRA(r=2, dropout=0.0, target_modules="all-linear").attach(layer)
+    layer(torch.ones(3, 8, dtype=torch.bfloat16)).sum().backward()
+    assert asked == [(torch.float32, torch.bfloat16)] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -178,8 +178,9 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
-        frozen = not any(p is not None and p.requires_grad for p in self.layer._parameters.values())
-        return self.is_base and frozen and self._has_weight_to_read
+        if self.below or not self._has_weight_to_read:
+            return False
+        return not any(p.requires_grad for p in self.layer._parameters.values() if p is not None)
 
     @property
     def can_read_again(self) -> bool:

@@ -191,11 +191,11 @@ class LayerOps:
         return self.matrix(layer).to(dtype)
 
     def add_product(self, layer: Any, x: Tensor, y: Tensor) -> None:
-        """Adds `W x`, `x`: [..., in], to a contiguous `y`: [..., out], in place and outside autograd.
+        """Adds `W x`, `x`: [rows, in], to `y`: [rows, out], in place and outside autograd.
 
         The product of a linear layer, without its bias; in one kernel.
         """
-        add_matmul(as_rows(y), as_rows(x), self.dense(layer, x.dtype).t())
+        add_matmul(y, x, self.dense(layer, x.dtype).t())
 
     def product_t(self, layer: Any, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """`W^T dy`, [rows, out] -> [rows, in], outside autograd; added in place to `onto`, if that is given."""

@@ -1,4 +1,6 @@
-"""Products of matrices, each in one kernel and in few calls of torch, whose microseconds a step may wait for."""
+"""Products of matrices, in few kernels and few calls of torch, whose microseconds a step may wait for."""
+
+import functools
 
 import torch
 from torch import Tensor
@@ -26,7 +28,23 @@ def scaled_matmul(a: Tensor, b: Tensor, s: float) -> Tensor:
 
 def matmul_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
     """`a b` in float32, if that is `dtype`, where a GPU sums 16-bit factors in it; else in the dtype of `a`."""
-    is_wider = dtype == torch.float32 and a.dtype.itemsize == 2
-    if is_wider and (a.is_cuda or kernels.STAND_IN is not None):
+    if dtype == torch.float32 and a.dtype.itemsize == 2 and _returns_sums(a):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b)
+
+
+def _returns_sums(a: Tensor) -> bool:
+    """Whether products of 16-bit tensors like `a` can be had in the float32 that they are summed in."""
+    if kernels.STAND_IN is not None:
+        return True
+    if not a.is_cuda or torch.version.hip is not None:
+        return False
+    if a.dtype == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return _has_bfloat16(a.device)
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has units for bfloat16; older ones emulate it, but for this."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)

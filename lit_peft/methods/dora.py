@@ -61,7 +61,9 @@ class DoRADelta(LoRADelta):
 
     def init(self, site: Site, generator: torch.Generator) -> None:
         super().init(site, generator)
-        self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(site.matrix(), dim=1, dtype=torch.float32))
+        W = site.matrix()
+        wide = torch.promote_types(W.dtype, torch.float32)
+        self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(W, dim=1, dtype=wide))
 
     def weight(self, W: Tensor) -> Tensor:
         V = super().weight(W)
@@ -92,7 +94,8 @@ class DoRAFunction(torch.autograd.Function):
         x, dropped, A, B, layer, ops, s, again, m = inputs  # what `LoRAFunction` takes, and `m`
         W, b, rows = ops.matrix(layer), ops.bias(layer), list[Tensor]()
         z, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again, rows)
-        add_matmul(rows[1], rows[0], W.to(x.dtype).t())
+        x_rows, z_rows = rows
+        add_matmul(z_rows, x_rows, W.to(x.dtype).t())
         norm = row_norms(W, A, B, s)
         ctx.save_for_backward(z, m, norm, b, *kept)
         return scale(z, m, norm, b)

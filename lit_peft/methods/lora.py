@@ -251,8 +251,9 @@ class LoRAFunction(torch.autograd.Function):
     rounded with the sum; were the small one added to it, that would read and write `y` again.
 
     Keeps `d`, or what it can be made from again, `s A d` and the factors, of a quantised weight only what is packed.
-    Computes in the dtype of `x`. A call of torch costs the host microseconds, for which a small step waits: so `s` is
-    in products that are made anyway, and views are made once.
+    Computes in the dtype of `x`; gradients of factors in float32 are returned as they are summed where `matmul_in` can.
+    A call of torch costs the host microseconds, for which a small step waits: so `s` is in products that are made
+    anyway, and views are made once.
     """
 
     @staticmethod
@@ -268,7 +269,7 @@ class LoRAFunction(torch.autograd.Function):
         again: Remade | None,
         rows: list[Tensor],
     ) -> Tensor:
-        """`s B A d + b`; `rows` is given `x` and it as matrices, for what is to be added."""
+        """`s B A d + b`; appends to `rows` the matrices that `x` and it are, for the product that is to be added."""
         y, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again, rows)
         ctx.save_for_backward(*kept)
         return y
@@ -292,7 +293,7 @@ class LoRAFunction(torch.autograd.Function):
         rows: list[Tensor],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`s B A d + b`, and what `gradients` wants kept; `rows` as in `forward`."""
-        ctx.layer, ctx.ops, ctx.s, ctx.apart, ctx.stored = layer, ops, s, dropped is not None, A.dtype
+        ctx.layer, ctx.ops, ctx.s, ctx.apart, ctx.factor_dtype = layer, ops, s, dropped is not None, A.dtype
         ctx.recipe = None if again is None else again.recipe
         A, B, b, x_rows = A.to(x.dtype), B.to(x.dtype), ops.bias(layer), as_rows(x)
         h = scaled_matmul(x_rows if dropped is None else as_rows(dropped), A.t(), s)
@@ -313,8 +314,8 @@ class LoRAFunction(torch.autograd.Function):
         dh = scaled_matmul(rows, B, ctx.s)
         # In this order an input that is made again is gone before the gradient of `x`, which is as large, and the dense
         # weight that this takes is gone before the gradient of `dropped`.
-        dA = matmul_in(ctx.stored, dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype))) if needs_A else None
-        dB = matmul_in(ctx.stored, rows.t(), h) if needs_B else None
+        dA = matmul_in(ctx.factor_dtype, dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype))) if needs_A else None
+        dB = matmul_in(ctx.factor_dtype, rows.t(), h) if needs_B else None
         onto = torch.mm(dh, A) if needs_x and not ctx.apart else None
         dx = ctx.ops.product_t(ctx.layer, rows, onto).view(shape) if needs_x else None
         dd = torch.mm(dh, A).view(shape) if needs_d else None
