@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.core.active import Adapted
-from lit_peft.core.layers import layer_ops
 from lit_peft.core.swap import Swapped
 from lit_peft.faults import TrainingFault
 
@@ -21,10 +20,12 @@ def position_table(stack: nn.Module) -> nn.Module | None:
 
 def position_room(stack: nn.Module) -> int | None:
     """How many positions a stack's table of learned ones has, None where it has no such table."""
-    if (table := position_table(stack)) is None:
+    table = position_table(stack)
+    if (rows := getattr(table, "num_embeddings", None)) is None:  # XGLM makes its positions as it needs them
         return None
-    padding = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
-    return layer_ops(table).size(table)[1] - (0 if padding is None else padding + 1)
+    padding = getattr(table, "padding_idx", None)
+    # RoBERTa counts from behind its padding, OPT and BART from the row that they call their offset.
+    return rows - getattr(table, "offset", 0 if padding is None else padding + 1)
 
 
 def text_room(stack: nn.Module) -> int | None:

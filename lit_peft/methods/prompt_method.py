@@ -51,7 +51,8 @@ class PromptMethod(Method):
         if getattr(config, "is_encoder_decoder", False):
             stacks = [model.get_encoder(), model.get_decoder()]
         else:
-            stacks = [getattr(model, "base_model", model)]
+            stack = getattr(model, "base_model", model)
+            stacks = [getattr(stack, "decoder", stack)]  # OPT's and BART's heads go past what holds their decoder
         if "inputs_embeds" not in argument_names(stacks[0]):
             raise ValueError(
                 f"{type(self).__name__} puts virtual tokens before the embeddings of a text, and "
@@ -74,11 +75,10 @@ class PromptMethod(Method):
         embedding = stack.get_input_embeddings()
         prompt = self.vectors(layer_ops(embedding).size(embedding)[0])
         prompt.names, prompt.stays = argument_names(stack), self._decoder is not None
-        prompt.room = position_room(stack)
+        prompt.room, prompt.padding = position_room(stack), getattr(position_table(stack), "padding_idx", None)
         causal = any(getattr(child, "is_causal", False) for child in stack.modules())
         if causal or prompt.stays:
             return prompt
-        prompt.padding = getattr(position_table(stack), "padding_idx", None)
         if self.as_hf_peft:
             prompt.stays = self._reads_one
         else:

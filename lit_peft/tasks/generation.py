@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_peft.faults import TrainingFault
-from lit_peft.methods.positions import position_room, text_room
+from lit_peft.methods.positions import argument_names, position_room, position_table, positions_taken, text_room
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,43 @@ def continuations(
     with torch.random.fork_rng(devices, device_type=ids.device.type if devices else "cuda"):
         # A digest of 32 bits: torch's generator of a CPU takes no more.
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=4).digest(), "little"))
-        made = _generate(model, {"input_ids": ids, "attention_mask": mask}, decoding.config(pad, ends))
-    return [_texts(tokenizer, row[own.bool()], new) for row, own, new in zip(ids, mask, made[:, width:], strict=True)]
+        config, prompts = decoding.config(pad, ends), [row[own.bool()] for row, own in zip(ids, mask, strict=True)]
+        if not mask.all() and _is_moved_by_padding(model):
+            new = [_generate(model, row[None], torch.ones_like(row[None]), config)[0] for row in prompts]
+        else:
+            new = [*_generate(model, ids, mask, config)]
+    return [_texts(tokenizer, row, made) for row, made in zip(prompts, new, strict=True)]
 
 
-def _generate(model: Any, inputs: dict[str, Tensor], config: Any) -> Tensor:
-    """`model.generate` by a configuration alone; transformers would fill it from the model's, penalties and all."""
+def _is_moved_by_padding(model: Any) -> bool:
+    """Whether a text is elsewhere behind padding, as the model takes no positions: in the table of BART's decoder, and
+    seen from virtual tokens, which stand before the padding, in MPT's biases."""
+    base = model.base_model
+    return not _takes_positions(model) and (position_table(base) is not None or positions_taken(base) > 0)
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in argument_names(model)
+
+
+def _generate(model: Any, ids: Tensor, mask: Tensor, config: Any) -> Tensor:
+    """What `model.generate` adds by a configuration alone; transformers would fill it from the model's, and penalise.
+
+    It is helped where it would count otherwise than a forward pass does.
+    """
+    inputs: dict[str, Any] = {"attention_mask": mask}
+    padding = getattr(position_table(model.base_model), "padding_idx", None)
+    if padding is not None and _takes_positions(model):  # RoBERTa counts from behind it, transformers from 0
+        inputs["position_ids"] = mask.cumsum(1) * mask + padding
+    layers = getattr(model.config, "decoder_layers", None)
+    if layers is not None and layers > model.config.num_hidden_layers:  # of the encoder that it was taken from
+        from transformers import DynamicCache
+
+        inputs["past_key_values"] = DynamicCache()
     own = model.generation_config
     model.generation_config = type(own)()
     try:
-        return model.generate(**inputs, generation_config=config)
+        return model.generate(ids, **inputs, generation_config=config)[:, ids.shape[1] :]
     finally:
         model.generation_config = own
 

@@ -12,7 +12,7 @@ from lit_peft import hub
 from lit_peft.core.quantize import Quantize, choose_layers, make_quantizer, recognise
 from lit_peft.core.weightless import is_weightless, without_weights
 from lit_peft.methods.base import Method
-from lit_peft.methods.positions import position_table
+from lit_peft.methods.positions import position_room
 from lit_peft.saving.left_alone import left_alone
 from lit_peft.training.bringing import methods_of
 
@@ -180,12 +180,9 @@ def max_positions(backbone: str, model: nn.Module | None = None) -> int | None:
     if model is None:
         with without_weights():
             model, _ = load_model("AutoModel", backbone, torch.float32)
-    table, rooms = position_table(model), [getattr(model.config, "max_position_embeddings", None)]
-    if (rows := getattr(table, "num_embeddings", None)) is not None:
-        # RoBERTa counts from behind its padding, OPT has two rows more than it says.
-        padding = getattr(table, "padding_idx", None)
-        rooms.append(rows - (0 if padding is None else padding + 1))
-    return min((room for room in rooms if room and room > 0), default=None)
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # the others are MPT's and Whisper's
+    told = [getattr(model.config, name, None) for name in names]
+    return min((room for room in (*told, position_room(model)) if room and room > 0), default=None)
 
 
 def _new_heads(skeleton: Any) -> list[str]:
