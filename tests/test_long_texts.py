@@ -297,6 +297,7 @@ def test_models_say_how_many_positions_they_have(tmp_path: Path) -> None:
         "gpt2": (tf.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=24), 24),
         "llama": (tf.LlamaConfig(**small, intermediate_size=16, max_position_embeddings=44), 44),
         "t5": (tf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), None),
+        "mpt": (tf.MptConfig(vocab_size=50, d_model=16, n_layers=1, n_heads=2, max_seq_len=28), 28),
     }
     for name, (config, positions) in configs.items():
         config.save_pretrained(tmp_path / name)

@@ -18,8 +18,8 @@ from lit_peft.methods.prompts import CrossAttended, Prompt
 class PromptMethod(Method):
     """A method that puts virtual tokens before the input embeddings. `vectors(width)` allocates them.
 
-    It goes around the transformer below the head: of a causal model or an encoder its `base_model`, of an
-    encoder-decoder the encoder. What that returns has the length of the text again, so that heads, labels and
+    It goes around the transformer below the head: of a causal model or an encoder its `base_model`, or the decoder that
+    this holds, as OPT's, of an encoder-decoder the encoder. What that returns has the length of the text again, so that heads, labels and
     losses see nothing of the virtual tokens: position 0 is still [CLS], and a pooler reads it there. Only a
     decoder's cross-attention sees them, as its encoder's output.
 

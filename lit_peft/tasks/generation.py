@@ -88,7 +88,8 @@ def continuations(
 
 def _is_moved_by_padding(model: Any) -> bool:
     """Whether a text is elsewhere behind padding, as the model takes no positions: in the table of BART's decoder, and
-    seen from virtual tokens, which stand before the padding, in MPT's biases."""
+    seen from virtual tokens, which stand before the padding, in MPT's biases.
+    """
     base = model.base_model
     return not _takes_positions(model) and (position_table(base) is not None or positions_taken(base) > 0)
 
