@@ -1,7 +1,7 @@
 """Blocks of tokens and prompts leave positions for virtual tokens, before and after these are attached."""
 
 import pytest
-from language_models import trainer
+from language_models import batch, trainer
 
 import lit_peft
 from lit_peft import LoRA, PrefixTuning, PromptTuning, PTuning
@@ -45,11 +45,23 @@ def test_prompts_leave_room_for_virtual_tokens(method, block_size):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_block_that_is_set_is_refused_with_the_largest_that_fits(method):
-    data = LanguageModelingDataModule(block_size=POSITIONS, **SOME)
-    told = r"5 virtual tokens and 128 of the text exceed the 128 positions .* at 123 tokens .*block_size, or null for"
+def test_a_block_that_is_set_is_refused_before_training_with_the_largest_that_fits(method, tmp_path):
+    told = (
+        r"data.block_size is 124, expected at most 123: of the 128 positions of the model virtual tokens take 5\. "
+        "Set it to that, or to null for as many"
+    )
+    task = CausalLanguageModeling()
     with pytest.raises(ValueError, match=told):
-        trainer(method(5)).fit(CausalLanguageModeling(), data)
+        trainer(method(5)).fit(task, LanguageModelingDataModule(block_size=POSITIONS - 4, **SOME))
+    assert task.model is None  # it was not even loaded
+    data = LanguageModelingDataModule(block_size=POSITIONS - 5, **SOME)
+    trainer(method(5)).fit(task, data)
+    assert max(data._encoded("train")["length"][:]) == POSITIONS - 5
+    lit_peft.save(task, tmp_path)
+    loaded = CausalLanguageModeling()
+    lit_peft.load(loaded, tmp_path)  # no method among the callbacks
+    with pytest.raises(ValueError, match=told):
+        trainer().test(loaded, LanguageModelingDataModule(block_size=POSITIONS - 4, **SOME))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,15 +70,24 @@ def test_texts_of_an_encoder_keep_their_positions(method):
         data = LanguageModelingDataModule(**SOME)
         trainer(method(5, as_hf_peft=as_hf_peft)).fit(MaskedLanguageModeling(), data)
         assert data._longest == longest
+    whole = LanguageModelingDataModule(block_size=POSITIONS, **SOME)
+    trainer(method(5), fast_dev_run=True).fit(MaskedLanguageModeling(), whole)
+    with pytest.raises(ValueError, match=r"data\.block_size is 128, expected at most 123"):
+        trainer(method(5, as_hf_peft=True)).fit(MaskedLanguageModeling(), whole)
 
 
 def test_more_virtual_tokens_than_positions_are_told():
     told = "num_virtual_tokens: 128 leave none of the 128 positions of the model to a text"
+    for block_size in (None, 8):
+        data = LanguageModelingDataModule(block_size=block_size, **SOME)
+        with pytest.raises(ValueError, match=told):
+            trainer(PromptTuning(POSITIONS)).fit(CausalLanguageModeling(), data)
+    task = CausalLanguageModeling()
+    task.configure_model()
+    PromptTuning(POSITIONS).attach(task)
+    told = "128 virtual tokens and 2 of the text exceed the 128 positions .*: set num_virtual_tokens to fewer"
     with pytest.raises(ValueError, match=told):
-        trainer(PromptTuning(POSITIONS)).fit(CausalLanguageModeling(), LanguageModelingDataModule(**SOME))
-    told = r"128 virtual tokens and \d of the text exceed the 128 positions .*: set num_virtual_tokens to fewer"
-    with pytest.raises(ValueError, match=told):
-        trainer(PromptTuning(POSITIONS)).fit(CausalLanguageModeling(), LanguageModelingDataModule(block_size=8, **SOME))
+        task(batch(2))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -65,8 +65,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
             line break is added to those that do not end with one. null: split for text files, else row.
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
         block_size: Most tokens of a row; null: 1024, and no more than virtual tokens (`PromptTuning`, `PrefixTuning`,
-            `PTuning`) leave of a model's positions. Where the tokenizer or the model take less, so many, with a warning
-            if it was set.
+            `PTuning`) leave of a model's positions; one that is set and more than that is refused. Where the tokenizer
+            or the model take less, so many, with a warning if it was set.
         stride: Tokens from one evaluation window to the next; null: `block_size`, so that none overlap.
         pack: Put several samples, of a prompt and a completion each, into one row.
         batch_size: Training rows a step on each device.
@@ -87,8 +87,9 @@ class LanguageModelingDataModule(HeldOutDataModule):
     Raises:
         ValueError: An argument out of range; while loading: a file that is broken or empty, a missing split or column,
             a text that is null, an empty prompt or completion, a split of blank texts alone, a `block_size` that has
-            no room for a text, no eos token to close completions, a tokenizer whose special tokens do not stand around
-            a text, 2^31 tokens or more in the rows of a split.
+            no room for a text, or to which virtual tokens do not leave enough positions, no eos token to close
+            completions, a tokenizer whose special tokens do not stand around a text, 2^31 tokens or more in the rows
+            of a split.
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set or tokenizer that is neither in reach nor in the cache.
     """
@@ -171,6 +172,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self._parts: dict[tuple[str, str, str, int], Dataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
+        if stage != "predict":  # prompts are cut to what there is room for
+            self._check_positions()
         super().setup(stage)
         if self.block_size is not None and self._longest < self.block_size:
             rank_zero_warn(
@@ -401,9 +404,18 @@ class LanguageModelingDataModule(HeldOutDataModule):
             lines=self._is_one_text and self._given is None,
         )
 
+    def _check_positions(self) -> None:
+        """Raises ValueError when virtual tokens leave less of the model's positions than a block that was set takes."""
+        positions, room = super()._positions, self._text_room
+        if self.block_size is not None and positions and room and self._longest > room:
+            raise ValueError(
+                f"data.block_size is {self.block_size:,}, expected at most {room:,}: of the {positions:,} positions of "
+                f"the model virtual tokens take {positions - room:,}. Set it to that, or to null for as many."
+            )
+
     @property
     def _positions(self) -> int | None:
-        # A block that is set is not cut by a method: what it has no positions for, it refuses itself.
+        # A block that is set is not cut by a method, but refused.
         return self._text_room if self.block_size is None else super()._positions
 
     @property

@@ -19,9 +19,9 @@ class PromptMethod(Method):
     """A method that puts virtual tokens before the input embeddings. `vectors(width)` allocates them.
 
     It goes around the transformer below the head: of a causal model or an encoder its `base_model`, or the decoder that
-    this holds, as OPT's, of an encoder-decoder the encoder. What that returns has the length of the text again, so that heads, labels and
-    losses see nothing of the virtual tokens: position 0 is still [CLS], and a pooler reads it there. Only a
-    decoder's cross-attention sees them, as its encoder's output.
+    this holds, as OPT's, of an encoder-decoder the encoder. What that returns has the length of the text again, so that
+    heads, labels and losses see nothing of the virtual tokens: position 0 is still [CLS], and a pooler reads it there.
+    Only a decoder's cross-attention sees them, as its encoder's output.
 
     In an encoder with a table of positions the text keeps the positions that it was pretrained on, [CLS] at the first,
     and the virtual tokens share them: moved on by n, the same prompt trains far worse there. A decoder's text
