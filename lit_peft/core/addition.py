@@ -178,7 +178,7 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
-        if self.below or not self._has_weight_to_read:
+        if not (self.is_base and self._has_weight_to_read):
             return False
         return not any(p.requires_grad for p in self.layer._parameters.values() if p is not None)
 
