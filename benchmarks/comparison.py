@@ -113,6 +113,11 @@ def base_name(method: str) -> str:
     return re.split("[:@]", method)[0]
 
 
+def own_arguments(method: str) -> list[str]:
+    """Of `name:argument=value,...@rate` the arguments, each with its value."""
+    return [argument for argument in method.partition("@")[0].partition(":")[2].split(",") if argument]
+
+
 def parser(description: str | None, study: Study) -> argparse.ArgumentParser:
     """A parser of what to compare, on which model and data."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,14 +210,14 @@ def arguments(study: Study, run: Run, args: argparse.Namespace) -> list[str]:
 
 def fit(study: Study, run: Run, args: argparse.Namespace, ledger: Ledger) -> None:
     """One run, and its further tests."""
-    root, (name, _, extra) = run.folder(args.out), run.method.partition("@")[0].partition(":")
+    root, name = run.folder(args.out), base_name(run.method)
     words = arguments(study, run, args)
     if run.library:
         words = [word for start, word in enumerate(words) if not _of_our_method(words, start)]
         worker = [sys.executable, str(HERE / "peft_worker.py"), name, "--config", study.recipe]
         done = execute([*worker, "--model.adapter_weight_decay", str(args.adapter_decay), *words], root, args.deadline)
     else:
-        method = [f"--method.{argument}" for argument in extra.split(",") if argument]
+        method = [f"--method.{argument}" for argument in own_arguments(run.method)]
         verbs = [sys.executable, "-m", "lit_peft.cli"]
         recipe = ["--config", study.recipe, "--config", f"methods/{name}"]
         done = execute([*verbs, "fit", *recipe, *method, *words, *MONITOR], root, args.deadline)

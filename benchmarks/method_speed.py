@@ -22,7 +22,7 @@ import sst2
 import torch
 import wikitext2
 import yaml
-from comparison import Study, base_name, parser
+from comparison import Study, base_name, own_arguments, parser
 from comparison_tables import table
 from peft_worker import settings, task_and_data
 
@@ -100,7 +100,7 @@ def train(study: Study, name: str, args: argparse.Namespace, steps: int, callbac
         model, data = task_and_data(own, recipe)
     else:
         method = yaml.safe_load(configs()[f"methods/{base_name(own)}"].read_text())["method"]
-        changed = dict(part.split("=", 1) for part in own.partition(":")[2].split(",") if part)
+        changed = dict(argument.split("=", 1) for argument in own_arguments(own))
         arguments = method["init_args"] | {key: yaml.safe_load(value) for key, value in changed.items()}
         callbacks.append(imported(method["class_path"])(**arguments))
         model, data = (imported(recipe[part]["class_path"])(**recipe[part]["init_args"]) for part in ("model", "data"))

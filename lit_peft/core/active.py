@@ -56,7 +56,7 @@ class Additions(nn.ModuleDict):
     def chain(self) -> tuple[Addition, ...]:
         """The active additions, innermost first: adding deltas, then a scaling one, then whatever wraps."""
         if not self.weighted:
-            return tuple([self._modules[name] for name in self.active])  # type: ignore[misc]  # at every call
+            return tuple(self._modules[name] for name in self.active)  # type: ignore[misc]
         return tuple(self.weighted.get(name, self[name]) for name in self.active)  # type: ignore[arg-type]
 
     def order(self, names: Iterable[str], path: str) -> tuple[str, ...]:

@@ -178,9 +178,8 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
-        if not (self.is_base and self._has_weight_to_read):
-            return False
-        return not any(p.requires_grad for p in self.layer._parameters.values() if p is not None)
+        trains = any(p is not None and p.requires_grad for p in self.layer._parameters.values())
+        return self.is_base and self.can_read_again and not trains
 
     @property
     def can_read_again(self) -> bool:
@@ -188,12 +187,14 @@ class Call:
 
         Whatever stands below, and also where the layer's bias trains; not a weight that is computed, by a weight norm.
         """
-        return self._has_weight_to_read and not self.layer._parameters["weight"].requires_grad  # type: ignore[union-attr]
-
-    @property
-    def _has_weight_to_read(self) -> bool:
-        is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return is_eager and self.layer._parameters.get("weight") is not None and self.ops.is_linear
+        weight = self.layer._parameters.get("weight")
+        return (
+            self.ops.is_linear
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and weight is not None
+            and not weight.requires_grad
+        )
 
     @property
     def ops(self) -> LayerOps:

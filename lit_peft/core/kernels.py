@@ -75,8 +75,13 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         A, B = A.float(), B.float()
         cross = (W @ A.to(W.dtype).t()).float()
         change = torch.addmm(cross, B, A @ A.t(), beta=2 * s, alpha=s * s)
-        own = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32)).float()
+        own = wide_norms(W).float()
         return torch.addcmul((change * B).sum(1), own, own).clamp_min(0).sqrt()
+
+
+def wide_norms(W: Tensor) -> Tensor:
+    """`|W|` of each row, [out], in float32 at least."""
+    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32))
 
 
 def on_gpu(tensor: Tensor) -> bool:

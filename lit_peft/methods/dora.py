@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_peft.core.addition import Call
-from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features
+from lit_peft.core.kernels import row_norms, scale, scale_backward, scale_features, wide_norms
 from lit_peft.core.layers import layer_ops
 from lit_peft.core.products import add_matmul
 from lit_peft.core.targets import Site
@@ -61,9 +61,7 @@ class DoRADelta(LoRADelta):
 
     def init(self, site: Site, generator: torch.Generator) -> None:
         super().init(site, generator)
-        W = site.matrix()
-        wide = torch.promote_types(W.dtype, torch.float32)
-        self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(W, dim=1, dtype=wide))
+        self.lora_magnitude_vector.copy_(wide_norms(site.matrix()))
 
     def weight(self, W: Tensor) -> Tensor:
         V = super().weight(W)
@@ -92,9 +90,8 @@ class DoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, dropped, A, B, layer, ops, s, again, m = inputs  # what `LoRAFunction` takes, and `m`
-        W, b, rows = ops.matrix(layer), ops.bias(layer), list[Tensor]()
-        z, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again, rows)
-        x_rows, z_rows = rows
+        W, b = ops.matrix(layer), ops.bias(layer)
+        z, (x_rows, z_rows), kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again)
         add_matmul(z_rows, x_rows, W.to(x.dtype).t())
         norm = row_norms(W, A, B, s)
         ctx.save_for_backward(z, m, norm, b, *kept)

@@ -270,7 +270,8 @@ class LoRAFunction(torch.autograd.Function):
         rows: list[Tensor],
     ) -> Tensor:
         """`s B A d + b`; appends to `rows` the matrices that `x` and it are, for the product that is to be added."""
-        y, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again, rows)
+        y, matrices, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again)
+        rows += matrices
         ctx.save_for_backward(*kept)
         return y
 
@@ -290,9 +291,8 @@ class LoRAFunction(torch.autograd.Function):
         ops: LayerOps,
         s: float,
         again: Remade | None,
-        rows: list[Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`s B A d + b`, and what `gradients` wants kept; `rows` as in `forward`."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        """`s B A d + b`, the matrices that `x` and it are, and what `gradients` wants kept."""
         ctx.layer, ctx.ops, ctx.s, ctx.apart, ctx.factor_dtype = layer, ops, s, dropped is not None, A.dtype
         ctx.recipe = None if again is None else again.recipe
         A, B, b, x_rows = A.to(x.dtype), B.to(x.dtype), ops.bias(layer), as_rows(x)
@@ -303,8 +303,8 @@ class LoRAFunction(torch.autograd.Function):
             torch.mm(h, B.t(), out=y_rows)
         else:
             torch.addmm(b.to(x.dtype), h, B.t(), out=y_rows)
-        rows += x_rows, y_rows
-        return y, (A, B, h, *((x if dropped is None else dropped,) if again is None else again.sources))
+        d = x if dropped is None else dropped
+        return y, (x_rows, y_rows), (A, B, h, *((d,) if again is None else again.sources))
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor, A: Tensor, B: Tensor, h: Tensor, *of_d: Tensor) -> tuple[Tensor | None, ...]:
