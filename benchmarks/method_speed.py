@@ -1,17 +1,19 @@
-"""Time of a step and of inference, and memory, of every method of a study and of HF PEFT's, one after the other.
+"""Time of a step and of inference, and memory, of every method of a study and of HF PEFT's, in rounds.
 
     python benchmarks/method_speed.py --study sst2 --backbone models/minilm --data data/sst2 --precision bf16-mixed
     python benchmarks/method_speed.py --study wikitext2 --backbone models/gpt2-mini --data data/wikitext2 \
         --precision bf16-mixed -- --data.batch_size 32
 
---steps of the batches that training would have, after 20 that are not counted; inference on the same batches. "kernels"
-is what the GPU's kernels take of a step, which on a slow host takes longer: of one step each, after all others, since a
+--steps of the batches that training would have, after 20 that are not counted; inference on the same batches. In each
+of --rounds all methods come, another one first each time: medians, and of steps what was least and most. "kernels" is
+what the GPU's kernels take of a step, which on a slow host takes longer: of one step each, after all others, since a
 profiler goes on to slow a process that has had one. Nothing else may run on the GPU. What follows `--` changes the
 study's recipe. Needs the dev extra (peft).
 """
 
 import argparse
 import gc
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +66,7 @@ class Clock(pl.Callback):
                 for batch in 5 * self.batches:
                     pl_module(batch)
                 self.rate = 5 * sum(len(batch["labels"]) for batch in self.batches) / (self.now() - start)
+        self.batches.clear()  # which takes memory of those that are still to come
 
 
 class Kernels(pl.Callback):
@@ -117,20 +120,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, study)
     options.add_argument("--study", choices=STUDIES, required=True)
     options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("rest", nargs="*", help="after --: what to change in the recipe")
     args = options.parse_args(argv)
-    rows: dict[str, list[str]] = {}
-    for name in [*args.methods, *(THEIRS + method for method in args.theirs)]:
-        clock = Clock(args.steps)
-        train(study, name, args, WARM + args.steps, clock)
-        rows[name] = [f"{clock.step_ms:.2f}", "", f"{clock.peak_mib:,.0f}", f"{clock.rate:,.0f}"]
-        print(name, *rows[name], flush=True)
-    for name, row in rows.items() if GPU else ():
-        kernels = Kernels(WARM)
-        train(study, name, args, WARM, kernels)
-        row[1] = f"{kernels.ms:.2f}"
-    head = ["method", "ms a step", "kernels ms", "peak MiB", "inference, examples/s"]
-    print(table(head, [[name, *row] for name, row in rows.items()]))
+    names = [*args.methods, *(THEIRS + method for method in args.theirs)]
+    clocks: dict[str, list[Clock]] = {name: [] for name in names}
+    for i in range(args.rounds):
+        at = i % len(names)
+        for name in names[at:] + names[:at]:
+            clock = Clock(args.steps)
+            train(study, name, args, WARM + args.steps, clock)
+            clocks[name].append(clock)
+            print(f"{name}: {clock.step_ms:.2f} ms, {clock.peak_mib:,.0f} MiB, {clock.rate:,.0f}/s", flush=True)
+    rows = []
+    for name, found in clocks.items():
+        steps = [clock.step_ms for clock in found]
+        rows.append([name, f"{statistics.median(steps):.2f}", f"{min(steps):.2f} to {max(steps):.2f}", ""])
+        if GPU:
+            kernels = Kernels(WARM)
+            train(study, name, args, WARM, kernels)
+            rows[-1][-1] = f"{kernels.ms:.2f}"
+        peak, rate = max(clock.peak_mib for clock in found), statistics.median(clock.rate for clock in found)
+        rows[-1] += [f"{peak:,.0f}", f"{rate:,.0f}"]
+    head = ["method", "ms a step", "least to most", "kernels ms", "peak MiB", "inference, examples/s"]
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_peft import DoRA, LoRA
 from lit_peft.core.layers import layer_ops
-from lit_peft.methods import dora
+from lit_peft.methods import dora, lora
 from lit_peft.testing.conformance import perturb
 from lit_peft.testing.subjects import Holder, holder, layer_input
 
@@ -76,7 +76,8 @@ def test_gradients_are_the_numerical_ones(bias, dropout, monkeypatch):
     )
 
     def function(x, d, A, B, m):
-        return dora.DoRAFunction.apply(x, d if dropout else None, A, B, layer, layer_ops(layer), 0.7, None, m)
+        fused = lora.Fused(layer, layer_ops(layer), 0.7, None)
+        return dora.DoRAFunction.apply(x, d if dropout else None, A, B, fused, m)
 
     if not dropout:
         d = d.detach()

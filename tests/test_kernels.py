@@ -118,6 +118,20 @@ def test_dense_4bit_is_bitsandbytes(kind, double_quant, storage, block, shape):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_dense_4bit_of_codes_anywhere_in_memory():
+    """A kernel that was compiled for aligned codes must not read others."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(80, 48)
+    NF4().quantize(layer, torch.device("cuda"))
+    expected, codes = dense_4bit(layer), layer.weight.data
+    for shift in (1, 2, 4, 8, 16, 0, 3):
+        moved = torch.empty(codes.numel() + 16, dtype=codes.dtype, device="cuda")[shift:][: codes.numel()]
+        layer.weight.data = moved.copy_(codes.flatten()).view(codes.shape)
+        assert layer.weight.data.data_ptr() % 16 == shift % 16
+        assert dense_4bit(layer).equal(expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rows", [3, 2000])
 def test_forward_4bit_is_bitsandbytes(rows):
     from bitsandbytes import matmul_4bit

@@ -178,8 +178,11 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
-        trains = any(p is not None and p.requires_grad for p in self.layer._parameters.values())
-        return self.is_base and self.can_read_again and not trains
+        if self.below or not self.can_read_again:  # which has looked at the weight
+            return False
+        return not any(
+            p.requires_grad for name, p in self.layer._parameters.items() if p is not None and name != "weight"
+        )
 
     @property
     def can_read_again(self) -> bool:

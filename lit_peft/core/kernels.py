@@ -1,6 +1,8 @@
 """Operations for which torch has no fast kernel on a GPU; elsewhere they are the same in plain torch."""
 
+import functools
 import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,6 +97,11 @@ def in_triton(tensor: Tensor) -> Any:
         return STAND_IN
     if not (tensor.is_cuda and HAS_TRITON) or torch.compiler.is_compiling():
         return None
+    return _triton_kernels()
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
     from lit_peft.core import triton_kernels
 
     return triton_kernels

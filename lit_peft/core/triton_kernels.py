@@ -16,6 +16,9 @@ DENSE_TILE = 8192
 
 _HERE = nullcontext()
 
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+"""Kernels that `_launch` has launched before."""
+
 
 @triton.jit
 def _factor(v, norm, column, inside):  # type: ignore[no-untyped-def]
@@ -93,7 +96,11 @@ def _row_norms(  # type: ignore[no-untyped-def]
     tl.store(norms + row, tl.sqrt(tl.sum(square, axis=1)), mask=row < out)
 
 
-@triton.jit
+# Of these single values are read, for which it does not matter how they are aligned.
+_GATHERED = ["table", "absmax", "scale_codes", "scale_table", "offset"]
+
+
+@triton.jit(do_not_specialize=["wide", "whole", "skipped"], do_not_specialize_on_alignment=_GATHERED)
 def _dense_4bit(  # type: ignore[no-untyped-def]
     codes, table, absmax, scale_codes, scale_table, offset, W, n, wide, whole, skipped,
     BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -125,6 +132,31 @@ def _blocks(n: int, size: int) -> int:  # triton.cdiv is traced by its compiler,
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:  # torch.cuda.device costs microseconds, needed or not
     return _HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _launch(kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)`, in half of the host's time from the second time on.
+
+    Triton looks at all arguments of each launch for whether it must compile the kernel anew; this at `key` alone.
+
+    Args:
+        kernel: The kernel.
+        key: All that Triton would compile the kernel anew for: devices, dtypes, constants, what `_specialises` tells of
+            numbers, and whether pointers are multiples of 16, unless the kernel does not care.
+        grid: How many programs.
+        args: Those of the kernel, by position.
+        options: Those of compiling, the same for each `key`.
+    """
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*args)
+    elif (compiled := kernel[grid](*args, **options)) is not None:  # which Triton's interpreter returns
+        _COMPILED[key] = compiled
+
+
+def _specialises(n: int) -> tuple[bool, bool, bool]:
+    """What Triton compiles a kernel anew for of a number."""
+    return n % 16 == 0, n == 1, n >= 1 << 31
 
 
 def scale(z: Tensor, v: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -175,19 +207,21 @@ def dense_4bit(codes: Tensor, state: Any, dtype: torch.dtype, columns: slice) ->
         columns: Which of them; where these are not all, whole blocks, of rows that are whole blocks.
     """
     (out, n_in), size = state.shape, state.blocksize
-    there = range(n_in)[columns]
-    W = torch.empty((out, len(there)), dtype=dtype, device=codes.device)
-    absmax, nested, n = state.absmax, (None, None, None), W.numel()
+    start, stop, _ = columns.indices(n_in)
+    wide, whole = stop - start, n_in
+    W = torch.empty((out, wide), dtype=dtype, device=codes.device)
+    absmax, nested, n, inner = state.absmax, (None, None, None), out * wide, 1
     if state.nested:
-        nested, absmax = (state.absmax, state.state2.code, state.offset), state.state2.absmax
-    blocks = max(1, DENSE_TILE // size)
-    if len(there) == n_in:  # rows may be no whole blocks
-        wide = whole = _blocks(n, size)
-    else:
-        wide, whole = len(there) // size, n_in // size
-    with _on(codes.device):
-        _dense_4bit[(_blocks(n, blocks * size),)](
-            codes.view(torch.uint8), state.code, absmax, *nested, W, n, wide, whole, there.start // size, size,
-            state.state2.blocksize if state.nested else 1, blocks, num_warps=8, enable_fp_fusion=False,
+        two = state.state2
+        nested, absmax, inner = (absmax, two.code, state.offset), two.absmax, two.blocksize
+    if wide == n_in:  # all are one row, since rows may be no whole blocks
+        wide = whole = n
+    blocks, device = max(1, DENSE_TILE // size), codes.device
+    key = (device.index, dtype, absmax.dtype, size, inner, state.nested, codes.data_ptr() % 16 == 0, *_specialises(n))
+    with _on(device):
+        _launch(
+            _dense_4bit, key, (_blocks(n, blocks * size), 1, 1),
+            codes.view(torch.uint8), state.code, absmax, *nested, W, n, _blocks(wide, size), _blocks(whole, size),
+            start // size, size, inner, blocks, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return W

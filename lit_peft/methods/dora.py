@@ -89,11 +89,11 @@ class DoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, dropped, A, B, layer, ops, s, again, m = inputs  # what `LoRAFunction` takes, and `m`
-        W, b = ops.matrix(layer), ops.bias(layer)
-        z, (x_rows, z_rows), kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again)
+        x, dropped, A, B, fused, m = inputs  # what `LoRAFunction` takes, and `m`
+        W, b = fused.ops.matrix(fused.layer), fused.ops.bias(fused.layer)
+        z, (x_rows, z_rows), kept = LoRAFunction.change(ctx, x, dropped, A, B, fused)
         add_matmul(z_rows, x_rows, W.to(x.dtype).t())
-        norm = row_norms(W, A, B, s)
+        norm = row_norms(W, A, B, fused.s)
         ctx.save_for_backward(z, m, norm, b, *kept)
         return scale(z, m, norm, b)
 
@@ -102,4 +102,4 @@ class DoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, m, norm, b, *kept = ctx.saved_tensors
         dz, dm, _ = scale_backward(grads[0], z, m, norm, b)
-        return *LoRAFunction.gradients(ctx, dz, *kept), None, None, None, None, dm.to(m.dtype)
+        return *LoRAFunction.gradients(ctx, dz, *kept), None, dm.to(m.dtype)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -234,12 +234,22 @@ class LoRADelta(Delta):
         """Whether one node is to stand for the layer and this."""
         return self.remakes_input and call.is_fusible
 
-    def node_inputs(self, layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    def node_inputs(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, "Fused"]:
         """What `LoRAFunction` is given."""
         dtype, d = compute_dtype(x), dropped(x, self.dropout, self.training)
         apart = None if d is x else d.to(dtype)
         again = remade(x) if apart is None else None
-        return x.to(dtype), apart, *self.factors(), layer, layer_ops(layer), self.scaling, again
+        return x.to(dtype), apart, *self.factors(), Fused(layer, layer_ops(layer), self.scaling, again)
+
+
+class Fused(NamedTuple):
+    """What `LoRAFunction` stands for, besides tensors: a layer, and a product of factors that counts `s` times."""
+
+    layer: nn.Module
+    ops: LayerOps
+    s: float
+    again: Remade | None
+    """How its input can be made again, if it need not be kept."""
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -258,19 +268,10 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        layer: nn.Module,
-        ops: LayerOps,
-        s: float,
-        again: Remade | None,
-        rows: list[Tensor],
+        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, fused: Fused, rows: list[Tensor]
     ) -> Tensor:
         """`s B A d + b`; appends to `rows` the matrices that `x` and it are, for the product that is to be added."""
-        y, matrices, kept = LoRAFunction.change(ctx, x, dropped, A, B, layer, ops, s, again)
+        y, matrices, kept = LoRAFunction.change(ctx, x, dropped, A, B, fused)
         rows += matrices
         ctx.save_for_backward(*kept)
         return y
@@ -278,21 +279,14 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # its casts have no gradient of their own
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None, None, None, None
+        return *LoRAFunction.gradients(ctx, grads[0], *ctx.saved_tensors), None, None
 
     @staticmethod
     def change(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        layer: nn.Module,
-        ops: LayerOps,
-        s: float,
-        again: Remade | None,
+        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, fused: Fused
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
         """`s B A d + b`, the matrices that `x` and it are, and what `gradients` wants kept."""
+        layer, ops, s, again = fused
         ctx.layer, ctx.ops, ctx.s, ctx.apart, ctx.factor_dtype = layer, ops, s, dropped is not None, A.dtype
         ctx.recipe = None if again is None else again.recipe
         A, B, b, x_rows = A.to(x.dtype), B.to(x.dtype), ops.bias(layer), as_rows(x)
