@@ -115,12 +115,16 @@ def paged_bytes(optimizer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def kernels_ms(step: Callable[[], None]) -> float:
-    """Milliseconds that the GPU's kernels take in one step: what it would take on a host that is never waited for."""
+def kernels_ms(step: Callable[[], None], steps: int) -> float:
+    """Milliseconds that the GPU's kernels take in a step: what it would take on a host that is never waited for.
+
+    The mean of some steps, since a card that is at its power limit changes its clocks.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
+    return sum(event.self_device_time_total for event in profile.key_averages()) / steps / 1000
 
 
 class Training:
@@ -171,7 +175,7 @@ def measure(models: dict[str, Any], row: Row, args: argparse.Namespace, profiled
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {
             "step_ms": times,
-            "kernels_ms": kernels_ms(run.step) if profiled else None,
+            "kernels_ms": kernels_ms(run.step, args.steps) if profiled else None,
             "static_gib": gib(static, device),
             "peak_gib": gib(peak, device),
             "paged_gib": gib(paged_bytes(run.optimizer), device) if args.paged else None,

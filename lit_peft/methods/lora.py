@@ -306,10 +306,10 @@ class LoRAFunction(torch.autograd.Function):
         needs_x, needs_d, needs_A, needs_B = ctx.needs_input_grad[:4]
         rows, shape = as_rows(dy), (*dy.shape[:-1], A.shape[1])
         dh = scaled_matmul(rows, B, ctx.s)
-        # In this order an input that is made again is gone before the gradient of `x`, which is as large, and the dense
-        # weight that this takes is gone before the gradient of `dropped`.
-        dA = matmul_in(ctx.factor_dtype, dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype))) if needs_A else None
+        # In this order the two that read `dy` are neighbours, for the cache; an input that is made again is gone before
+        # the gradient of `x`, which is as large, and the dense weight that this takes before that of `dropped`.
         dB = matmul_in(ctx.factor_dtype, rows.t(), h) if needs_B else None
+        dA = matmul_in(ctx.factor_dtype, dh.t(), as_rows(LoRAFunction.input(ctx, of_d, A.dtype))) if needs_A else None
         onto = torch.mm(dh, A) if needs_x and not ctx.apart else None
         dx = ctx.ops.product_t(ctx.layer, rows, onto).view(shape) if needs_x else None
         dd = torch.mm(dh, A).view(shape) if needs_d else None
