@@ -84,5 +84,17 @@ def test_xlnet_is_refused_by_name(texts, tmp_path):
         tf.XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=4, d_inner=48)
     ).save_pretrained(tmp_path)
     data = LanguageModelingDataModule(**texts, limit_train=2, block_size=16)
-    with pytest.raises(TrainingFault, match="a XLNetLMHeadModel, reads texts to both sides"):
+    with pytest.raises(
+        TrainingFault, match=r"a XLNetLMHeadModel, reads texts to both sides .* LightningModule of your own"
+    ):
         trainer(LoRA(target_modules=["layer_1"])).fit(CausalLanguageModeling(str(tmp_path)), data)
+
+
+def test_a_model_of_no_language_task_is_told_what_takes_it(tmp_path):
+    """T5 is neither."""
+    small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCABULARY, **small)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is of type t5, .* no causal language model: train it in a LightningModule of"
+    ):
+        CausalLanguageModeling(str(tmp_path)).configure_model()

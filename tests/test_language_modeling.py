@@ -206,7 +206,7 @@ def test_words_are_not_those_of_the_data_before(folder):
 
 
 def test_encoders_are_sent_to_the_other_task(tmp_path):
-    with pytest.raises(ValueError, match=r"backbone: .* is of type distilbert, of which transformers has no causal"):
+    with pytest.raises(ValueError, match=r"distilbert, of which transformers has no causal .*: use MaskedL"):
         CausalLanguageModeling(str(ENCODER)).configure_model()
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     tf.BertModel(tf.BertConfig(vocab_size=50, **small)).save_pretrained(tmp_path)

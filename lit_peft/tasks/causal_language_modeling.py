@@ -13,7 +13,7 @@ from lit_peft.methods.checks import check_number, check_range
 from lit_peft.tasks.base import Batch
 from lit_peft.tasks.generation import Decoding, continuations
 from lit_peft.tasks.language_modeling import LanguageModeling
-from lit_peft.tasks.loading import BaseStorage
+from lit_peft.tasks.loading import BaseStorage, use_instead
 from lit_peft.tasks.token_loss import Rows, keeps_apart, sees_ahead
 from lit_peft.training.data_module import current_data_module
 
@@ -78,7 +78,7 @@ class CausalLanguageModeling(LanguageModeling):
     def _refuse(self, model: Any) -> NoReturn:
         raise TrainingFault(
             f"backbone: {self.backbone}, a {type(model).__name__}, reads texts to both sides and would see "
-            "the tokens that it predicts: use MaskedLanguageModeling."
+            f"the tokens that it predicts: {use_instead(model.config, 'CausalLanguageModeling')}."
         )
 
     def inputs_and_targets(self, batch: Batch, training: bool) -> tuple[dict[str, Any], Tensor]:

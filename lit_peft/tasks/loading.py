@@ -16,6 +16,12 @@ from lit_peft.methods.positions import position_room
 from lit_peft.saving.left_alone import left_alone
 from lit_peft.training.bringing import methods_of
 
+_LANGUAGE = {
+    "AutoModelForCausalLM": ("causal", "CausalLanguageModeling"),
+    "AutoModelForMaskedLM": ("masked", "MaskedLanguageModeling"),
+}
+"""Kind and task of transformers' classes for language models."""
+
 
 @dataclass(frozen=True)
 class BaseStorage:
@@ -153,10 +159,27 @@ def load_model(
 
 def _check_head(auto: Any, config: Any, backbone: str) -> None:
     """Raises ValueError where transformers has no model of an auto class for a configuration."""
-    if type(config) not in auto._model_mapping and "AutoModel" not in str(getattr(config, "auto_map", "")):
-        what = {"AutoModelForCausalLM": "causal", "AutoModelForMaskedLM": "masked"}.get(auto.__name__)
-        what = f"{what} language model" if what else auto.__name__
-        raise ValueError(f"backbone: {backbone} is of type {config.model_type}, of which transformers has no {what}.")
+    if not _has_head(auto, config) and "AutoModel" not in str(getattr(config, "auto_map", "")):
+        kind, task = _LANGUAGE.get(auto.__name__, (None, None))
+        what = f"{kind} language model" if kind else auto.__name__
+        raise ValueError(
+            f"backbone: {backbone} is of type {config.model_type}, of which transformers has no {what}: "
+            f"{use_instead(config, task)}."
+        )
+
+
+def use_instead(config: Any, task: str | None) -> str:
+    """What trains a model for which a task is not: the other language task, or a module of one's own."""
+    import transformers
+
+    for name, (_, other) in _LANGUAGE.items():
+        if task not in (None, other) and _has_head(getattr(transformers, name), config):
+            return f"use {other}"
+    return "train it in a LightningModule of your own, to which methods attach as to any"
+
+
+def _has_head(auto: Any, config: Any) -> bool:
+    return type(config) in auto._model_mapping
 
 
 def _untied(model: nn.Module, fresh: set[str]) -> list[str]:
