@@ -178,7 +178,7 @@ class Call:
 
         Compiled graphs fuse by themselves; without gradients there is nothing to save.
         """
-        if self.below or not self.can_read_again:  # which has looked at the weight
+        if not (self.is_base and self.can_read_again):  # which has looked at the weight
             return False
         return not any(
             p.requires_grad for name, p in self.layer._parameters.items() if p is not None and name != "weight"
