@@ -16,7 +16,7 @@ VERBS = {
     "fit": "train, then validate and test with the best checkpoint",
     "validate": "score the validation set with a checkpoint",
     "test": "score the test set with a checkpoint",
-    "predict": "write the labels of a data set to predictions.jsonl",
+    "predict": "write labels or generations to predictions.jsonl, or print those of --text",
     "plan": "tell what memory training takes, and whether it fits a GPU, before it is run",
     "merge": "write the model with its adapter folded in, for plain transformers",
     "export": "write the adapter as a folder that Hugging Face PEFT opens",

@@ -149,7 +149,8 @@ class LitPeftCLI(LightningCLI):
             "--predictions",
             type=str | None,
             default=None,
-            help="File that predict writes; null: predictions.jsonl in the run's folder, numbered where it exists.",
+            help="File that predict writes; null: predictions.jsonl in the run's folder, numbered where it exists; "
+            "with --text, none.",
         )
         parser.set_defaults(
             {
@@ -253,9 +254,10 @@ class LitPeftCLI(LightningCLI):
             LearningRateMonitor(),
             ReliabilityDiagram(),
         ]
+        self.predictions: PredictionWriter | None = None
         if self.texts:
             watching.append(TextPrinter(self.texts))
-        elif self.subcommand == "predict":
+        if self.subcommand == "predict" and (not self.texts or self._get(self.config_init, "predictions")):
             run = run_folder(self._get(self.config_init, "ckpt_path")) or Path()
             self.predictions = PredictionWriter(str(free_file(self._get(self.config_init, "predictions"), run)))
             watching.append(self.predictions)
@@ -346,8 +348,11 @@ class LitPeftCLI(LightningCLI):
             tries = {
                 lit_peft.tasks.TextClassification: "a great movie",
                 lit_peft.tasks.CausalLanguageModeling: "It is never dull.",
+                lit_peft.tasks.MaskedLanguageModeling: "It is never {mask}.",
             }
             text = next((f' --text "{text}"' for task, text in tries.items() if isinstance(self.model, task)), "")
+            if "{mask}" in text:
+                text = text.format(mask=self.model.tokenizer.mask_token)
             steps.append(f"lit-peft predict --run {shown(self.folder)}{text}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             steps.append(f"tensorboard --logdir {trainer.default_root_dir}")
@@ -361,7 +366,7 @@ class LitPeftCLI(LightningCLI):
         self.datamodule.use_texts(self.texts, self.pairs or None)
 
     def after_predict(self) -> None:
-        if not self.texts and self.predictions.written is not None and self.trainer.is_global_zero:
+        if self.predictions is not None and self.predictions.written is not None and self.trainer.is_global_zero:
             print(f"Predictions: {self.predictions.written}")
 
 

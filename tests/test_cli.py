@@ -321,6 +321,24 @@ def test_a_fit_tells_its_data_once_and_a_file_of_other_classes_is_not_scored(own
     assert "such as 'ABBR' in row 2; in the model there are: HUM, LOC, NUM" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "backbone", "path", "name"),
+    [
+        ("sst2/lora", "distilbert/distilbert-base-uncased", "stanfordnlp/sst2", None),
+        ("imdb/lora", "distilbert/distilbert-base-uncased", "stanfordnlp/imdb", None),
+        ("imdb/qlora", "distilbert/distilbert-base-uncased", "stanfordnlp/imdb", None),
+        ("wikitext2/lora_causal", "openai-community/gpt2", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+        ("wikitext2/qlora_causal", "openai-community/gpt2", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+        ("wikitext2/lora_masked", "distilbert/distilbert-base-uncased", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+    ],
+)
+def test_recipes_name_what_the_hub_has(recipe, backbone, path, name):
+    found = yaml.safe_load(configs()[recipe].read_text())
+    data = found["data"].get("init_args", {})
+    assert found["model"]["init_args"]["backbone"] == backbone
+    assert (data.get("path", path), data.get("name")) == (path, name)
+
+
 def test_every_key_of_every_configuration_has_a_comment():
     for path in configs().values():
         for line in path.read_text().splitlines():

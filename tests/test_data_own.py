@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,42 @@ def test_names_of_files_in_a_folder(tmp_path: Path, names: list[str], splits: di
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, rows(number))
     assert {split: part.num_rows for split, part in load_splits(str(tmp_path)).items()} == splits
+
+
+@pytest.mark.parametrize(
+    ("names", "lines", "left"),
+    [
+        (["train.csv", "eval.csv", "README.txt"], True, "eval.csv"),
+        (["a.txt", "b.csv"], True, "a.txt"),
+        (["a.txt", "b.csv"], False, None),
+        (["train.csv", "test.csv"], False, None),
+    ],
+)
+def test_files_that_are_in_no_split_are_told(tmp_path: Path, names: list[str], lines: bool, left: str | None) -> None:
+    for name in names:
+        (tmp_path / name).write_text("text,label\na film,1\n")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        load_splits(str(tmp_path), lines=lines)
+    told = [str(w.message) for w in found if "Not read" in str(w.message)]
+    assert [f"Not read in {tmp_path}: {left}; " in one for one in told] == [True] * (left is not None)
+
+
+def test_text_files_in_folders_that_are_no_splits_are_refused(tmp_path: Path) -> None:
+    """`datasets` would make a document of each line."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("The film is good.\n")
+    with pytest.raises(
+        ValueError, match=r"one/a\.txt is in a folder whose name tells no split: expected text files in"
+    ):
+        load_splits(str(tmp_path), lines=True)
+    (tmp_path / "one").rename(tmp_path / "train")
+    (tmp_path / "two").rename(tmp_path / "test")
+    assert {name: len(split) for name, split in load_splits(str(tmp_path), lines=True).items()} == {
+        "train": 1,
+        "test": 1,
+    }
 
 
 def test_describe(tmp_path: Path, tokenizer: str) -> None:

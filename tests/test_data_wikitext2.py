@@ -23,6 +23,7 @@ ROWS = ["", " = w1 w2 = \n", "", " w3 w4 w5 . \n", " w6 <unk> \n", "", " = = w7 
 
 
 def folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
     for at, split in enumerate(("train", "validation", "test")):
         Dataset.from_dict({"text": ROWS[: 9 - 2 * at]}).to_parquet(path / f"{split}.parquet")
     return path
@@ -51,6 +52,31 @@ def test_a_split_is_its_published_text(tmp_path: Path) -> None:
         text = "".join(row or " \n" for row in rows)
         assert text_of(data, role) == text
         assert data.tokens_per_word(role) == len(text) / (len(text.split()) + len(rows))
+
+
+@pytest.mark.parametrize("suffix", ["raw", "tokens"])
+def test_the_published_files_are_read_under_their_own_names(tmp_path: Path, suffix: str) -> None:
+    for at, split in enumerate(("train", "valid", "test")):
+        text = "".join(row or " \n" for row in ROWS[: 9 - 2 * at])
+        (tmp_path / f"wiki.{split}.{suffix}").write_text(text, newline="")
+    tokenizer = save_bytes(tmp_path / "bytes")
+    data = WikiText2DataModule(str(tmp_path), tokenizer=tokenizer, block_size=10)
+    hub = WikiText2DataModule(str(folder(tmp_path / "hub")), tokenizer=tokenizer, block_size=10)
+    for role in ("train", "val", "test"):
+        assert text_of(data, role) == text_of(hub, role)
+
+
+def test_a_folder_of_the_configurations_name_is_read(tmp_path: Path) -> None:
+    """As in a copy of the hub's data set; its other configuration is not."""
+    folder(tmp_path / "wikitext-2-raw-v1")
+    other = tmp_path / "wikitext-2-v1"
+    other.mkdir()
+    Dataset.from_dict({"text": [" other \n"] * 3}).to_parquet(other / "train.parquet")
+    tokenizer = save_bytes(tmp_path / "bytes")
+    for name, begins in ((None, " \n = w1"), ("wikitext-2-v1", " other")):
+        given = {} if name is None else {"name": name}
+        data = WikiText2DataModule(str(tmp_path), tokenizer=tokenizer, block_size=10, **given)
+        assert text_of(data, "train").startswith(begins)
 
 
 def test_validation_and_test_have_splits_of_their_own(tmp_path: Path) -> None:

@@ -75,6 +75,16 @@ def test_texts_are_answered_with_label_and_probability(run, capsys, tmp_path, mo
     assert not list(tmp_path.iterdir()) and not list(run.glob("predictions*"))  # answers are printed, not kept
 
 
+def test_texts_are_written_to_the_file_that_is_named(run, capsys, tmp_path):
+    cli.main(["predict", "--run", str(run), *ASKED, *CPU, "--predictions", str(tmp_path / "own.jsonl")])
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert len(rows) == len(TEXTS)
+    for row, line in zip(rows, printed.splitlines(), strict=False):
+        assert row["label"] in line
+    assert "Predictions: " in printed
+
+
 def test_the_data_of_the_run_need_not_be_there(run, capsys):
     cli.main(["predict", "--run", str(run), *ASKED, *CPU, "--data.path", "gone/for/good.csv"])
     assert len(answers(capsys)) == 2

@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_peft import hub
 
@@ -21,6 +22,8 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SUFFIXES = (*SEPARATORS, *BUILDERS)
 LINES = ".txt"
+AS_LINES = (".raw", ".tokens")
+"""Types of the text files that WikiText was published as: read as .txt is."""
 LINE = "text"
 """Column of the lines of a text file."""
 # Word in a file's name -> its split.
@@ -48,6 +51,9 @@ def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict
         lines: Whether text files (.txt) are read, too, and in a folder that has no other files; a row is then a line
             with its line break, in the column `text`.
 
+    A folder of the configuration's name in a local folder is read in its place. Files of a folder whose names tell no
+    split, beside some that do, are not read, which a warning says.
+
     Raises:
         FileNotFoundError: A local path that does not exist.
         ConnectionError: A hub data set that can be neither reached nor found in the cache.
@@ -57,6 +63,8 @@ def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict
     if found.is_file():
         return {"train": _read([found], lines)}
     if found.is_absolute() and found.is_dir():
+        if name and (found / name).is_dir():
+            found = found / name
         if (found / "dataset_dict.json").exists() or (found / "state.json").exists():
             with _explained(path):
                 data = load_from_disk(found)
@@ -65,9 +73,17 @@ def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict
         if not files and lines:
             files = _by_split(found, (LINES,))
         if files:
+            _tell_unread(found, files, lines)
             return {split: _read(parts, lines) for split, parts in files.items()}
-        if not any(file.is_file() for file in found.rglob("[!.]*")):
+        within = sorted(file for file in found.rglob("[!.]*") if file.is_file())
+        if not within:
             raise FileError(f"There is no file in {path}, expected {_readable(lines)}.")
+        texts = [file for file in within if _suffix(file) in (*SUFFIXES, LINES)]
+        if lines and texts and all(_suffix(file) == LINES for file in texts):
+            raise FileError(
+                f"{texts[0]} is in a folder whose name tells no split: expected text files in {found} itself, or all "
+                "of them in folders named train, validation and test."
+            )
     with hub.explained(path, "dataset"), _explained(path):
         data = load_dataset(str(found), name)
     assert isinstance(data, DatasetDict)
@@ -111,8 +127,20 @@ def _by_split(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
     return {"train": data} if len(kinds) > 1 or (data and not any(entry.is_dir() for entry in entries)) else {}
 
 
+def _tell_unread(folder: Path, files: dict[str, list[Path]], lines: bool) -> None:
+    """Warns of files of a folder that could be data and are in no split; a .json may be about them, a README is."""
+    types = {*SUFFIXES, LINES} - {".json"} - ({LINES} if not lines else set())
+    read = {file for parts in files.values() for file in parts}
+    about = re.compile("readme|licen[cs]e|notice|citation|requirements", re.IGNORECASE)
+    left = [f for f in sorted(folder.iterdir()) if f.is_file() and _suffix(f) in types and not about.match(f.name)]
+    if unread := [file.name for file in left if file not in read and not file.name.startswith(".")]:
+        names = ", ".join(sorted(file.name for file in read))
+        rank_zero_warn(f"Not read in {folder}: {', '.join(unread)}; read: {names}.")
+
+
 def _suffix(file: Path) -> str:
-    return file.suffix.lower()  # Windows may have written it in capitals
+    suffix = file.suffix.lower()  # Windows may have written it in capitals
+    return LINES if suffix in AS_LINES else suffix
 
 
 def _read(files: list[Path], lines: bool) -> Dataset:
