@@ -52,7 +52,13 @@ def test_commands_run(command, tmp_path, monkeypatch, capsys):
         offline = [] if "offline" in arguments else ["--config", "offline"]
         if "--data.path" in arguments:
             file = Path(arguments[arguments.index("--data.path") + 1])
-            file.write_text("text,label\n" + "".join(f"number {n},class {n % 3}\n" for n in range(90)))
+            kinds = {
+                ".csv": ("text,label\n", "number {0},class {1}\n"),
+                ".txt": ("", "Number {0} is of class {1}.\n"),
+                ".jsonl": ("", '{{"prompt": "Number {0}? ", "completion": "Class {1}."}}\n'),
+            }
+            head, row = kinds[file.suffix]
+            file.write_text(head + "".join(row.format(n, n % 3) for n in range(90)))
             offline = ["--model.backbone", "demo"]
         arguments += [*offline, *SMALL, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
     if any(word.startswith("runs/quickstart/version_0") for word in arguments):
