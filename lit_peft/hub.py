@@ -20,7 +20,8 @@ BROKEN = {"TransportError", "ConnectionError", "TimeoutError", "LocalEntryNotFou
 """Names of exceptions of a hub that does not answer as it should."""
 PROBE_SECONDS = 3.0
 FILE = re.compile(
-    r".*\.(csv|tsv|txt|jsonl?|parquet|arrow|xlsx?|ya?ml|gz|zip|ckpt|safetensors|bin|pth?)", re.DOTALL | re.IGNORECASE
+    r".*\.(csv|tsv|txt|raw|tokens|jsonl?|parquet|arrow|xlsx?|ya?ml|gz|zip|ckpt|safetensors|bin|pth?)",
+    re.DOTALL | re.IGNORECASE,
 )
 
 

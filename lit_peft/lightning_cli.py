@@ -211,6 +211,7 @@ class LitPeftCLI(LightningCLI):
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         self.folder: Path | None = None
+        self.predictions: PredictionWriter | None = None
         if config.get("barebones"):  # Lightning refuses everything that could slow it down, these defaults too
             config = {key: value for key, value in config.items() if key not in ("log_every_n_steps", "logger")}
             return self._trainer(config | {"callbacks": [method, *own]})
@@ -254,7 +255,6 @@ class LitPeftCLI(LightningCLI):
             LearningRateMonitor(),
             ReliabilityDiagram(),
         ]
-        self.predictions: PredictionWriter | None = None
         if self.texts:
             watching.append(TextPrinter(self.texts))
         if self.subcommand == "predict" and (not self.texts or self._get(self.config_init, "predictions")):

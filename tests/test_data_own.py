@@ -1,5 +1,6 @@
 """A user's own files: which split plays which role, texts that are given, pairs, and what is wrong with a file."""
 
+import gzip
 import json
 import time
 import warnings
@@ -111,7 +112,7 @@ def test_files_that_are_in_no_split_are_told(tmp_path: Path, names: list[str], l
         warnings.simplefilter("always")
         load_splits(str(tmp_path), lines=lines)
     told = [str(w.message) for w in found if "Not read" in str(w.message)]
-    assert [f"Not read in {tmp_path}: {left}; " in one for one in told] == [True] * (left is not None)
+    assert [f"Not read in {tmp_path}: {left}, whose" in one for one in told] == [True] * (left is not None)
 
 
 def test_text_files_in_folders_that_are_no_splits_are_refused(tmp_path: Path) -> None:
@@ -129,6 +130,14 @@ def test_text_files_in_folders_that_are_no_splits_are_refused(tmp_path: Path) ->
         "train": 1,
         "test": 1,
     }
+
+
+def test_a_licence_beside_data_of_another_kind_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "LICENSE.txt").write_text("Do what you want.\n")
+    with gzip.open(tmp_path / "data" / "train.jsonl.gz", "wt") as file:
+        file.write('{"text": "a film"}\n')
+    assert load_splits(str(tmp_path), lines=True)["train"]["text"][:] == ["a film"]
 
 
 def test_describe(tmp_path: Path, tokenizer: str) -> None:

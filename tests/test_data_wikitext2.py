@@ -66,17 +66,12 @@ def test_the_published_files_are_read_under_their_own_names(tmp_path: Path, suff
         assert text_of(data, role) == text_of(hub, role)
 
 
-def test_a_folder_of_the_configurations_name_is_read(tmp_path: Path) -> None:
-    """As in a copy of the hub's data set; its other configuration is not."""
-    folder(tmp_path / "wikitext-2-raw-v1")
-    other = tmp_path / "wikitext-2-v1"
-    other.mkdir()
-    Dataset.from_dict({"text": [" other \n"] * 3}).to_parquet(other / "train.parquet")
-    tokenizer = save_bytes(tmp_path / "bytes")
-    for name, begins in ((None, " \n = w1"), ("wikitext-2-v1", " other")):
-        given = {} if name is None else {"name": name}
-        data = WikiText2DataModule(str(tmp_path), tokenizer=tokenizer, block_size=10, **given)
-        assert text_of(data, "train").startswith(begins)
+def test_files_of_several_types_are_no_one_split(tmp_path: Path) -> None:
+    """A copy under another name would be read twice."""
+    for suffix in ("raw", "txt"):
+        (tmp_path / f"wiki.train.{suffix}").write_text("w1 w2\n")
+    with pytest.raises(ValueError, match="as one split: expected files of one type"):
+        WikiText2DataModule(str(tmp_path), tokenizer=save_bytes(tmp_path / "bytes"), block_size=10).setup("fit")
 
 
 def test_validation_and_test_have_splits_of_their_own(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lit_peft import LoRA, PrefixTuning, PromptTuning
 from lit_peft.data import LanguageModelingDataModule
 from lit_peft.faults import TrainingFault
 from lit_peft.tasks import CausalLanguageModeling
+from lit_peft.tasks.loading import use_instead
 
 KINDS = ["bart", "bert", "bloom", "falcon", "gemma2", "gpt_neox", "llama", "mamba", "mistral", "mpt", "opt", "phi"]
 KINDS += ["qwen2", "roberta"]
@@ -91,7 +92,9 @@ def test_xlnet_is_refused_by_name(texts, tmp_path):
 
 
 def test_a_model_of_no_language_task_is_told_what_takes_it(tmp_path):
-    """T5 is neither."""
+    """T5 is neither; XLNet's causal model is none."""
+    assert use_instead(tf.XLNetConfig(), "MaskedLanguageModeling").startswith("train it in a LightningModule")
+    assert use_instead(tf.GPT2Config(), "MaskedLanguageModeling") == "use CausalLanguageModeling"
     small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCABULARY, **small)).save_pretrained(tmp_path)
     with pytest.raises(

@@ -147,6 +147,7 @@ def _launch(kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], *args
         args: Those of the kernel, by position.
         options: Those of compiling, the same for each `key`.
     """
+    key = (kernel, *key)
     compiled = _COMPILED.get(key)
     if compiled is not None:
         compiled[grid](*args)

@@ -24,6 +24,8 @@ SUFFIXES = (*SEPARATORS, *BUILDERS)
 LINES = ".txt"
 AS_LINES = (".raw", ".tokens")
 """Types of the text files that WikiText was published as: read as .txt is."""
+ABOUT = re.compile("readme|licen[cs]e|notice|citation|requirements", re.IGNORECASE)
+"""How names of files begin that are about others."""
 LINE = "text"
 """Column of the lines of a text file."""
 # Word in a file's name -> its split.
@@ -51,8 +53,7 @@ def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict
         lines: Whether text files (.txt) are read, too, and in a folder that has no other files; a row is then a line
             with its line break, in the column `text`.
 
-    A folder of the configuration's name in a local folder is read in its place. Files of a folder whose names tell no
-    split, beside some that do, are not read, which a warning says.
+    Files of a folder whose names tell no split, beside some that do, are not read, which a warning says.
 
     Raises:
         FileNotFoundError: A local path that does not exist.
@@ -63,8 +64,6 @@ def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict
     if found.is_file():
         return {"train": _read([found], lines)}
     if found.is_absolute() and found.is_dir():
-        if name and (found / name).is_dir():
-            found = found / name
         if (found / "dataset_dict.json").exists() or (found / "state.json").exists():
             with _explained(path):
                 data = load_from_disk(found)
@@ -78,11 +77,12 @@ def load_splits(path: str, name: str | None = None, lines: bool = False) -> dict
         within = sorted(file for file in found.rglob("[!.]*") if file.is_file())
         if not within:
             raise FileError(f"There is no file in {path}, expected {_readable(lines)}.")
-        texts = [file for file in within if _suffix(file) in (*SUFFIXES, LINES)]
-        if lines and texts and all(_suffix(file) == LINES for file in texts):
+        data = [file for file in within if not ABOUT.match(file.name)]
+        nested = all(_suffix(file) == LINES and file.parent != found for file in data)
+        if lines and data and nested and not (found / "README.md").exists():  # which may tell where splits are
             raise FileError(
-                f"{texts[0]} is in a folder whose name tells no split: expected text files in {found} itself, or all "
-                "of them in folders named train, validation and test."
+                f"{data[0]} is in a folder whose name tells no split: expected text files in {found} itself, or all of "
+                "them in folders named train, validation and test."
             )
     with hub.explained(path, "dataset"), _explained(path):
         data = load_dataset(str(found), name)
@@ -131,11 +131,11 @@ def _tell_unread(folder: Path, files: dict[str, list[Path]], lines: bool) -> Non
     """Warns of files of a folder that could be data and are in no split; a .json may be about them, a README is."""
     types = {*SUFFIXES, LINES} - {".json"} - ({LINES} if not lines else set())
     read = {file for parts in files.values() for file in parts}
-    about = re.compile("readme|licen[cs]e|notice|citation|requirements", re.IGNORECASE)
-    left = [f for f in sorted(folder.iterdir()) if f.is_file() and _suffix(f) in types and not about.match(f.name)]
+    left = [f for f in sorted(folder.iterdir()) if f.is_file() and _suffix(f) in types and not ABOUT.match(f.name)]
     if unread := [file.name for file in left if file not in read and not file.name.startswith(".")]:
-        names = ", ".join(sorted(file.name for file in read))
-        rank_zero_warn(f"Not read in {folder}: {', '.join(unread)}; read: {names}.")
+        rank_zero_warn(
+            f"Not read in {folder}: {', '.join(unread)}, whose names tell no split, or which are of another type."
+        )
 
 
 def _suffix(file: Path) -> str:
@@ -148,8 +148,8 @@ def _read(files: list[Path], lines: bool) -> Dataset:
     readable = (*SUFFIXES, LINES) if lines else SUFFIXES
     if unknown := next((file for file in files if _suffix(file) not in readable), None):
         raise FileError(f"Cannot read {unknown}: expected a file of type {_readable(lines)}.")
-    suffix, *others = {_suffix(file) for file in files}
-    if others:
+    suffix = _suffix(files[0])
+    if len({file.suffix.lower() for file in files}) > 1:
         raise FileError(f"Cannot read {names} as one split: expected files of one type, or names such as test.csv.")
     sources = [str(file) for file in files]
     with _explained(names, files):

@@ -29,8 +29,7 @@ class WikiText2DataModule(LanguageModelingDataModule):
     Args:
         path: `Salesforce/wikitext`; or a folder with train, validation and test files: parquet of the column text, as
             on the hub, or the published wiki.train.raw or wiki.train.tokens and so on, also named train.txt.
-        name: wikitext-2-raw-v1 or wikitext-2-v1, on the hub, or a folder of that name in `path`; a folder without is
-            what it is.
+        name: wikitext-2-raw-v1 or wikitext-2-v1, on the hub; a folder is what it is.
         kwargs: Arguments of `LanguageModelingDataModule`; `document` is split.
     """
 

@@ -173,7 +173,8 @@ def use_instead(config: Any, task: str | None) -> str:
     import transformers
 
     for name, (_, other) in _LANGUAGE.items():
-        if task not in (None, other) and _has_head(getattr(transformers, name), config):
+        reads_back = name == "AutoModelForCausalLM" and config.model_type == "xlnet"  # by its name alone it is causal
+        if task not in (None, other) and not reads_back and _has_head(getattr(transformers, name), config):
             return f"use {other}"
     return "train it in a LightningModule of your own, to which methods attach as to any"
 
