@@ -129,10 +129,14 @@ def _by_split(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
 
 def _tell_unread(folder: Path, files: dict[str, list[Path]], lines: bool) -> None:
     """Warns of files of a folder that could be data and are in no split; a .json may be about them, a README is."""
-    types = {*SUFFIXES, LINES} - {".json"} - ({LINES} if not lines else set())
+    types = {*SUFFIXES, *((LINES,) if lines else ())} - {".json"}
     read = {file for parts in files.values() for file in parts}
-    left = [f for f in sorted(folder.iterdir()) if f.is_file() and _suffix(f) in types and not ABOUT.match(f.name)]
-    if unread := [file.name for file in left if file not in read and not file.name.startswith(".")]:
+    unread = [
+        file.name
+        for file in sorted(folder.glob("[!.]*"))
+        if file.is_file() and file not in read and _suffix(file) in types and not ABOUT.match(file.name)
+    ]
+    if unread:
         rank_zero_warn(
             f"Not read in {folder}: {', '.join(unread)}, whose names tell no split, or which are of another type."
         )
