@@ -21,6 +21,7 @@ from lit_peft.data import TextClassificationDataModule
 from lit_peft.methods import BottleneckAdapter, LoRA
 from lit_peft.tasks import TextClassification
 from lit_peft.training import liger
+from lit_peft.training.checkpointing import checkpoint_activations
 from lit_peft.training.liger import LigerModel, use_liger
 
 KERNELS = """
@@ -156,21 +157,33 @@ def kept_by(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_what_its_norms_and_its_gated_products_return_is_made_again(order, calls, monkeypatch):
+def test_what_its_gated_products_return_is_made_again(order, calls, monkeypatch):
     monkeypatch.setattr("lit_peft.methods.lora.LoRADelta.fused_from", 1)
     model = applied(order)
     norms = [path for path, layer in model.named_modules() if isinstance(layer, NotesInput)]
     assert len(norms) == 4 and norms[0] == "model.layers.0.input_layernorm"
-    expected, kept = step(model), kept_by(model)
-    assert calls.count("norm") - 4 == 4 + 3  # the first one's input needs no gradient, and is not kept
-    assert calls.count("mlp") - 2 == 4
+    expected = step(model)
+    assert (calls.count("norm"), calls.count("mlp")) == (4, 2 + 2)
+    kept = kept_by(model)
     for path in norms:
         restore_class(model.get_submodule(path), NotesInput)
     monkeypatch.setattr(liger, "remakable", lambda y, *_: y)
     found = step(model)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     tokens, config = TINY["llama"].inputs()["input_ids"].numel(), model.config
-    assert kept_by(model) - kept == 4 * tokens * (3 * config.hidden_size + 2 * config.intermediate_size)
+    assert kept_by(model) - kept == 4 * tokens * 2 * config.intermediate_size
+
+
+def test_in_checkpointed_blocks_what_norms_return_is_too(calls, monkeypatch):
+    monkeypatch.setattr("lit_peft.methods.lora.LoRADelta.fused_from", 1)
+    model = applied("before")
+    expected = step(model)
+    calls.clear()
+    checkpoint_activations(model)
+    found = step(model)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert calls.count("norm") == 4 + 4 + 3  # the first one's input needs no gradient, and is not kept
+    assert calls.count("mlp") == 2 + 2 + 2
 
 
 def test_other_models_are_as_they_were(calls):

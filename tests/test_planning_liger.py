@@ -229,7 +229,7 @@ def test_inputs_that_are_made_again_are_not_kept(stand_in, monkeypatch):
         restore_class(layer, NotesInput)
     monkeypatch.setattr(liger, "remakable", lambda y, *_: y)
     more = plan(model, None, texts())
-    each = 2 * TOKENS * (2 * WIDTH + INNER)
+    each = 2 * TOKENS * INNER
     assert (LAYERS - 1) * each <= more.activations - found.activations <= LAYERS * each
 
 

@@ -1,4 +1,7 @@
-"""Inputs of adapted layers that are made again from a norm's own input: the same bits, and less that is kept."""
+"""Inputs of adapted layers that are made again from a norm's own input: the same bits, and less that is kept.
+
+Most tests take all of a model for a checkpointed block, so that what nodes keep can be seen.
+"""
 
 import copy
 import functools
@@ -9,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from models import TINY, tiny
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lit_peft
+from lit_peft.core import remake
 from lit_peft.core.attach import detach
 from lit_peft.core.layers import LayerOps
 from lit_peft.core.remake import NotesInput, Recipe, note_inputs, remade
@@ -25,6 +30,17 @@ WIDTH = 16
 def _fused(monkeypatch):
     for name in ("lora.LoRADelta", "dora.DoRADelta"):
         monkeypatch.setattr(f"lit_peft.methods.{name}.fused_from", 1)
+
+
+@pytest.fixture
+def as_it_is():
+    """Asks for torch's own word on what is checkpointed."""
+
+
+@pytest.fixture(autouse=True)
+def _checkpointed(request, monkeypatch):
+    if "as_it_is" not in request.fixturenames:
+        monkeypatch.setattr(remake, "is_checkpointed", lambda: True)
 
 
 class Attention(nn.Module):
@@ -239,8 +255,34 @@ def test_changing_a_source_in_place_is_noticed():
         loss.backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_only_in_blocks_that_are_checkpointed(reentrant, as_it_is, monkeypatch):
+    plain, model = (adapt(stack(), lora(), notes) for notes in (False, True))
+    expected = run(plain)
+    counted = Counted(monkeypatch)
+    assert kept(model) == kept(plain)
+    counted.calls = 0
+    assert_same(run(model), expected)
+    assert counted.calls == 4
+
+    model.zero_grad()
+    h = model[0](x())
+    model[2](checkpoint(model[1], h, use_reentrant=reentrant)).square().sum().backward()
+    assert not remake.is_checkpointed()
+    for key, grad in gradients(model).items():  # reentrant, gradients are summed in another order
+        torch.testing.assert_close(grad, expected[key], rtol=1e-4, atol=1e-4)
+    # The checkpointed block's two norms run twice, and, where what its layers keep are notes, once more for these.
+    assert counted.calls == 4 + 4 + 2 + (0 if reentrant else 2)
+
+
+def test_within_hooks_of_others_nothing_is_made_again(as_it_is):
+    model = adapt(stack(), lora(), notes=True)
+    with torch.autograd.graph.save_on_cpu():
+        assert remade(model[1].before(model[0](x()))) is None
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "distilbert"])
-def test_in_transformers_models_and_where_blocks_are_computed_again(name):
+def test_in_transformers_models_and_where_blocks_are_computed_again(name, as_it_is):
     found = []
     for notes, checkpoints in ((False, False), (True, False), (True, True)):
         model = adapt(tiny(name), LoRA(r=2, dropout=0.0, target_modules="all-linear"), notes)
