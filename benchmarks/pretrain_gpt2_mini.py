@@ -4,8 +4,9 @@
     python benchmarks/pretrain_gpt2_mini.py --text reviews.txt --out models/tiny --layers 2 --width 64 --pieces 500
 
 6 layers, width 320, 512 positions and a byte-level BPE of 8,192 pieces are 10.2 M parameters: a stand-in for gpt2 that
-knows its domain and no other, so that there is something to tune. `--text` is a text file, a parquet, csv or jsonl file
-with a column of texts, or a folder with train files of these; line breaks in HTML become spaces. Each text ends with
+knows its domain and no other, so that there is something to tune. `--text` is a text file, each of whose lines is a
+text, a parquet, csv or jsonl file with a column of texts, or a folder with train files of these, as lit-peft's data
+modules read them; line breaks in HTML become spaces, and blank texts are passed over. Each text ends with
 the end token; all are joined and cut into rows of as many tokens as there are positions, in another order each epoch,
 from `--seed`. AdamW, warm-up and cosine, bf16 autocast on a GPU. One text in a hundred is held out; its loss, in nats a
 token, is printed every `--log-every` steps, and at the end one line of JSON. The folder appears under its name when it
@@ -22,26 +23,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
+from lit_peft.data.columns import check_documents
+from lit_peft.data.splits import load_splits
+
 END = "<|endoftext|>"
-LOADERS = {".txt": "text", ".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
 
 def read(path: Path, column: str) -> list[str]:
-    """The texts of a file, or of the train files of a folder."""
-    files = sorted(path.glob("train*")) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in LOADERS]
-    if not files:
-        raise SystemExit(f"{path}: no train file of {', '.join(LOADERS)}.")
-    rows = load_dataset(LOADERS[files[0].suffix], data_files=list(map(str, files)), split="train")
-    if column not in rows.column_names:
-        raise SystemExit(f"{path} has no column {column!r}; it has {', '.join(rows.column_names)}.")
-    texts = (text.replace("<br />", " ").strip() for text in rows[column])
-    return [text for text in texts if text]
+    """The texts of a file, or of the train files of a folder; exits with a sentence where they cannot be had."""
+    if not path.exists():
+        raise SystemExit(f"--text {path} does not exist.")
+    try:
+        splits = load_splits(str(path), lines=True)
+        if "train" not in splits:
+            raise ValueError(f"{path} has no split 'train'; it has {', '.join(map(repr, splits))}.")
+        check_documents(splits["train"], column, str(path))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    texts = [text.replace("<br />", " ").strip() for text in splits["train"][column]]
+    texts = [text for text in texts if text]
+    if len(texts) < 2:
+        raise SystemExit(f"{path} has one text alone, expected two or more: one in a hundred, or one, is held out.")
+    return texts
 
 
 def build_tokenizer(texts: list[str], pieces: int, positions: int) -> PreTrainedTokenizerFast:

@@ -107,8 +107,30 @@ def test_a_decoder_is_made_of_local_text(monkeypatch, tmp_path, capsys):
     assert model.config.n_positions == tokenizer.model_max_length == 32 and model.dtype == torch.float32
     with pytest.raises(SystemExit, match="exists"):
         script.main(["--text", str(text), "--out", str(tmp_path / "model")])
-    with pytest.raises(SystemExit, match="no column 'body'; it has text"):
-        script.main(["--text", str(text), "--column", "body", "--out", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("reviews.txt", None, r"--text .*reviews.txt does not exist"),
+        ("reviews.txt", b"", "reviews.txt is empty"),
+        ("reviews.txt", b" \n\n", "only blank texts"),
+        ("reviews.txt", b"One line.\n", "one text alone, expected two or more"),
+        ("reviews.txt", "caf\xe9\nbar\n".encode("latin-1"), "UTF-8"),
+        ("reviews.csv", b"body\nGood.\nBad.\n", "No column 'text' in .*reviews.csv; there are: body"),
+        ("reviews.jsonl", b'{"text": "Good."}\n{"text": null}\n', "1 text of null, the first in row 2 of 2"),
+        ("folder/test.txt", b"Good.\nBad.\n", "no split 'train'; it has 'test'"),
+    ],
+)
+def test_text_that_no_decoder_can_be_made_of_is_told(name, content, message, benchmarks, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    if content is not None:
+        file.write_bytes(content)
+    text = file.parent if "folder" in name else file
+    with pytest.raises(SystemExit, match=message):
+        benchmarks("pretrain_gpt2_mini").main(["--text", str(text), "--out", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.fixture()
