@@ -297,6 +297,8 @@ class LitPeftCLI(LightningCLI):
             and self._get(self.config_init, "ckpt_path") is None
             and self.folder is not None
         ):
+            for role in ("train", "val") if hasattr(self.datamodule, "check") else ():
+                self.datamodule.check(role)  # likewise
             with without_notices():
                 self.report.measure_base(self.trainer, self.model, self.datamodule)
 

@@ -16,6 +16,7 @@ import yaml
 
 from lit_peft import cli
 from lit_peft.arguments import configs, resolve
+from lit_peft.callbacks import RunReport
 from lit_peft.lightning_cli import run
 from lit_peft.runs import claim_folder
 
@@ -486,4 +487,20 @@ def test_data_that_cannot_be_scored_are_refused_before_training(train, test, mes
     options = ["--data.path", path, "--model.backbone", "demo", "--base_test", base_test, "--trainer.max_steps", "1"]
     with pytest.raises(SystemExit):
         fit(tmp_path / "runs", "--config", "text_classification/lora", *options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart_lm"])
+def test_a_split_that_is_not_there_is_told_before_the_test_before_training(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RunReport, "measure_base", lambda *args: pytest.fail("it was tested"))
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "runs", "--config", recipe, "--data.val_split", "dev")
+    assert "No split 'dev' in demo (--data.val_split" in capsys.readouterr().err
+
+
+def test_prompts_are_asked_of_a_text_file_with_what_to_set_instead(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("A line.\n" * 20)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "runs", "--config", "quickstart_lm", "--data.path", str(tmp_path / "mine.txt"))
+    message = "mine.txt is text without columns: set data.prompt_column and data.completion_column to null"
     assert message in capsys.readouterr().err

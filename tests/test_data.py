@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,13 @@ def test_no_text_is_longer_than_the_tokenizer_allows(folder: str, tmp_path: Path
     for max_length, width in ((128, 10), (6, 6)):
         data = TextClassificationDataModule(folder, tokenizer=tokenizer, max_length=max_length)
         assert max(batch["input_ids"].shape[1] for batch in data.train_dataloader()) == width
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for stage in ("test", "fit", "fit"):
+                data.setup(stage)
+        messages = [str(w.message) for w in told if "max_length" in str(w.message)]
+        assert len(messages) == (max_length > width)
+        assert not messages or messages[0].startswith("data.max_length is 128; texts have at most 10 tokens")
 
 
 def test_pairs_of_texts(tmp_path: Path, tokenizer: str) -> None:

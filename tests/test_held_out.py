@@ -145,6 +145,20 @@ def test_a_split_of_a_folder(tmp_path: Path, tokenizer: str, folder: list[str]) 
     )
 
 
+@pytest.mark.parametrize("split, told", [("test", True), (None, False), ("cut", False)])
+def test_one_split_to_choose_by_and_to_test_on_is_told(tmp_path: Path, tokenizer: str, split: Any, told: bool) -> None:
+    for name, numbers in (("train", range(30)), ("test", range(40, 50))):
+        write(tmp_path / f"{name}.jsonl", rows(*numbers))
+    data = module(tmp_path, tokenizer, "fit", val_split=split, test_split=split)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        data.setup("fit")
+        data.setup("fit")
+    messages = [str(w.message) for w in found if "val_split" in str(w.message)]
+    assert len(messages) == told
+    assert not told or messages[0].startswith("data.val_split and data.test_split are both 'test': ")
+
+
 def test_of_many_rows_a_sample_is_known(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_peft.data.held_out.MOST_DIGESTS", 200)
     pairs = {

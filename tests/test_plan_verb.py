@@ -215,3 +215,9 @@ def test_a_step_that_needs_its_trainer_leaves_no_figure(tmp_path):
 def test_the_summary_shows_the_plan_beside_the_peak():
     figures = {"time/train_s": 1.0, "memory/peak_bytes": 2**30, "memory/predicted_bytes": 1.25 * 2**30}
     assert "peak memory 1.00 GiB (planned 1.25)" in dict(_figures(figures))["training"]
+
+
+def test_of_a_perplexity_without_meaning_the_magnitude_is_shown():
+    figures = {"test/perplexity": 41.987, "base/test/perplexity": 25234.5, "test/word_perplexity": 1.74e26}
+    shown = dict(_figures(figures))
+    assert shown == {"test perplexity": "41.99   (before training 25,234.50)", "by word": "1.7e+26"}

@@ -15,19 +15,17 @@ from test_cli import fit
 
 # 3 epochs of 6 batches, dropout on, two batches a step: checkpoints at every step fall inside epochs.
 ARGUMENTS = [
-    *(
-        "--config",
-        "quickstart",
-        "--data.limit_train",
-        "96",
-        "--data.limit_val",
-        "32",
-        "--data.limit_test",
-        "32",
-    ),
-    *("--data.batch_size", "16", "--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2"),
-    *("--resume_every", "1", "--method.dropout", "0.1"),
+    *("--data.limit_val", "32", "--data.limit_test", "32", "--trainer.max_epochs", "3"),
+    *("--trainer.accumulate_grad_batches", "2", "--resume_every", "1", "--method.dropout", "0.1"),
 ]
+RECIPES = {
+    "classes": ["--config", "quickstart", "--data.limit_train", "96", "--data.batch_size", "16"],
+    "packed completions": ["--config", "quickstart_lm", "--data.limit_train", "24", "--data.batch_size", "4"],
+    "masked tokens": [
+        *("--config", "wikitext2/lora_masked", "--config", "offline", "--data.block_size", "16"),
+        *("--data.limit_train", "96", "--data.batch_size", "16"),
+    ],
+}
 
 
 class KillAt(pl.Callback):
@@ -50,19 +48,24 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     return last, best, {k: v for k, v in metrics.items() if k.split("/")[0] in ("val", "test", "base")}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return outcome(fit(tmp_path_factory.mktemp("whole"), *ARGUMENTS))
+@pytest.mark.parametrize(
+    "recipe, batches",
+    [("classes", [6, 10]), ("packed completions", [10]), ("masked tokens", [10])],  # after an epoch, and within one
+)
+def test_a_killed_fit_resumes_exactly(recipe, batches, tmp_path, monkeypatch):
+    arguments = [*RECIPES[recipe], *ARGUMENTS]
+    uninterrupted = outcome(fit(tmp_path / "whole", *arguments))
+    for batch in batches:
+        check_resume(arguments, batch, uninterrupted, tmp_path / str(batch), monkeypatch)
 
 
-@pytest.mark.parametrize("batch", [6, 10], ids=["after epoch 1", "in mid-epoch"])
-def test_a_killed_fit_resumes_exactly(uninterrupted, tmp_path, batch, monkeypatch):
+def check_resume(arguments, batch, uninterrupted, root, monkeypatch):
     killer = [
         *("--trainer.callbacks", "test_resume.KillAt", "--trainer.callbacks.batch", str(batch)),
-        *("--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"),
     ]
     killed = subprocess.run(
-        [sys.executable, "-m", "lit_peft.cli", "fit", *ARGUMENTS, *killer],
+        [sys.executable, "-m", "lit_peft.cli", "fit", *arguments, *killer],
         env={
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parent),
@@ -72,10 +75,10 @@ def test_a_killed_fit_resumes_exactly(uninterrupted, tmp_path, batch, monkeypatc
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder = tmp_path / "version_0"
+    folder = root / "version_0"
     assert not (folder / "metrics.json").exists()
-    monkeypatch.chdir(tmp_path)  # the same folder by another name
-    resumed = fit(tmp_path, *ARGUMENTS, "--ckpt_path", "version_0/checkpoints/last.ckpt")
+    monkeypatch.chdir(root)  # the same folder by another name
+    resumed = fit(root, *arguments, "--ckpt_path", "version_0/checkpoints/last.ckpt")
     assert resumed == folder  # the run goes on in its own folder
     for ours, theirs in zip(outcome(folder)[:2], uninterrupted[:2], strict=True):
         assert ours.keys() == theirs.keys()

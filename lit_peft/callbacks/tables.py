@@ -138,6 +138,11 @@ def _number(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _written(value: float, digits: int) -> str:
+    """With so many decimals; of a perplexity that says nothing, the magnitude."""
+    return f"{value:,.{digits}f}" if value < 1e6 else f"{value:.1e}"
+
+
 def summary_panel(title: str, metrics: Mapping[str, float | None], notes: Mapping[str, str]) -> Panel:
     """The summary after a run.
 
@@ -171,8 +176,8 @@ def _figures(metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
     for key, label, digits in _BESIDE_BASE:
         if (value := of(key)) is not None:
             base = of(f"base/{key}")
-            before = "" if base is None else f"   (before training {base:,.{digits}f})"
-            rows.append((label, f"{value:,.{digits}f}{before}"))
+            before = "" if base is None else f"   (before training {_written(base, digits)})"
+            rows.append((label, f"{_written(value, digits)}{before}"))
     for key, label in (
         ("test/ece", "test ECE"),
         ("test/brier", "test Brier"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import cuda
 from torch.utils.data import DataLoader
 
@@ -53,6 +54,7 @@ class TextDataModule(pl.LightningDataModule):
         # By tokenizer, and by the longest text, because a data module may serve models of several backbones.
         self._tokenizers: dict[str, Any] = {}
         self._tokenised: dict[tuple[str, str, int], Dataset] = {}
+        self._told: set[str] = set()
 
     def prepare_data(self) -> None:
         """Load and tokenise on one process a node; the others then find the result in the cache."""
@@ -133,6 +135,20 @@ class TextDataModule(pl.LightningDataModule):
         # `ready` counts batches begun; when a pass starts, Lightning has set it to the number completed.
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return trainer.current_epoch, done if trainer.train_dataloader is loader else 0
+
+    def _tell_limit(self, argument: str, asked: int | None, rows: str) -> None:
+        """Warns where rows are shorter than an argument asks for."""
+        if asked is not None and self._longest < asked:
+            self._warn_once(
+                f"data.{argument} is {asked:,}; {rows} have at most {self._longest:,} tokens, which is what the "
+                "tokenizer or the model takes."
+            )
+
+    def _warn_once(self, message: str) -> None:
+        """However often Lightning sets the module up."""
+        if message not in self._told:
+            rank_zero_warn(message)
+        self._told.add(message)
 
     @property
     def _longest(self) -> int:

@@ -148,6 +148,11 @@ class HeldOutDataModule(TextDataModule):
             self._fitted = True
             self.remember(None)
             self._rows("val", limited=False)  # a missing split is told before the train split is tokenised
+            if (name := self._sources["val"]) is not None and name == self._sources["test"]:
+                self._warn_once(
+                    f"data.val_split and data.test_split are both {name!r}: a test on the rows by which the best "
+                    "weights are chosen says too much of them."
+                )
         super().setup(stage)
 
     def _forget(self) -> None:

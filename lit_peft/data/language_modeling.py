@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_peft import hub
 from lit_peft.data import token_rows
@@ -175,11 +174,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
         if stage != "predict":  # prompts are cut to what there is room for
             self._check_positions()
         super().setup(stage)
-        if self.block_size is not None and self._longest < self.block_size:
-            rank_zero_warn(
-                f"data.block_size is {self.block_size:,}; rows have {self._longest:,} tokens, which is what the "
-                "tokenizer or the model takes."
-            )
+        self._tell_limit("block_size", self.block_size, "rows")
 
     def load(self) -> dict[str, Dataset]:
         """The splits as they come. For subclasses to override; called once."""
@@ -306,6 +301,11 @@ class LanguageModelingDataModule(HeldOutDataModule):
     def _check_texts(self, split: str) -> None:
         data, where = self._split(split), self._where(split)
         if self.completion_column:
+            if self.path != hub.DEMO and is_text(self.path):
+                raise ValueError(
+                    f"{self.path} is text without columns: set data.prompt_column and data.completion_column to null, "
+                    "which scores all of it, or give rows of prompts and completions (jsonl, csv, tsv or parquet)."
+                )
             for column, option in zip(self._text_columns, ("prompt_column", "completion_column"), strict=True):
                 check_text(data, column, where, option=option)
             return
