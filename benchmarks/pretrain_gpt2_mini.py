@@ -47,7 +47,7 @@ def read(path: Path, column: str) -> list[str]:
     texts = [text.replace("<br />", " ").strip() for text in splits["train"][column]]
     texts = [text for text in texts if text]
     if len(texts) < 2:
-        raise SystemExit(f"{path} has one text alone, expected two or more: one in a hundred, or one, is held out.")
+        raise SystemExit(f"{path} has {len(texts)} texts, expected two or more: one in a hundred, or one, is held out.")
     return texts
 
 

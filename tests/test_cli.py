@@ -499,8 +499,13 @@ def test_a_split_that_is_not_there_is_told_before_the_test_before_training(recip
 
 
 def test_prompts_are_asked_of_a_text_file_with_what_to_set_instead(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("A line.\n" * 20)
+    (tmp_path / "mine.txt").write_text("A line.\n" * 60)
+    options = ["--config", "quickstart_lm", "--data.path", str(tmp_path / "mine.txt"), "--trainer.max_steps", "1"]
     with pytest.raises(SystemExit):
-        fit(tmp_path / "runs", "--config", "quickstart_lm", "--data.path", str(tmp_path / "mine.txt"))
-    message = "mine.txt is text without columns: set data.prompt_column and data.completion_column to null"
-    assert message in capsys.readouterr().err
+        fit(tmp_path / "runs", *options)
+    names = ("prompt_column", "completion_column", "pack")
+    message = "set data.{} and data.{} to null and data.{} to false, which".format(*names)
+    assert f"mine.txt is text without columns: {message}" in capsys.readouterr().err
+    for name, value in zip(names, ("null", "null", "false"), strict=True):
+        options += [f"--data.{name}", value]
+    assert (fit(tmp_path / "runs", *options) / "metrics.json").exists()

@@ -244,6 +244,13 @@ def test_no_text_is_longer_than_the_tokenizer_allows(folder: str, tmp_path: Path
         assert not messages or messages[0].startswith("data.max_length is 128; texts have at most 10 tokens")
 
 
+def test_classes_are_known_before_there_is_a_tokenizer() -> None:
+    data = TextClassificationDataModule("demo")
+    data.prepare_data()
+    data.setup()
+    assert data.num_labels == 2
+
+
 def test_pairs_of_texts(tmp_path: Path, tokenizer: str) -> None:
     path = write(tmp_path / "pairs.csv", {"a": ["w1", "w2"], "b": ["w3 w4", "w5"], "label": [0, 1]})
     data = TextClassificationDataModule(path, text_column="a", text_pair_column="b", tokenizer=tokenizer)

@@ -369,6 +369,18 @@ def test_describe(tmp_path: Path, decoder: str) -> None:
     ]
 
 
+def test_text_that_a_subclass_reads_has_what_columns_that_gives_it(tmp_path: Path, decoder: str) -> None:
+    class Dialogues(LanguageModelingDataModule):
+        def load(self) -> dict[str, Dataset]:
+            return {"train": Dataset.from_dict(samples(*range(20)))}
+
+    (tmp_path / "dialogues.txt").write_text("Q: w1\nA: w2\n")
+    options = {"prompt_column": "prompt", "completion_column": "completion", "tokenizer": decoder, "block_size": 24}
+    data = Dialogues(str(tmp_path / "dialogues.txt"), **options)
+    data.check("train")
+    assert data.describe(("train",))[0].startswith("Data: 16 samples")
+
+
 # Prompts
 
 
@@ -385,7 +397,8 @@ def test_prompts_are_in_the_order_of_the_file(tmp_path: Path, decoder: str, begi
 
 def test_prompts_of_other_kinds(tmp_path: Path, decoder: str) -> None:
     (tmp_path / "new.txt").write_text("w5\n\nw6 w7 \nw8")
-    assert rows_of(*module(tmp_path / "new.txt", decoder).predict_dataloader()) == [[9], [10, 11], [12]]
+    for make in (module, pairs):
+        assert rows_of(*make(tmp_path / "new.txt", decoder).predict_dataloader()) == [[9], [10, 11], [12]]
     path = write(tmp_path / "new.jsonl", {"prompt": ["w3 w4", "w1"]})  # no completions
     data = pairs(path, decoder)
     assert rows_of(*data.predict_dataloader()) == [[7, 8], [5]]

@@ -28,7 +28,8 @@ class TextDataModule(pl.LightningDataModule):
 
     Args:
         tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
-        max_length: Tokens that are kept of a text; never more than the tokenizer's own limit, or the model's.
+        max_length: Tokens that are kept of a text; never more than the tokenizer's own limit, or the model's, which a
+            warning says where it is less.
         batch_size: Training examples a step on each device.
         eval_batch_size: Examples a step on each device in evaluation; null: twice `batch_size`.
         num_workers: Processes that load batches; 0: the main process.

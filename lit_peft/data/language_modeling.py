@@ -174,7 +174,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
         if stage != "predict":  # prompts are cut to what there is room for
             self._check_positions()
         super().setup(stage)
-        self._tell_limit("block_size", self.block_size, "rows")
+        if stage is not None:  # else the tokenizer may not be there yet, nor be asked for
+            self._tell_limit("block_size", self.block_size, "rows")
 
     def load(self) -> dict[str, Dataset]:
         """The splits as they come. For subclasses to override; called once."""
@@ -189,8 +190,8 @@ class LanguageModelingDataModule(HeldOutDataModule):
                 for name, split in (verdicts() if self.prompt_column else reviews()).items()
             }
         splits = load_splits(self.path, self.name, lines=True)
-        if is_text(self.path) and self.text_column != LINE:
-            splits = {name: split.rename_column(LINE, self.text_column) for name, split in splits.items()}
+        if is_text(self.path) and self._prompt != LINE:  # lines may be prompts, to predict
+            splits = {name: split.rename_column(LINE, self._prompt) for name, split in splits.items()}
         return splits
 
     def check(self, role: str) -> None:
@@ -301,10 +302,12 @@ class LanguageModelingDataModule(HeldOutDataModule):
     def _check_texts(self, split: str) -> None:
         data, where = self._split(split), self._where(split)
         if self.completion_column:
-            if self.path != hub.DEMO and is_text(self.path):
+            if self.completion_column not in data.column_names and self.path != hub.DEMO and is_text(self.path):
+                pack = " and data.pack to false" if self.pack else ""
                 raise ValueError(
-                    f"{self.path} is text without columns: set data.prompt_column and data.completion_column to null, "
-                    "which scores all of it, or give rows of prompts and completions (jsonl, csv, tsv or parquet)."
+                    f"{self.path} is text without columns: set data.prompt_column and data.completion_column to null"
+                    f"{pack}, which scores all of it, or give rows of prompts and completions (jsonl, csv, tsv or "
+                    "parquet)."
                 )
             for column, option in zip(self._text_columns, ("prompt_column", "completion_column"), strict=True):
                 check_text(data, column, where, option=option)
@@ -390,7 +393,7 @@ class LanguageModelingDataModule(HeldOutDataModule):
             name, rows = self._rows("predict")
             split = self._split(name).select(rows)
             if self._is_one_text:
-                self._check_texts(name)
+                check_documents(self._split(name), self._prompt, self._where(name), option="text_column")
             else:
                 option = "prompt_column" if self.prompt_column else "text_column"
                 check_text(self._split(name), self._prompt, self._where(name), option=option)

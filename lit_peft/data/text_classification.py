@@ -162,7 +162,8 @@ class TextClassificationDataModule(HeldOutDataModule):
         if stage in ("fit", "test") and not self._known:
             check_classes(self._own_labels.names, self._where(next(iter(self._splits))))
         super().setup(stage)
-        self._tell_limit("max_length", self.max_length, "texts")
+        if stage is not None:  # else the tokenizer may not be there yet, nor be asked for
+            self._tell_limit("max_length", self.max_length, "texts")
 
     def check(self, role: str) -> None:
         """Raises ValueError for what would make the rows of a role unusable: a missing split, label, or text."""
