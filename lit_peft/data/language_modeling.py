@@ -9,9 +9,10 @@ from datasets import Dataset
 
 from lit_peft import hub
 from lit_peft.data import token_rows
-from lit_peft.data.blocks import Marks, counted, pad_rows
+from lit_peft.data.blocks import counted, pad_rows
 from lit_peft.data.columns import check_documents, check_text, given_texts, nearest
-from lit_peft.data.held_out import VERBS, HeldOutDataModule, check_least
+from lit_peft.data.held_out import VERBS, check_least
+from lit_peft.data.positions import WithinPositions
 from lit_peft.data.splits import LINE, is_text, load_splits, stratified_subset
 
 LONGEST_BLOCK = 1024
@@ -20,7 +21,7 @@ TOLD_APART = 8
 """Words of the shortest line by which a text is known again: texts share headings and blank lines."""
 
 
-class LanguageModelingDataModule(HeldOutDataModule):
+class LanguageModelingDataModule(WithinPositions):
     """Texts, or prompts with completions, for causal and masked language models.
 
     Batches are dicts of int64 tensors, (batch, width): `input_ids`; `labels`, aligned with them, -100 where nothing is
@@ -169,13 +170,6 @@ class LanguageModelingDataModule(HeldOutDataModule):
         self.num_proc = num_proc
         self._given: Dataset | None = None
         self._parts: dict[tuple[str, str, str, int], Dataset] = {}
-
-    def setup(self, stage: str | None = None) -> None:
-        if stage != "predict":  # prompts are cut to what there is room for
-            self._check_positions()
-        super().setup(stage)
-        if stage is not None:  # else the tokenizer may not be there yet, nor be asked for
-            self._tell_limit("block_size", self.block_size, "rows")
 
     def load(self) -> dict[str, Dataset]:
         """The splits as they come. For subclasses to override; called once."""
@@ -406,35 +400,3 @@ class LanguageModelingDataModule(HeldOutDataModule):
             marks=self._marks,
             lines=self._is_one_text and self._given is None,
         )
-
-    def _check_positions(self) -> None:
-        """Raises ValueError when virtual tokens leave less of the model's positions than a block that was set takes."""
-        positions, room = super()._positions, self._text_room
-        if self.block_size is not None and positions and room and self._longest > room:
-            raise ValueError(
-                f"data.block_size is {self.block_size:,}, expected at most {room:,}: of the {positions:,} positions of "
-                f"the model virtual tokens take {positions - room:,}. Set it to that, or to null for as many."
-            )
-
-    @property
-    def _positions(self) -> int | None:
-        # A block that is set is not cut by a method, but refused.
-        return self._text_room if self.block_size is None else super()._positions
-
-    @property
-    def _text_room(self) -> int | None:
-        """What virtual tokens leave of the model's positions, where it says so."""
-        model = self.trainer.lightning_module if self.trainer else None
-        return getattr(model, "text_room", None) or super()._positions
-
-    @property
-    def _prompt_room(self) -> int:
-        """Most tokens of a prompt: the model has positions for what is to follow it, too."""
-        model = self.trainer.lightning_module if self.trainer else None
-        new = getattr(getattr(model, "decoding", None), "max_new_tokens", 0)
-        room = (self._text_room or self._longest + new) - new
-        return min(self._longest, room) if room > self._marks.size else self._longest
-
-    @property
-    def _marks(self) -> Marks:
-        return Marks.of(self.tokenizer)
