@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader
 
 import lit_peft
 from lit_peft import LoRA, merge, unmerge
+from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.fingerprint import fingerprint
+from lit_peft.core.quantize import stored_as
 from lit_peft.testing.states import assert_same, perturb, snapshot
 from lit_peft.training.checkpointing import checkpoint_activations
 
@@ -68,6 +71,30 @@ def test_merged_into_the_original(tmp_path):
     expected = model(ids()).logits
     merge(model)
     torch.testing.assert_close(model(ids()).logits, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@torch.no_grad()
+def test_an_adapter_of_a_base_that_was_quantised_there_is_loaded_on_a_cpu(kind, tmp_path):
+    """Codes and scales of the two may differ a little, by which the base must be known again."""
+    there, here = adapted(kind).eval(), llama().eval()
+    lit_peft.save(there, tmp_path)
+    lit_peft.load(here, tmp_path)
+    assert stored_as(here) == stored_as(there)
+    before, now = fingerprint(there), fingerprint(here)
+    scales = [
+        (float(d.rpartition("*")[2]), float(now[name].rpartition("*")[2])) for name, d in before.items() if "*" in d
+    ]
+    assert len(scales) == 21
+    for one, other in scales:
+        assert other == pytest.approx(one, rel=0.005)  # a tenth of what is taken for the same
+    expected, found = there(ids()).logits.cpu(), here(ids().cpu()).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    scaled = llama()
+    for layer in scaled.model.layers:
+        layer.mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(CheckpointMismatch, match=r"up_proj\.weight holds other values"):
+        lit_peft.load(scaled, tmp_path)
 
 
 class Module(pl.LightningModule):
