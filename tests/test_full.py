@@ -269,10 +269,6 @@ def test_where_there_is_no_schedule_it_says_why():
         fit(Module(), FullFineTuning(1))
     with pytest.raises(ValueError, match="which manual optimization and DeepSpeed do not allow"):
         fit(Manual(), FullFineTuning(1))
-    sharding = trainer(FullFineTuning(1))
-    sharding.strategy._save_distributed_checkpoint = True
-    with pytest.raises(ValueError, match=r"in shards cannot be resumed .*\(save_distributed_checkpoint=False\)"):
-        sharding.fit(Blocks(), loader())
     with pytest.raises(ValueError, match=r"unfreeze_every = 0\.1 is a share .* no known end: set max_steps"):
         fit(Blocks(), FullFineTuning(0.1), max_epochs=-1)
     with pytest.warns(UserWarning, match=r"unfreeze_every = 3: the run ends after 4 steps, before 6 parameters unfr"):

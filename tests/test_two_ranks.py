@@ -1,5 +1,6 @@
 """What must hold on two ranks; all in one file, so that one worker runs them on one pair of processes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import lit_peft
 from lit_peft import AdaLoRA, FullFineTuning, LoRA, SparseLoRA
 from lit_peft.core.quantize import make_quantizer
-from lit_peft.core.sharded import whole
+from lit_peft.core.sharded import is_sharded, whole
 from lit_peft.tasks import CausalLanguageModeling, TextClassification
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
@@ -383,19 +384,10 @@ def tokens_by_rank(
         use_distributed_sampler=False,
         max_epochs=1,
     )
-    cls = ShardedDecoder if how == "sharded" else CausalLanguageModeling
     # Steps of SGD are as long as the gradients, which Adam's are not.
-    task = cls(folder, optimizer=torch.optim.SGD, learning_rate=1.0, warmup=0.0)
+    task = CausalLanguageModeling(folder, optimizer=torch.optim.SGD, learning_rate=1.0, warmup=0.0)
     trainer.fit(task, train_dataloaders=torch.utils.data.DataLoader(parts, batch_size=None))
     return {name: whole(p.detach()).clone() for name, p in task.named_parameters() if p.requires_grad}
-
-
-class ShardedDecoder(CausalLanguageModeling):
-    def shard(self, mesh: Any) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        for part in (*self.model.transformer.h, self.model):
-            fully_shard(part, mesh=mesh["data_parallel"])
 
 
 def _fit_sharded_decoder(rank: int, folder: str, packed: bool) -> float:
@@ -409,7 +401,7 @@ def _fit_sharded_decoder(rank: int, folder: str, packed: bool) -> float:
         use_distributed_sampler=False,
         max_epochs=1,
     )
-    task = ShardedDecoder(folder, learning_rate=0.1, warmup=0.0)
+    task = CausalLanguageModeling(folder, learning_rate=0.1, warmup=0.0)
     rows = batch(7) if rank else batch(1)  # a rank's first batch may be a text of one token
     if packed:
         rows["position_ids"] = torch.arange(rows.pop("attention_mask").shape[1])[None]
@@ -424,6 +416,95 @@ def test_a_sharded_decoder_is_asked_for_what_it_sees_by_all_ranks(two_ranks, tmp
     with torch.no_grad():
         expected = model(**batch(7)).loss.item()
     assert two_ranks(_fit_sharded_decoder, folder, packed)[1] == pytest.approx(expected, rel=1e-4)
+
+
+def _fit_task(rank: int, folder: str, root: Path, how: str, quantize: Any) -> list[dict[str, torch.Tensor]]:
+    """Ends of a fit of three epochs, and of one that goes on from the checkpoint of the first."""
+
+    def fit(ckpt_path: Path | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        strategies = {
+            "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+            "sharded": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
+        }
+        trainer = pl.Trainer(
+            **QUIET,
+            strategy=strategies[how](),
+            devices=2,
+            plugins=[TorchElasticEnvironment()],
+            callbacks=[
+                LoRA(r=2, dropout=0.0, target_modules=["c_attn"], quantize=quantize),
+                *([] if ckpt_path else [ModelCheckpoint(root, "{epoch}", save_top_k=-1)]),
+            ],
+            enable_checkpointing=ckpt_path is None,
+            use_distributed_sampler=False,
+            max_epochs=3,
+        )
+        task = CausalLanguageModeling(folder, learning_rate=0.05, warmup=0.0)
+        parts = [batch(9, 5, seed=i) for i in range(2)]
+        rows = [{key: value[rank : rank + 1] for key, value in part.items()} for part in parts]
+        trainer.fit(task, torch.utils.data.DataLoader(rows, batch_size=None), ckpt_path=ckpt_path)
+        assert is_sharded(task) is (how == "sharded")
+        if how == "sharded":
+            lit_peft.save(task, root / "adapter")
+        return {name: whole(p.detach()).clone() for name, p in task.named_parameters() if p.requires_grad}
+
+    return [fit(None), fit(root / "epoch=0.ckpt")]
+
+
+@pytest.mark.parametrize("quantize", [None, {"mode": "nf4", "compute_dtype": "float32"}, "int8"])
+def test_a_task_is_sharded_and_ends_where_ddp_ends_also_resumed(two_ranks, tmp_path, quantize):
+    folder = save(tmp_path / "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    ends = {}
+    for how in ("ddp", "sharded"):
+        (whole_fit, resumed), second = two_ranks(_fit_task, folder, tmp_path / how, how, quantize)
+        for other in (resumed, *second):
+            assert_same(other, whole_fit)
+        assert any(value.abs().max() > 0.01 for key, value in whole_fit.items() if "lora_B" in key)
+        ends[how] = whole_fit
+    torch.testing.assert_close(ends["sharded"], ends["ddp"], rtol=1e-4, atol=1e-5)
+    # One file, of what trains; and a folder, which a whole model takes.
+    saved = torch.load(tmp_path / "sharded" / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == ends["sharded"].keys()
+    model = CausalLanguageModeling(folder)
+    model.configure_model()
+    lit_peft.load(model, tmp_path / "sharded" / "adapter")
+    assert_same({name: p for name, p in model.named_parameters() if name in saved}, ends["sharded"])
+
+
+class Unsharded(CausalLanguageModeling):
+    shard = None
+
+
+def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
+    trainer = pl.Trainer(
+        **QUIET,
+        strategy=ModelParallelStrategy(data, tensor, process_group_backend="gloo"),
+        devices=2,
+        plugins=[TorchElasticEnvironment()],
+        callbacks=[LoRA(r=2)],
+        enable_checkpointing=False,
+        max_epochs=1,
+    )
+    with pytest.raises(ValueError) as raised:
+        trainer.fit(cls(folder), torch.utils.data.DataLoader([batch(4)], batch_size=None))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes", "message"),
+    [
+        (
+            Unsharded,
+            (2, 1),
+            "Unsharded is in no shards, so that every one of 2 devices would train adapters of its own.",
+        ),
+        (CausalLanguageModeling, (1, 2), "tensor_parallel_size is 2, .* set it to 1, and data_parallel_size to .* 2."),
+    ],
+)
+def test_devices_that_would_train_apart_are_refused(two_ranks, tmp_path, cls, sizes, message):
+    for told in two_ranks(_refused, save(tmp_path), cls, *sizes):
+        assert re.search(message, told)
 
 
 @pytest.mark.parametrize(("how", "clip"), [("ddp", 0.05), ("sharded", None)])

@@ -21,6 +21,7 @@ from lit_peft.core.checkpoint import atomic_path
 from lit_peft.core.memory import Growth
 from lit_peft.core.quantize import stored_as
 from lit_peft.core.registry import registry
+from lit_peft.core.sharded import is_sharded
 from lit_peft.methods.base import Method
 from lit_peft.saving.folder import save
 from lit_peft.training.bringing import methods
@@ -154,7 +155,7 @@ class RunReport(pl.Callback):
             key = f"adapter{of}"
             if nothing:
                 notes[key] = nothing
-            elif trainer.is_global_zero:
+            elif trainer.is_global_zero or is_sharded(module):  # shards are gathered by all ranks
                 try:
                     save(module, target, method.name, metrics={k: v for k, v in scores.items() if math.isfinite(v)})
                 except Exception as error:  # the fit is done, and its figures are not written yet

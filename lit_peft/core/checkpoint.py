@@ -345,7 +345,8 @@ def write_folder(
     Args:
         folder: The folder; made where it is missing. Each file is replaced atomically.
         config: What goes into adapter_config.json.
-        tensors: Name -> tensor; gathered where it is sharded (a collective: every rank calls), moved to the host.
+        tensors: Name -> tensor, moved to the host. Where one is sharded, this is a collective: every rank calls, all
+            are gathered, the first rank writes, and the others wait for it.
         record: What goes into the header of the tensor file, where HF PEFT does not look, with digests of all this.
 
     Returns:
@@ -355,12 +356,18 @@ def write_folder(
 
     folder = Path(folder)
     host = {key: whole(value).detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    digests = {key: _digest(tensor) for key, tensor in host.items()}
-    metadata = {"format": "pt", RECORD: sealed({**record, "config": config, "digests": digests})}
-    with atomic_path(folder / TENSORS) as part:
-        save_file(host, part, metadata)
-    with atomic_path(folder / CONFIG) as part:
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    is_collective = any(hasattr(value, "full_tensor") for value in tensors.values())
+    try:
+        if not is_collective or torch.distributed.get_rank() == 0:
+            digests = {key: _digest(tensor) for key, tensor in host.items()}
+            metadata = {"format": "pt", RECORD: sealed({**record, "config": config, "digests": digests})}
+            with atomic_path(folder / TENSORS) as part:
+                save_file(host, part, metadata)
+            with atomic_path(folder / CONFIG) as part:
+                part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    finally:
+        if is_collective:
+            torch.distributed.barrier()
     return folder
 
 

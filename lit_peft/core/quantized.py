@@ -60,6 +60,14 @@ class Frozen4bit(Swapped):
         layer: Any = self
         layer.weight.quant_state = layer.quant_state
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Leaves out the constants of codes in shards, which torch brings together: it looks for parameters alone."""
+        layer: Any = self
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if hasattr(layer.weight, "full_tensor"):
+            for key in [key for key in destination if key.startswith(f"{prefix}weight.")]:
+                del destination[key]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the constants with their codes; bitsandbytes would read new codes with its old constants."""
         layer: Any = self
@@ -98,6 +106,14 @@ class Frozen8bit(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         return forward_8bit(self, x)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Leaves out the scales of a weight in shards, likewise."""
+        layer: Any = self
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if hasattr(layer.weight, "full_tensor"):
+            for name in ("SCB", "weight_format"):
+                destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         layer: Any = self

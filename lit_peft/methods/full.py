@@ -80,11 +80,6 @@ class FullFineTuning(Method):
                 "unfreeze_every takes gradients away before the trainer's one optimizer steps, which manual "
                 "optimization and DeepSpeed do not allow; leave it out."
             )
-        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
-            raise ValueError(
-                "unfreeze_every leaves frozen blocks without optimizer state, and a checkpoint in shards cannot be "
-                f"resumed then: use {type(trainer.strategy).__name__}(save_distributed_checkpoint=False)."
-            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -22,6 +22,7 @@ from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 from lit_peft.training.checkpointing import checkpoint_activations
 from lit_peft.training.liger import use_liger
 from lit_peft.training.rates import methods_on
+from lit_peft.training.sharding import shard_blocks
 
 Batch = dict[str, Tensor]
 BACKBONE_PATH = "backbone_path"
@@ -118,6 +119,10 @@ class TransformersTask(pl.LightningModule):
             self._build()
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.use_kernels(self.trainer.strategy.root_device)  # elsewhere a run may be used without a GPU
+
+    def shard(self, mesh: Any) -> None:
+        """Spreads the model over the devices of a `ModelParallelStrategy`; runs once adapters are attached."""
+        shard_blocks(self.model, mesh)
 
     def use_kernels(self, device: torch.device) -> None:
         """Lets the model, which is built, train on the `kernels` that were asked for; see `use_liger`."""

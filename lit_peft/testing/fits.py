@@ -18,6 +18,7 @@ from lit_peft.methods.base import Method
 from lit_peft.testing.ranks import two_ranks
 from lit_peft.testing.states import assert_same, snapshot
 from lit_peft.testing.subjects import MODELS, Model
+from lit_peft.training.sharding import shard_blocks
 
 
 class Task(pl.LightningModule):
@@ -45,11 +46,7 @@ class ShardedTask(Task):
 
     def shard(self, mesh: Any) -> None:
         """Runs once adapters are attached."""
-        from torch.distributed.fsdp import fully_shard
-
-        blocks = [block for child in self.model.modules() if isinstance(child, nn.ModuleList) for block in child]
-        for part in (*blocks, self.model):
-            fully_shard(part, mesh=mesh["data_parallel"])
+        shard_blocks(self.model, mesh)
 
 
 def loader() -> Any:

@@ -44,6 +44,7 @@ from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
 from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
 from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
+from lit_peft.training.sharding import shard, write_one_file
 
 if TYPE_CHECKING:
     from lit_peft.methods.base import Method
@@ -79,10 +80,7 @@ class AdaptedLightningModule(Swapped):
         module.__dict__.setdefault(BUILT_IN, growth)  # later calls build nothing
         if registry(module) is not None:
             copy_again(module.trainer, module)
-        mesh = getattr(module, "device_mesh", None)
-        if mesh is not None and hasattr(module, "shard") and not module.__dict__.get("_lit_peft_sharded"):
-            module.shard(mesh)
-            module.__dict__["_lit_peft_sharded"] = True
+        shard(module)
         if registry(module) is None:  # detached, and no method came with this trainer
             _uninstall(module)
 
@@ -234,6 +232,7 @@ def install(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     writer = type(trainer.strategy.checkpoint_io)
     if writer.__name__ == "TorchCheckpointIO" and not issubclass(writer, AtomicCheckpointIO):
         trainer.strategy.checkpoint_io = swapped_class(AtomicCheckpointIO, writer)()
+    write_one_file(trainer.strategy)
     adapt(module)
     for key in (BUILT, BEGAN):
         module.__dict__.pop(key, None)
