@@ -235,7 +235,7 @@ def test_sharding_comes_once_after_attaching_and_casting():
             self.seen = [*getattr(self, "seen", []), {name: p.dtype for name, p in self.named_parameters()}]
 
     module = Sharded("configure_model")
-    module._device_mesh = SimpleNamespace(size=lambda: 1)
+    module._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: 1)}
     method = lora()
     fit(module, method, precision="bf16-true")
     trainer(method, precision="bf16-true").test(module, loader(), verbose=False)

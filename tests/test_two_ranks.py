@@ -28,6 +28,7 @@ from lit_peft.core.sharded import is_sharded, whole
 from lit_peft.tasks import CausalLanguageModeling, TextClassification
 from lit_peft.testing.conformance import assert_same, perturb
 from lit_peft.testing.subjects import IN, OUT
+from lit_peft.training.sharding import _blocks, shard_blocks
 
 
 class Two(nn.Module):
@@ -472,8 +473,25 @@ def test_a_task_is_sharded_and_ends_where_ddp_ends_also_resumed(two_ranks, tmp_p
     assert_same({name: p for name, p in model.named_parameters() if name in saved}, ends["sharded"])
 
 
+def test_blocks_are_what_stands_in_the_outermost_lists():
+    a, b, c = (nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])) for _ in range(3))
+    model = nn.Sequential(
+        nn.Linear(1, 1),
+        nn.ModuleDict({"x": nn.Linear(1, 1)}),
+        nn.ModuleList([a, nn.ModuleList([b])]),
+        nn.ModuleList([a]),
+    )
+    model.append(nn.ModuleList([nn.ModuleDict({"c": c})]))
+    assert _blocks(model) == [a, b, a, c]
+
+
 class Unsharded(CausalLanguageModeling):
     shard = None
+
+
+class HalfSharded(CausalLanguageModeling):
+    def shard(self, mesh: Any) -> None:
+        shard_blocks(self.model.transformer.h[0], mesh)
 
 
 def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
@@ -499,6 +517,7 @@ def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
             (2, 1),
             "Unsharded is in no shards, so that every one of 2 devices would train adapters of its own.",
         ),
+        (HalfSharded, (2, 1), r"HalfSharded.shard leaves model\.transformer\.h\.1\..* and \d more whole, which every"),
         (CausalLanguageModeling, (1, 2), "tensor_parallel_size is 2, .* set it to 1, and data_parallel_size to .* 2."),
     ],
 )

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_peft.core.sharded import is_sharded
+from lit_peft.training.averaging import is_a
 
 _SHARDED = "_lit_peft_sharded"
 
@@ -19,7 +20,7 @@ def shard(module: pl.LightningModule) -> None:
     a module that shards nothing.
 
     Raises:
-        ValueError: On several devices, when nothing is sharded.
+        ValueError: On several devices, when what trains is in no shard; where weights are averaged.
     """
     mesh: Any = getattr(module, "device_mesh", None)
     own: Any = getattr(module, "shard", None)
@@ -27,11 +28,24 @@ def shard(module: pl.LightningModule) -> None:
         return
     if own is not None:
         own(mesh)
-    if mesh.size() > 1 and not is_sharded(module):
+    count, name = mesh["data_parallel"].size(), type(module).__name__
+    apart = [key for key, p in module.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    if count > 1 and not is_sharded(module):
         raise ValueError(
-            f"trainer.strategy: {type(module).__name__} is in no shards, so that every one of {mesh.size()} devices "
-            "would train adapters of its own. Give it a method shard(self, mesh), which runs once adapters are "
-            "attached and may call lit_peft.training.sharding.shard_blocks(self, mesh), or take ddp."
+            f"trainer.strategy: {name} is in no shards, so that every one of {count} devices would train adapters of "
+            "its own. Give it a method shard(self, mesh), which runs once adapters are attached and may call "
+            "lit_peft.training.sharding.shard_blocks(self.model, mesh), or take ddp."
+        )
+    if count > 1 and apart:
+        more = f" and {len(apart) - 1} more" if apart[1:] else ""
+        raise ValueError(
+            f"trainer.strategy: {name}.shard leaves {apart[0]}{more} whole, which every one of {count} devices would "
+            "train by its own rows: shard what holds it too."
+        )
+    averages = [c for c in module.trainer.callbacks if is_a(c, "WeightAveraging")]  # type: ignore[attr-defined]
+    if averages and is_sharded(module):
+        raise ValueError(
+            f"{type(averages[0]).__name__} averages a copy of the module, in no shards: leave it out, or take ddp."
         )
     module.__dict__[_SHARDED] = True
 
@@ -42,7 +56,7 @@ def shard_blocks(model: nn.Module, mesh: Any) -> None:
     Blocks are what stands in its outermost lists of modules, as the layers of a transformers model do.
 
     Args:
-        model: The model, with its adapters.
+        model: The model, with its adapters: what a step calls, since its weights are gathered as it is called.
         mesh: The one that a `ModelParallelStrategy` makes.
 
     Raises:
@@ -56,14 +70,16 @@ def shard_blocks(model: nn.Module, mesh: Any) -> None:
             f"trainer.strategy: tensor_parallel_size is {count}, and nothing here is parallel in that way: set it to "
             f"1, and data_parallel_size to the number of devices, {mesh.size()}."
         )
-    for part in (*_blocks(model), model):
+    for part in (*dict.fromkeys(_blocks(model)), model):
         fully_shard(part, mesh=mesh["data_parallel"])
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [block for child in module.children() for block in _blocks(child)]
+def _blocks(module: nn.Module, within: bool = False) -> list[nn.Module]:
+    """Modules in its outermost lists, and in lists and dicts in these."""
+    is_list = isinstance(module, nn.ModuleList) or (within and isinstance(module, nn.ModuleDict))
+    if within and not is_list:
+        return [module]
+    return [block for child in module.children() for block in _blocks(child, is_list)]
 
 
 def write_one_file(strategy: Any) -> None:
