@@ -24,7 +24,7 @@ from lit_peft.core.buffers import base_buffers, moved_buffers, moving_buffers, p
 from lit_peft.core.fingerprint import compare_fingerprints
 from lit_peft.core.records import CONFIG, FORMAT_VERSION, RECORD, TENSORS, CheckpointMismatch, sealed, tensor_digest
 from lit_peft.core.registry import Registry, registry
-from lit_peft.core.sharded import whole
+from lit_peft.core.sharded import in_shards, whole
 from lit_peft.core.swap import FrozenStatistics
 
 RATES = ("train_also", "layer_decay", "loraplus_ratio", "unfreeze_every")
@@ -356,7 +356,7 @@ def write_folder(
 
     folder = Path(folder)
     host = {key: whole(value).detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    is_collective = any(hasattr(value, "full_tensor") for value in tensors.values())
+    is_collective = any(map(in_shards, tensors.values()))
     try:
         if not is_collective or torch.distributed.get_rank() == 0:
             digests = {key: _digest(tensor) for key, tensor in host.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_peft.core import kernels
 from lit_peft.core.dtypes import compute_dtype, dequantises_itself
+from lit_peft.core.sharded import in_shards
 from lit_peft.core.swap import Swapped, swap_class, unswapped, with_mixins
 from lit_peft.core.wrapped import FrozenWrapped
 
@@ -64,7 +65,7 @@ class Frozen4bit(Swapped):
         """Leaves out the constants of codes in shards, which torch brings together: it looks for parameters alone."""
         layer: Any = self
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        if hasattr(layer.weight, "full_tensor"):
+        if in_shards(layer.weight):
             for key in [key for key in destination if key.startswith(f"{prefix}weight.")]:
                 del destination[key]
 
@@ -111,7 +112,7 @@ class Frozen8bit(Swapped):
         """Leaves out the scales of a weight in shards, likewise."""
         layer: Any = self
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        if hasattr(layer.weight, "full_tensor"):
+        if in_shards(layer.weight):
             for name in ("SCB", "weight_format"):
                 destination.pop(prefix + name, None)
 

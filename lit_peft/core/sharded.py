@@ -5,19 +5,24 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def in_shards(tensor: Any) -> bool:
+    """Whether a tensor lies in shards, as a DTensor of torch's."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Any) -> Tensor:
     """The tensor itself, gathered where it is sharded: a collective, so that every rank calls."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if in_shards(tensor) else tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of a module lie in shards; FSDP2 gathers them where the module is called."""
-    return any(hasattr(p, "full_tensor") for p in module.parameters())
+    return any(map(in_shards, module.parameters()))
 
 
 def sharded_like(tensor: Tensor, like: Any) -> Tensor:
     """A whole tensor, equal on every rank, laid out as `like` is: the way back from `whole`."""
-    if not hasattr(like, "full_tensor"):
+    if not in_shards(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_peft.core.sharded import is_sharded
+from lit_peft.core.sharded import in_shards, is_sharded
 from lit_peft.training.averaging import is_a
 
 _SHARDED = "_lit_peft_sharded"
@@ -29,7 +29,7 @@ def shard(module: pl.LightningModule) -> None:
     if own is not None:
         own(mesh)
     count, name = mesh["data_parallel"].size(), type(module).__name__
-    apart = [key for key, p in module.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    apart = [key for key, p in module.named_parameters() if p.requires_grad and not in_shards(p)]
     if count > 1 and not is_sharded(module):
         raise ValueError(
             f"trainer.strategy: {name} is in no shards, so that every one of {count} devices would train adapters of "
