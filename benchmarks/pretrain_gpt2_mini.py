@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
+from lit_peft.data.blocks import counted
 from lit_peft.data.columns import check_documents
 from lit_peft.data.splits import load_splits
 
@@ -47,7 +48,9 @@ def read(path: Path, column: str) -> list[str]:
     texts = [text.replace("<br />", " ").strip() for text in splits["train"][column]]
     texts = [text for text in texts if text]
     if len(texts) < 2:
-        raise SystemExit(f"{path} has {len(texts)} texts, expected two or more: one in a hundred, or one, is held out.")
+        raise SystemExit(
+            f"{path} has {counted(len(texts), 'text')}, expected two or more: one in a hundred, or one, is held out."
+        )
     return texts
 
 

@@ -115,7 +115,7 @@ def test_a_decoder_is_made_of_local_text(monkeypatch, tmp_path, capsys):
         ("reviews.txt", None, r"--text .*reviews.txt does not exist"),
         ("reviews.txt", b"", "reviews.txt is empty"),
         ("reviews.txt", b" \n\n", "only blank texts"),
-        ("reviews.txt", b"One line.\n", "has 1 texts, expected two or more"),
+        ("reviews.txt", b"One line.\n", "has 1 text, expected two or more"),
         ("reviews.txt", b"<br />\n<br />\n", "has 0 texts, expected two or more"),
         ("reviews.txt", "caf\xe9\nbar\n".encode("latin-1"), "UTF-8"),
         ("reviews.csv", b"body\nGood.\nBad.\n", "No column 'text' in .*reviews.csv; there are: body"),

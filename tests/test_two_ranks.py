@@ -116,9 +116,15 @@ def quantised_step(rank: int, name: str, mode: str, wrapped: str) -> dict[str, t
     return {"output": y.detach(), **gradients}
 
 
+shards_integers = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="FSDP2 shards integers from torch 2.12 on"
+)
+
+
 @pytest.mark.parametrize(
-    ("mode", "wrapped"), [("nf4", "ddp"), ("nf4", "fsdp2"), ("int8", "ddp")]
-)  # FSDP2 shards no int8 beside float32
+    ("mode", "wrapped"),
+    [("nf4", "ddp"), ("nf4", "fsdp2"), ("int8", "ddp"), pytest.param("int8", "fsdp2", marks=shards_integers)],
+)
 @pytest.mark.parametrize("name", ["lora", "hira"])
 def test_two_ranks_on_a_quantised_base_equal_one(two_ranks, name, mode, wrapped):
     alone = quantised_step(0, name, mode, "no")
@@ -453,7 +459,15 @@ def _fit_task(rank: int, folder: str, root: Path, how: str, quantize: Any) -> li
     return [fit(None), fit(root / "epoch=0.ckpt")]
 
 
-@pytest.mark.parametrize("quantize", [None, {"mode": "nf4", "compute_dtype": "float32"}, "int8"])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        None,
+        {"mode": "nf4", "compute_dtype": "float32", "storage_dtype": "float32"},
+        pytest.param({"mode": "nf4", "compute_dtype": "float32"}, marks=shards_integers),
+        pytest.param("int8", marks=shards_integers),
+    ],
+)
 def test_a_task_is_sharded_and_ends_where_ddp_ends_also_resumed(two_ranks, tmp_path, quantize):
     folder = save(tmp_path / "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     ends = {}
@@ -524,6 +538,26 @@ def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
 def test_devices_that_would_train_apart_are_refused(two_ranks, tmp_path, cls, sizes, message):
     for told in two_ranks(_refused, save(tmp_path), cls, *sizes):
         assert re.search(message, told)
+
+
+class Sizes(dict[str, "Sizes"]):
+    """A mesh of one device."""
+
+    def size(self) -> int:
+        return 1
+
+
+def test_integers_on_a_torch_that_shards_none_are_refused_by_name(monkeypatch):
+    def refuse(part: nn.Module, mesh: Any) -> None:
+        nn.Parameter(next(part.parameters()).data)  # as torch 2.11 makes its own, which require gradients
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", refuse)
+    mesh = Sizes(tensor_parallel=Sizes(), data_parallel=Sizes())
+    shard_blocks(nn.Linear(8, 8), mesh)
+    layer = nn.Sequential(nn.Linear(8, 8, bias=False))
+    make_quantizer("nf4").quantize(layer[0], torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"shards no integers, as those of 0\.weight\. .* storage_dtype: float32"):
+        shard_blocks(layer, mesh)
 
 
 @pytest.mark.parametrize(("how", "clip"), [("ddp", 0.05), ("sharded", None)])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from lit_peft.core.addition import Addition, Call
+from lit_peft.core.sharded import in_shards
 from lit_peft.core.targets import Site
 from lit_peft.methods.p_tuning import init_linear
 from lit_peft.methods.positions import argument_names, check_room, position_room, position_table, text_positions
@@ -72,7 +73,7 @@ class Trunk(nn.Module):
 
 def _gathered(p: Any) -> Tensor:
     """The parameter, whole: FSDP2 gathers it for the block that owns the trunk, and not for those that share it."""
-    if not hasattr(p, "full_tensor"):
+    if not in_shards(p):
         return p
     from torch.distributed.tensor import Partial
 

@@ -32,7 +32,7 @@ class _FourBit(Quantizer):
         compute_dtype: Dtype of the products with the base; auto: that of the activations. Where a GPU has no bfloat16
             (compute capability below 8), which is warned of, float16.
         block_size: Weights that share a scale. Smaller ones round less and take more memory.
-        storage_dtype: Dtype of the tensor that holds the codes. FSDP wants that of the other parameters of a block.
+        storage_dtype: Dtype of the tensor that holds the codes. FSDP2 of torch 2.11 shards float dtypes alone.
         **common: See `Quantizer`.
     """
 

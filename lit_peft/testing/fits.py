@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_peft.core.checkpoint import adapter_keys
+from lit_peft.core.sharded import whole
 from lit_peft.methods.base import Method
 from lit_peft.testing.ranks import two_ranks
 from lit_peft.testing.states import assert_same, snapshot
@@ -108,4 +109,4 @@ def fit_on_a_rank(rank: int, method: Method, model: str, sharded: bool) -> dict[
 def trained(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that train, whole ones where they are sharded."""
     named = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in named.items()}
+    return {name: whole(p).clone() for name, p in named.items()}

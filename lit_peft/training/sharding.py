@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -61,7 +62,7 @@ def shard_blocks(model: nn.Module, mesh: Any) -> None:
 
     Raises:
         ValueError: When devices are left for tensor parallelism, as they are by default: each of these would train on
-            the same rows.
+            the same rows; when torch is too old for parameters that are integers, as those of a quantised base.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -71,7 +72,16 @@ def shard_blocks(model: nn.Module, mesh: Any) -> None:
             f"1, and data_parallel_size to the number of devices, {mesh.size()}."
         )
     for part in (*dict.fromkeys(_blocks(model)), model):
-        fully_shard(part, mesh=mesh["data_parallel"])
+        try:
+            fully_shard(part, mesh=mesh["data_parallel"])
+        except RuntimeError as error:  # torch 2.11: "only Tensors of floating point dtype can require gradients"
+            codes = [key for key, p in part.named_parameters() if not p.is_floating_point()]
+            if not codes:
+                raise
+            raise ValueError(
+                f"trainer.strategy: torch {torch.__version__} shards no integers, as those of {codes[0]}. Take torch "
+                "2.12 or later, or ddp; in 4 bit storage_dtype: float32 will do as well."
+            ) from error
 
 
 def _blocks(module: nn.Module, within: bool = False) -> list[nn.Module]:
