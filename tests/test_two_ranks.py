@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from language_models import batch, save
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_buffers import MOVED, Net, method
@@ -508,13 +508,13 @@ class HalfSharded(CausalLanguageModeling):
         shard_blocks(self.model.transformer.h[0], mesh)
 
 
-def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
+def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int, *callbacks: Any) -> str:
     trainer = pl.Trainer(
         **QUIET,
         strategy=ModelParallelStrategy(data, tensor, process_group_backend="gloo"),
         devices=2,
         plugins=[TorchElasticEnvironment()],
-        callbacks=[LoRA(r=2)],
+        callbacks=[*callbacks] or [LoRA(r=2)],
         enable_checkpointing=False,
         max_epochs=1,
     )
@@ -524,7 +524,7 @@ def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cls", "sizes", "message"),
+    ("cls", "arguments", "message"),
     [
         (
             Unsharded,
@@ -532,11 +532,12 @@ def _refused(rank: int, folder: str, cls: Any, data: int, tensor: int) -> str:
             "Unsharded is in no shards, so that every one of 2 devices would train adapters of its own.",
         ),
         (HalfSharded, (2, 1), r"HalfSharded.shard leaves model\.transformer\.h\.1\..* and \d more whole, which every"),
+        (CausalLanguageModeling, (2, 1, LoRA(), WeightAveraging()), "WeightAveraging averages a copy"),
         (CausalLanguageModeling, (1, 2), "tensor_parallel_size is 2, .* set it to 1, and data_parallel_size to .* 2."),
     ],
 )
-def test_devices_that_would_train_apart_are_refused(two_ranks, tmp_path, cls, sizes, message):
-    for told in two_ranks(_refused, save(tmp_path), cls, *sizes):
+def test_devices_that_would_train_apart_are_refused(two_ranks, tmp_path, cls, arguments, message):
+    for told in two_ranks(_refused, save(tmp_path), cls, *arguments):
         assert re.search(message, told)
 
 
@@ -547,17 +548,44 @@ class Sizes(dict[str, "Sizes"]):
         return 1
 
 
-def test_integers_on_a_torch_that_shards_none_are_refused_by_name(monkeypatch):
-    def refuse(part: nn.Module, mesh: Any) -> None:
-        nn.Parameter(next(part.parameters()).data)  # as torch 2.11 makes its own, which require gradients
+def refuse_integers(part: nn.Module, mesh: Any) -> None:
+    nn.Parameter(next(part.parameters()).data)  # as torch 2.11 makes its own, which require gradients
 
-    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", refuse)
-    mesh = Sizes(tensor_parallel=Sizes(), data_parallel=Sizes())
-    shard_blocks(nn.Linear(8, 8), mesh)
-    layer = nn.Sequential(nn.Linear(8, 8, bias=False))
-    make_quantizer("nf4").quantize(layer[0], torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"shards no integers, as those of 0\.weight\. .* storage_dtype: float32"):
-        shard_blocks(layer, mesh)
+
+def refuse_subclasses(part: nn.Module, mesh: Any) -> None:
+    raise NotImplementedError("Int8Tensor dispatch: attempting to run unimplemented operator")
+
+
+def run_out_of_memory(part: nn.Module, mesh: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("mode", "fails", "error", "message"),
+    [
+        (
+            "nf4",
+            refuse_integers,
+            ValueError,
+            r"no integers, as those of 0\.weight\. .* storage_dtype: float32, or take",
+        ),
+        (
+            "int8_torchao",
+            refuse_subclasses,
+            ValueError,
+            r"no Int8Tensor, as 0\.weight is\. Take .* int8, or take ddp\.",
+        ),
+        ("nf4", run_out_of_memory, torch.OutOfMemoryError, "CUDA"),
+        ("int8_torchao", run_out_of_memory, torch.OutOfMemoryError, "CUDA"),
+    ],
+)
+def test_a_base_that_torch_does_not_shard_is_told_by_name(monkeypatch, mode, fails, error, message):
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    make_quantizer(mode).quantize(layer[0], torch.device("cpu"))
+    layer.requires_grad_(False)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", fails)
+    with pytest.raises(error, match=message):
+        shard_blocks(layer, Sizes(tensor_parallel=Sizes(), data_parallel=Sizes()))
 
 
 @pytest.mark.parametrize(("how", "clip"), [("ddp", 0.05), ("sharded", None)])

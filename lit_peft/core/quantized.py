@@ -62,7 +62,7 @@ class Frozen4bit(Swapped):
         layer.weight.quant_state = layer.quant_state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Leaves out the constants of codes in shards, which torch brings together: it looks for parameters alone."""
+        """Leaves out the constants of codes in shards: torch gathers these, by parameters and buffers alone."""
         layer: Any = self
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if in_shards(layer.weight):

@@ -14,21 +14,24 @@ _SHARDED = "_lit_peft_sharded"
 
 
 def shard(module: pl.LightningModule) -> None:
-    """Lets a LightningModule shard itself, by `shard(mesh)`, once its adapters are attached; later calls do nothing.
+    """Lets a LightningModule shard itself once, by `shard(mesh)`, when its adapters are attached.
 
     The strategy makes a mesh of devices and leaves the rest to the module. Gradients of parameters that are in no shard
     are those of one rank: adapters that are attached after sharding would differ from rank to rank, and so would all of
     a module that shards nothing.
 
     Raises:
-        ValueError: On several devices, when what trains is in no shard; where weights are averaged.
+        ValueError: In a fit on several devices, when what trains is in no shard; where weights are averaged.
     """
     mesh: Any = getattr(module, "device_mesh", None)
     own: Any = getattr(module, "shard", None)
-    if mesh is None or module.__dict__.get(_SHARDED):
+    if mesh is None:
         return
-    if own is not None:
+    if own is not None and not module.__dict__.get(_SHARDED):
         own(mesh)
+        module.__dict__[_SHARDED] = True
+    if module.trainer.state.fn != "fit":
+        return
     count, name = mesh["data_parallel"].size(), type(module).__name__
     apart = [key for key, p in module.named_parameters() if p.requires_grad and not in_shards(p)]
     if count > 1 and not is_sharded(module):
@@ -48,7 +51,6 @@ def shard(module: pl.LightningModule) -> None:
         raise ValueError(
             f"{type(averages[0]).__name__} averages a copy of the module, in no shards: leave it out, or take ddp."
         )
-    module.__dict__[_SHARDED] = True
 
 
 def shard_blocks(model: nn.Module, mesh: Any) -> None:
@@ -62,7 +64,7 @@ def shard_blocks(model: nn.Module, mesh: Any) -> None:
 
     Raises:
         ValueError: When devices are left for tensor parallelism, as they are by default: each of these would train on
-            the same rows; when torch is too old for parameters that are integers, as those of a quantised base.
+            the same rows; when torch cannot shard the weights of a quantised base.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -74,14 +76,25 @@ def shard_blocks(model: nn.Module, mesh: Any) -> None:
     for part in (*dict.fromkeys(_blocks(model)), model):
         try:
             fully_shard(part, mesh=mesh["data_parallel"])
-        except RuntimeError as error:  # torch 2.11: "only Tensors of floating point dtype can require gradients"
-            codes = [key for key, p in part.named_parameters() if not p.is_floating_point()]
-            if not codes:
+        except RuntimeError as error:
+            if not (why := _unshardable(part, error)):
                 raise
-            raise ValueError(
-                f"trainer.strategy: torch {torch.__version__} shards no integers, as those of {codes[0]}. Take torch "
-                "2.12 or later, or ddp; in 4 bit storage_dtype: float32 will do as well."
-            ) from error
+            raise ValueError(f"trainer.strategy: {why}, or take ddp.") from error
+
+
+def _unshardable(part: nn.Module, error: RuntimeError) -> str:
+    """Why weights of a quantised base are not sharded, and what would be; empty where that is not the error."""
+    named = dict(part.named_parameters())
+    codes = [key for key, p in named.items() if not p.is_floating_point()]
+    if codes and "require gradients" in str(error):  # torch 2.11, whose shards all require gradients at first
+        return (
+            f"torch {torch.__version__} shards no integers, as those of {codes[0]}. Take torch 2.12 or later, or in 4 "
+            "bit storage_dtype: float32"
+        )
+    own = [key for key, p in named.items() if type(p.data) not in (torch.Tensor, nn.Parameter)]
+    if own and isinstance(error, NotImplementedError):
+        return f"torch shards no {type(named[own[0]].data).__name__}, as {own[0]} is. Take a base in nf4, fp4 or int8"
+    return ""
 
 
 def _blocks(module: nn.Module, within: bool = False) -> list[nn.Module]:
