@@ -295,7 +295,9 @@ def test_torchs_checkpoint_shows_its_inputs_to_hooks():
     x = torch.rand(3, requires_grad=True) * 1
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t):
         checkpoint(lambda a: a.exp().sin().tanh(), x, use_reentrant=False)
-    assert seen == [x.data_ptr()]  # and nothing from inside
+    assert [place for place in seen if place] == [
+        x.data_ptr()
+    ]  # nothing from inside; torch 2.11 shows an empty one too
 
 
 def test_a_cpu_has_nowhere_to_put_them_and_says_so_once():

@@ -426,7 +426,7 @@ def test_a_sharded_decoder_is_asked_for_what_it_sees_by_all_ranks(two_ranks, tmp
 
 
 def _fit_task(rank: int, folder: str, root: Path, how: str, quantize: Any) -> list[dict[str, torch.Tensor]]:
-    """Ends of a fit of three epochs, and of one that goes on from the checkpoint of the first."""
+    """Ends of a fit of three epochs, after a test, and of one that goes on from the checkpoint of the first."""
 
     def fit(ckpt_path: Path | None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -440,7 +440,7 @@ def _fit_task(rank: int, folder: str, root: Path, how: str, quantize: Any) -> li
             devices=2,
             plugins=[TorchElasticEnvironment()],
             callbacks=[
-                LoRA(r=2, dropout=0.0, target_modules=["c_attn"], quantize=quantize),
+                LoRA(r=2, dropout=0.0, target_modules=["c_attn", "wte"], quantize=quantize),
                 *([] if ckpt_path else [ModelCheckpoint(root, "{epoch}", save_top_k=-1)]),
             ],
             enable_checkpointing=ckpt_path is None,
@@ -450,7 +450,10 @@ def _fit_task(rank: int, folder: str, root: Path, how: str, quantize: Any) -> li
         task = CausalLanguageModeling(folder, learning_rate=0.05, warmup=0.0)
         parts = [batch(9, 5, seed=i) for i in range(2)]
         rows = [{key: value[rank : rank + 1] for key, value in part.items()} for part in parts]
-        trainer.fit(task, torch.utils.data.DataLoader(rows, batch_size=None), ckpt_path=ckpt_path)
+        data = torch.utils.data.DataLoader(rows, batch_size=None)
+        if ckpt_path is None:
+            trainer.test(task, data, verbose=False)  # leaves the outermost weights gathered, those of wte
+        trainer.fit(task, data, data, ckpt_path=ckpt_path)
         assert is_sharded(task) is (how == "sharded")
         if how == "sharded":
             lit_peft.save(task, root / "adapter")

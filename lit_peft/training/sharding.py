@@ -27,11 +27,16 @@ def shard(module: pl.LightningModule) -> None:
     own: Any = getattr(module, "shard", None)
     if mesh is None:
         return
+    from torch.distributed.fsdp import FSDPModule
+
     if own is not None and not module.__dict__.get(_SHARDED):
         own(mesh)
         module.__dict__[_SHARDED] = True
     if module.trainer.state.fn != "fit":
         return
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # a test before leaves the outermost one's weights gathered
     count, name = mesh["data_parallel"].size(), type(module).__name__
     apart = [key for key, p in module.named_parameters() if p.requires_grad and not in_shards(p)]
     if count > 1 and not is_sharded(module):
