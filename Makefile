@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 # the slow ones here, and would be left to one worker at the end.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help quickstart test check check-all conformance interop format clean
+.PHONY: help quickstart test check check-all check-lowest conformance interop format clean
 
 help:             ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | sort
@@ -38,6 +38,14 @@ check-all: $(READY)  ## check, and the slow tests too
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SHARED)
 
+check-lowest:     ## the fast tests with the oldest versions of the dependencies, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-lowest
+	@# "lightning>=2.6,<3" becomes "lightning==2.6".
+	$(VENV)-lowest/bin/python -m pip install --quiet --editable '.[dev]' $$($(PYTHON) -c 'import re, tomllib; \
+		names = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+		print(*(re.sub(r">=([\d.]+).*", r"==\1", name) for name in names))')
+	$(VENV)-lowest/bin/python -m pytest $(SHARED) -m "not slow"
+
 conformance: $(READY)  ## methods by checks, slow ones too (9 minutes on one core): printed and written to docs/conformance.md
 	LIT_PEFT_WRITE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_conformance.py
 
@@ -49,4 +57,4 @@ format: $(READY)  ## write what `check` asks for
 	$(BIN)/ruff check --fix .
 
 clean:            ## remove the environment and what the tools cached
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis

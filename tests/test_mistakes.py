@@ -363,6 +363,7 @@ def _for_the_docs(mistake: Mistake, answer: str, files: dict[str, str]) -> tuple
             answer = answer.replace(path, name.upper())
     answer = answer.replace(str(Path.cwd()), "HERE")
     answer = re.sub(r"\d[\d,]* bytes", "N bytes", answer)
+    answer = re.sub(r"(?<=of Lightning )[\d.]+\d", "VERSION", answer)
     return command, answer.removeprefix("lit-peft: ").replace("|", "\\|").replace("\n", "<br>")
 
 
