@@ -14,9 +14,11 @@ from data_helpers import save_decoder_tokenizer, write
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_peft.data import LanguageModelingDataModule
+from lit_peft.demo import DECODER, ENCODER
+from lit_peft.tasks import CausalLanguageModeling
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ckpt_path"),
@@ -655,3 +657,28 @@ def test_the_command_line_knows_every_argument() -> None:
     options = ["--data=lit_peft.data.LanguageModelingDataModule", "--data.path=here", "--data.document=split"]
     data = parser.instantiate(parser.parse_args([*options, "--data.block_size=null"])).data
     assert isinstance(data, LanguageModelingDataModule) and data.document == "split"
+
+
+def read_by(task: CausalLanguageModeling, tokenizer: str | None) -> str:
+    """Where the tokenizer is from that texts for this task are read with."""
+    data = LanguageModelingDataModule(path="demo", tokenizer=tokenizer)
+    data.trainer = SimpleNamespace(lightning_module=task)  # type: ignore[assignment]
+    return data.tokenizer.name_or_path
+
+
+def test_the_bundled_decoder_is_read_to_by_its_own_tokenizer() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in (None, "demo", str(DECODER)):
+            assert read_by(CausalLanguageModeling("demo"), name) == str(DECODER)
+
+
+def test_a_tokenizer_that_a_model_cannot_take_is_told(tmp_path: Path) -> None:
+    task = CausalLanguageModeling("demo")
+    with pytest.warns(UserWarning, match=f"602 of 602 tokens of {ENCODER} are other tokens to demo-decoder"):
+        read_by(task, str(ENCODER))
+    more = AutoTokenizer.from_pretrained(DECODER)
+    more.add_tokens(["one more"])
+    more.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has ids up to 1,011, demo-decoder embeds 1,011 tokens\. Leave"):
+        read_by(task, str(tmp_path))

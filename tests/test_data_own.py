@@ -1,6 +1,7 @@
 """A user's own files: which split plays which role, texts that are given, pairs, and what is wrong with a file."""
 
 import gzip
+import io
 import json
 import time
 import warnings
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from data_helpers import numbers_of, rows, save_tokenizer, text, write
+from datasets import Dataset
 from models import TINY
 
 from lit_peft import LoRA
@@ -257,6 +259,12 @@ def test_a_model_of_pairs_learns_which_text_is_which(tmp_path: Path) -> None:
 CSV = "text,label\nw1,a\nw2,b\n"
 
 
+def parquet_without_rows() -> bytes:
+    file = io.BytesIO()
+    Dataset.from_dict({"text": [], "label": []}).to_parquet(file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -267,6 +275,7 @@ CSV = "text,label\nw1,a\nw2,b\n"
         ("x.jsonl", b"\n\n", "x.jsonl is empty: it has no rows"),
         ("x.json", b"[]", "x.json is empty: it has no rows"),
         ("x.parquet", b"", "x.parquet is empty: it has 0 bytes"),
+        ("x.parquet", parquet_without_rows(), "x.parquet is empty: it has no rows"),
         ("x.parquet", b"nonsense", "Cannot read .*x.parquet: Parquet"),
         ("x.csv", CSV.encode() + b"w\xff3,a\n", r"x.csv is not UTF-8: byte 0xff at offset 22, in line 4\."),
         ("x.tsv", "text\tlabel\nw1\ta\n".encode("utf-16"), "x.tsv is not UTF-8: byte 0xff at offset 0, in line 1"),

@@ -1,19 +1,23 @@
 """WikiText2DataModule: lines, words and blocks, of files laid out as the published ones and of these."""
 
+import math
 import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from data_helpers import save_decoder_tokenizer
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_peft.data import LanguageModelingDataModule, WikiText2DataModule
+from lit_peft.tasks import CausalLanguageModeling
 
 SHARED = Path(os.environ.get("LIT_PEFT_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "wikitext2"
 published = pytest.mark.skipif(
@@ -139,3 +143,31 @@ def test_the_published_counts(tmp_path: Path) -> None:
         assert (len(data._rows(role)[1]), sum(data._tokens(role)["words"][:])) == (lines, words)
         assert sum(data._tokens(role)["length"][:]) == words  # of a word-level tokenizer
         assert len(data._encoded(role)) == -(-words // 1000)
+
+
+@published
+@pytest.mark.parametrize("stride", [512, 256])
+def test_perplexity_of_the_published_text_is_that_of_a_plain_loop(tmp_path: Path, stride: int) -> None:
+    """By the data module, the task and the trainer; and by transformers' loss over the same windows."""
+    name = str(SHARED.parents[1] / "models" / "gpt2-mini")
+    lines = WikiText2DataModule(str(SHARED))._split("test")["text"][:120]
+    for split in ("train", "validation", "test"):
+        Dataset.from_dict({"text": lines}).to_parquet(tmp_path / f"{split}.parquet")
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    data = WikiText2DataModule(str(tmp_path), block_size=512, stride=stride, eval_batch_size=3)
+    (scores,) = trainer.test(CausalLanguageModeling(name), data, verbose=False)
+
+    ids = AutoTokenizer.from_pretrained(name)("".join(lines), return_tensors="pt", verbose=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    total, count, end = 0.0, 0, 0
+    for start in range(0, ids.shape[1], stride):
+        window = ids[:, start : start + 512]
+        labels = window.clone()
+        labels[:, : end - start] = -100  # scored in the window before, as context here
+        scored = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += model(window, labels=labels).loss.item() * scored
+        count, end = count + scored, start + window.shape[1]
+        if end == ids.shape[1]:
+            break
+    assert scores["test/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)

@@ -160,7 +160,7 @@ def summary_panel(title: str, metrics: Mapping[str, float | None], notes: Mappin
 _BESIDE_BASE = (
     ("test/perplexity", "test perplexity", 2),
     ("test/word_perplexity", "by word", 2),
-    ("test/masked_perplexity", "of masked tokens", 2),
+    ("test/masked_perplexity", "masked perplexity", 2),
     ("test/pseudo_perplexity", "pseudo-perplexity", 2),
     ("test/acc", "test accuracy", 4),
 )

@@ -27,7 +27,8 @@ class TextDataModule(pl.LightningDataModule):
     """Loaders of texts; a subclass says in `_tokenise` which rows each role reads.
 
     Args:
-        tokenizer: Hub id or folder of the tokenizer; null: the model's `backbone`.
+        tokenizer: Hub id or folder of the tokenizer, or demo; null: the model's `backbone`. One with ids that the model
+            does not have is refused, and one whose ids are other tokens to it is warned of.
         max_length: Tokens that are kept of a text; never more than the tokenizer's own limit, or the model's, which a
             warning says where it is less.
         batch_size: Training examples a step on each device.
@@ -56,6 +57,7 @@ class TextDataModule(pl.LightningDataModule):
         self._tokenizers: dict[str, Any] = {}
         self._tokenised: dict[tuple[str, str, int], Dataset] = {}
         self._told: set[str] = set()
+        self._compared: set[tuple[str, Any]] = set()  # tokenizers with backbones
 
     def prepare_data(self) -> None:
         """Load and tokenise on one process a node; the others then find the result in the cache."""
@@ -69,9 +71,11 @@ class TextDataModule(pl.LightningDataModule):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers, with a padding token."""
-        name = self.tokenizer_name
-        if name is None and self.trainer:
-            name = getattr(self.trainer.lightning_module, "backbone", None)
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        backbone = getattr(module, "backbone", None)
+        name = backbone if self.tokenizer_name is None else self.tokenizer_name
+        if name == hub.DEMO and backbone == hub.DEMO_DECODER:
+            name = backbone  # the bundled encoder and decoder have one each
         if not isinstance(name, str):  # of a user's module it may be the network itself
             raise ValueError(
                 "data.tokenizer is null and the model has no `backbone` to take it from: set data.tokenizer."
@@ -85,6 +89,9 @@ class TextDataModule(pl.LightningDataModule):
             if tokenizer.pad_token_id is None:  # decoders have none; any will do, the attention mask hides it
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizers[name] = tokenizer
+        if hasattr(module, "check_tokenizer") and (name, backbone) not in self._compared:
+            self._compared.add((name, backbone))
+            module.check_tokenizer(name, self._tokenizers[name])
         return self._tokenizers[name]
 
     def train_dataloader(self) -> DataLoader[Any]:

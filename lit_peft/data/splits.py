@@ -324,7 +324,9 @@ def _explained(what: str, files: list[Path] | None = None) -> Iterator[None]:
         if isinstance(cause, FileError):
             raise cause from None
         fault = next(filter(None, map(_first_fault, files or [])), None)
-        if fault is None and ("corresponds to no data" in str(cause) or isinstance(cause, StopIteration)):
+        # The last is what datasets' reader says of a parquet file without rows.
+        none = ("corresponds to no data", "BatchSize must be greater than 0")
+        if fault is None and (isinstance(cause, StopIteration) or any(words in str(cause) for words in none)):
             fault = f"{what} is empty: it has no rows."
         line = (str(cause).splitlines() or [""])[0] or type(cause).__name__
         raise FileError(fault or f"Cannot read {what}: {line}") from error

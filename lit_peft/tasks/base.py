@@ -17,7 +17,7 @@ from lit_peft.class_path import imported
 from lit_peft.core.checkpoint import read_archive
 from lit_peft.methods.checks import check_choice, check_positive, check_range
 from lit_peft.saving.folder import load
-from lit_peft.tasks.loading import BaseStorage, load_model, max_positions
+from lit_peft.tasks.loading import BaseStorage, check_tokenizer, load_model, max_positions
 from lit_peft.tasks.optim import Schedule, build_optimizer, warmup_schedule
 from lit_peft.training.checkpointing import checkpoint_activations
 from lit_peft.training.liger import use_liger
@@ -154,6 +154,10 @@ class TransformersTask(pl.LightningModule):
     def max_positions(self) -> int | None:
         """Tokens of the longest text that the model has positions for, null where it knows no end; data keep to it."""
         return max_positions(self.backbone, self.model)
+
+    def check_tokenizer(self, name: str, tokenizer: Any) -> None:
+        """Whether the model can read what a data module's tokenizer writes; see `lit_peft.tasks.loading`."""
+        check_tokenizer(name, tokenizer, self.backbone)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lit_peft import hub
@@ -207,6 +208,41 @@ def max_positions(backbone: str, model: nn.Module | None = None) -> int | None:
     names = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # the others are MPT's and Whisper's
     told = [getattr(model.config, name, None) for name in names]
     return min((room for room in (*told, position_room(model)) if room and room > 0), default=None)
+
+
+def check_tokenizer(name: str, tokenizer: Any, backbone: str) -> None:
+    """Whether a model can read what a tokenizer writes; its own is not looked at.
+
+    Args:
+        name: Where the tokenizer is from.
+        tokenizer: The tokenizer.
+        backbone: Where the model is from.
+
+    Raises:
+        ValueError: When it has ids that the model has no embedding for.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = hub.locate(backbone)
+    if hub.locate(name) == source:
+        return
+    ids, advice = tokenizer.get_vocab(), "Leave data.tokenizer out, which takes the model's own."
+    with hub.explained(backbone):
+        size = getattr(AutoConfig.from_pretrained(source).get_text_config(), "vocab_size", None)
+    if size is not None and max(ids.values(), default=0) >= size:
+        raise ValueError(
+            f"data.tokenizer: {name} has ids up to {max(ids.values()):,}, {backbone} embeds {size:,} tokens. {advice}"
+        )
+    try:
+        own = {id: token for token, id in AutoTokenizer.from_pretrained(source).get_vocab().items()}
+    except (OSError, ValueError, KeyError):  # a folder of weights alone
+        return
+    others = sum(own.get(id, token) != token for token, id in ids.items())
+    if others > len(ids) / 100:  # some are renamed, as unused ones
+        rank_zero_warn(
+            f"data.tokenizer: {others:,} of {len(ids):,} tokens of {name} are other tokens to {backbone}, to which "
+            f"texts become noise. {advice}"
+        )
 
 
 def _new_heads(skeleton: Any) -> list[str]:
