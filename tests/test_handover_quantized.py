@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lit_peft
 from lit_peft import LoRA, cli
-from lit_peft.core.quantize import make_quantizer, stored_as
+from lit_peft.core.quantize import make_quantizer, quantizer_of, recognise, stored_as
 from lit_peft.demo import ENCODER
 from lit_peft.handover import verifying
 from lit_peft.handover.trainer import Trainer
@@ -198,6 +198,80 @@ def test_the_adapter_is_exported_for_hf_peft_on_a_base_of_bitsandbytes(run, tmp_
             layer.support_avx512bf16_for_cpu = False  # or this machine would compute otherwise than another
     found = opened.eval()(**encoded()).logits
     torch.testing.assert_close(found, task(encoded()), rtol=1e-4, atol=1e-5)
+
+
+def opened_by_the_lines(printed: str) -> tuple[str, Any]:
+    """The first of the lines that `export` printed, and the model that the others make."""
+    first, *code = printed[printed.index("Adapter: ") :].strip().splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(line.strip() for line in code), names)
+    return first, names["model"].eval()
+
+
+def test_the_lines_that_export_prints_quantise_the_base_as_it_was(run, tmp_path, capsys):
+    cli.main(["export", str(run), str(tmp_path / "out"), *CPU])
+    first, model = opened_by_the_lines(capsys.readouterr().out)
+    assert first.endswith("in Hugging Face PEFT, trained on a base in nf4 in blocks of 64, double")
+    layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False  # or this machine would compute otherwise than another
+    task = TextClassification.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert len(layers) == len(stored_as(task)) == 24
+    torch.testing.assert_close(model(**encoded()).logits, task(encoded()), rtol=1e-4, atol=1e-5)
+
+
+def quantised(model: torch.nn.Module) -> list[str]:
+    """How each quantised layer is stored, in the order of the model; HF PEFT has other paths for them."""
+    recognise(model)
+    return [str(vars(found)) for layer in model.modules() if (found := quantizer_of(layer)) is not None]
+
+
+class Classifier(pl.LightningModule):
+    """A classifier that is read from a folder, which its lines name then."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.net = PLAIN.from_pretrained(folder, num_labels=2)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.net(**inputs)
+
+
+@pytest.mark.parametrize("kind", ["int8", "scales as they are", "blocks of 128"])
+def test_what_quantises_the_base_is_told_with_its_options_or_in_a_sentence(kind, tmp_path, capsys):
+    options = {
+        "int8": {"mode": "int8", "threshold": 5.0},
+        "scales as they are": NF4 | {"double_quant": False},
+        "blocks of 128": NF4 | {"block_size": 128},
+    }[kind]
+    module = Classifier(Path(ENCODER))
+    heads = ["pre_classifier", "classifier"]
+    method = LoRA(r=2, train_also=[f"net.{head}" for head in heads], quantize=options)
+    method.attach(module)
+    perturb(module)
+    trainer(method).export(module, None, str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert f"trained on a base in {make_quantizer(options).stored_as}\n" in printed
+    if kind == "blocks of 128":
+        assert "Quantise the base in the same way, or the answers differ" in printed and "BitsAndBytes" not in printed
+        return
+    assert "Quantise the base" not in printed
+    _, model = opened_by_the_lines(printed)
+    assert len(stored_as(module)) == 24
+    assert quantised(model) == quantised(module.net)
+
+
+def test_a_base_that_comes_in_4_bit_needs_no_more_words(tmp_path, capsys):
+    config = make_quantizer(NF4).loading_config(["classifier", "pre_classifier"])
+    PLAIN.from_pretrained(ENCODER, num_labels=2, quantization_config=config).save_pretrained(tmp_path / "base")
+    module = Classifier(tmp_path / "base")
+    method = LoRA(r=2)
+    method.attach(module)
+    trainer(method).export(module, None, str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "trained on a base in nf4" in printed and "Quantise" not in printed and "BitsAndBytes" not in printed
+    _, model = opened_by_the_lines(printed)
+    assert len(quantised(model)) == 24
 
 
 def answers(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:

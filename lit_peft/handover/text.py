@@ -11,7 +11,9 @@ from torch import nn
 
 from lit_peft.callbacks.tables import summary_panel
 from lit_peft.core.merge import MEANINGS
+from lit_peft.core.quantize import quantizer_of, stored_as
 from lit_peft.handover.report import REPORT
+from lit_peft.saving.left_alone import left_alone
 
 
 def print_merged(
@@ -63,6 +65,8 @@ def print_merged(
 def print_exported(out: Path, names: Iterable[str], model: nn.Module) -> None:
     """Prints, for each adapter in a folder that was exported, the lines of Python that open it on its base.
 
+    A base that was quantised as it was loaded is quantised so again, or one sentence says what must be done.
+
     Args:
         out: The folder.
         names: Of the adapters.
@@ -70,13 +74,24 @@ def print_exported(out: Path, names: Iterable[str], model: nn.Module) -> None:
     """
     of_classes = "Classification" in type(model).__name__ and hasattr(model.config, "num_labels")
     head = f", num_labels={model.config.num_labels}" if of_classes else ""  # type: ignore[union-attr]
+    kinds = stored_as(model)
+    stored = f", trained on a base in {' and '.join(sorted(set(kinds.values())))}" if kinds else ""
+    comes_so = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
+    options = None if comes_so else _bitsandbytes_options(model, kinds)
     for folder in (out if name == "default" else out / name for name in names):
         config = json.loads((folder / "adapter_config.json").read_text())
-        base, net = config["base_model_name_or_path"], "net"
+        base, net, quantized = config["base_model_name_or_path"], "net", None
         if base is not None:
-            net = f"Net.from_pretrained({_literal(base)}{head})"
-        _print(f"Adapter: {folder} ({size_of(folder)}), {config['peft_type']} in Hugging Face PEFT")
+            quantized = options
+            given = ", quantization_config=quantized" if quantized else ""
+            net = f"Net.from_pretrained({_literal(base)}{head}{given})"
+        _print(f"Adapter: {folder} ({size_of(folder)}), {config['peft_type']} in Hugging Face PEFT{stored}")
+        if kinds and not quantized and not (comes_so and base is not None):
+            _print("  Quantise the base in the same way, or the answers differ; these lines do not.")
         _print("  from peft import PeftModel" + (f"; {_import(model)}" if base is not None else ""))
+        if quantized:
+            _print("  from transformers import BitsAndBytesConfig")
+            _print(f"  quantized = BitsAndBytesConfig({quantized})")
         _print(f"  model = PeftModel.from_pretrained({net}, {_literal(folder)})")
 
 
@@ -84,6 +99,28 @@ def size_of(folder: Path) -> str:
     """Size of the files in a folder, as it is printed."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
+
+
+def _bitsandbytes_options(model: nn.Module, kinds: Mapping[str, str]) -> str | None:
+    """Arguments of the BitsAndBytesConfig with which transformers quantises a base to the layers that a model has.
+
+    Args:
+        model: The model, with its adapters.
+        kinds: Path -> what it is stored as, for each quantised layer.
+
+    Returns:
+        The arguments as Python; None where nothing is quantised, or transformers has no words for it.
+    """
+    found = [quantizer_of(model.get_submodule(path)) for path in kinds]
+    first = found[0] if found else None
+    if first is None or any(type(other) is not type(first) or vars(other) != vars(first) for other in found):
+        return None
+    own = [path for path in left_alone(model, kinds) if ".peft." not in f".{path}."]  # not what adapters are made of
+    config: Any = first.loading_config(own)
+    if type(config).__name__ != "BitsAndBytesConfig":
+        return None
+    told = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
+    return ", ".join(f"{key}={value!r}" for key, value in told.items())
 
 
 def _compared(report: Mapping[str, Any]) -> dict[str, str]:
