@@ -163,6 +163,11 @@ MISTAKES = [
     quick("a checkpoint of another rank", "--ckpt_path {best} --method.r 8", "made with LoRA(r=4), not 8"),
     # runs that go on
     Mistake(
+        "another storage of the base for a run that goes on",
+        ["fit", "--run", "{run}", "--method.quantize", "int8"],
+        "made with LoRA(quantize=None), not 'int8'.",
+    ),
+    Mistake(
         "another rate for a run that goes on",
         ["fit", "--run", "{run}", "--model.learning_rate", "0.5"],
         "The optimizer's learning rate is 0.5, and was 0.002 when this run began",

@@ -1,5 +1,6 @@
 """Saving, resuming and loading on a quantised base; bases that transformers has loaded in 4 or 8 bit."""
 
+import re
 import warnings
 from importlib.util import find_spec
 
@@ -92,9 +93,22 @@ def test_a_resumed_fit_ends_where_a_whole_one_does(tmp_path):
     assert_same(snapshot(second), snapshot(whole))
 
 
-@pytest.mark.parametrize("quantize", OTHERS.values(), ids=list(OTHERS))
-def test_a_resume_with_another_quantize_is_refused(run, quantize):
-    with pytest.raises(CheckpointMismatch, match=r"was made with LoRA\(quantize=\{'mode': 'nf4'.*\}\), not "):
+APART = {
+    "fp4": "quantize='nf4'), not 'fp4'.",
+    "blocks of 128": "quantize.block_size=64), not 128.",
+    "scales as they are": "quantize.double_quant=True), not False.",
+    "8 bit": "quantize='nf4'), not 'int8'.",
+    "as it is": "quantize='nf4'), not None.",
+    "two": "quantize.block_size=64, quantize.double_quant=True), not quantize.block_size=128, "
+    "quantize.double_quant=False.",
+}
+"""What is told of another `quantize`: the options that differ, and no other."""
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_resume_with_another_quantize_is_refused(run, name):
+    quantize = {**OTHERS, "two": NF4 | {"block_size": 128, "double_quant": False}}[name]
+    with pytest.raises(CheckpointMismatch, match=re.escape(f"was made with LoRA({APART[name]}") + "$"):
         fit(Module(), net_lora(quantize=quantize), ckpt_path=run[0], max_epochs=2)
 
 
