@@ -310,3 +310,14 @@ def test_an_adapter_predicts_on_the_base_that_it_is_given(of_run, run, tmp_path,
     quantised = run / "adapter"
     assert answers(capsys, *whole, "--adapter", quantised) == expected(quantised, NF4)
     assert answers(capsys, *whole, "--adapter", quantised, "--method.quantize", "null") == expected(quantised, None)
+
+
+def test_a_test_of_a_run_on_other_storage_is_refused_and_names_the_way(run, capsys):
+    words = ["test", "--run", str(run), "--method.quantize", "int8", *CPU]
+    answer = told(capsys, *words)
+    assert "made with LoRA(quantize='nf4'), not 'int8'" in answer
+    assert f"take the adapter's folder: --adapter {run / 'adapter'}." in answer
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="by what quantising rounds"):
+        cli.main([*words, "--adapter", str(run / "adapter")])
+    assert "test/nll" in capsys.readouterr().out

@@ -173,6 +173,11 @@ MISTAKES = [
         "The optimizer's learning rate is 0.5, and was 0.002 when this run began",
     ),
     Mistake(
+        "another storage of the base for a test of a run",
+        ["test", "--run", "{run}", "--method.quantize", "int8"],
+        "LoRA(quantize=None), not 'int8'. On a base that is stored otherwise take the adapter's folder: --adapter /",
+    ),
+    Mistake(
         "other data for a run that goes on",
         ["fit", "--run", "{cut}", "--data.path", "{other}"],
         "A fit that resumes goes on with the data that it began with",

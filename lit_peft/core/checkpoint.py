@@ -113,6 +113,7 @@ def check_record(
     may_change: Mapping[str, frozenset[str]],
     *,
     resumes: bool = False,
+    folder: str = "FOLDER",
 ) -> None:
     """Compares a checkpoint with the module it is about to be loaded into, before anything is changed.
 
@@ -123,12 +124,13 @@ def check_record(
         may_change: Adapter name -> arguments that may differ.
         resumes: Whether a fit goes on from the checkpoint. Rates must then be the same too: they are part of the
             optimizer's state, which would not fit other groups, or put the old rates in the place of new ones.
+        folder: The adapter folder of the run, which is told to whoever wants another storage of the base.
 
     Raises:
         CheckpointMismatch: Naming the first thing that does not fit.
     """
     state = _require(module)
-    _compare_methods(saved["methods"], state, may_change, resumes)
+    _compare_methods(saved["methods"], state, may_change, resumes, folder)
     difference = compare_fingerprints(saved["fingerprint"], state.fingerprint)
     if difference is not None:
         raise CheckpointMismatch(f"This checkpoint belongs to another base model: {difference}.")
@@ -162,7 +164,7 @@ def _patterns(train_also: Any) -> Any:
 
 
 def _compare_methods(
-    saved: Mapping[str, Any], state: Registry, may_change: Mapping[str, frozenset[str]], resumes: bool
+    saved: Mapping[str, Any], state: Registry, may_change: Mapping[str, frozenset[str]], resumes: bool, folder: str
 ) -> None:
     if set(saved) != set(state.active):
         raise CheckpointMismatch(
@@ -176,6 +178,8 @@ def _compare_methods(
         weights = set(differing(was, now, allowed, rates=False))
         for argument in differing(was, now, allowed, rates=resumes):
             hint = "" if argument in weights else " A fit that resumes goes on at the rates it began with."
+            if argument == "quantize" and not resumes:
+                hint = f" On a base that is stored otherwise take the adapter's folder: --adapter {folder}."
             made, asked = _told_apart(argument, was.get(argument), now.get(argument))
             raise CheckpointMismatch(
                 f"The checkpoint was made with {new['class_path'].rpartition('.')[2]}({made}), not {asked}.{hint}"

@@ -38,9 +38,10 @@ from lit_peft.core.checkpoint import (
     told_as_damage,
 )
 from lit_peft.core.memory import measured
-from lit_peft.core.records import check_checkpoint
+from lit_peft.core.records import CONFIG, check_checkpoint
 from lit_peft.core.registry import registry
 from lit_peft.core.swap import Swapped, restore_class, swap_class, swapped_class
+from lit_peft.runs import run_folder
 from lit_peft.training.averaging import averaged_moved, copy_again, is_a, leave_base_out, put_base_in, take_average
 from lit_peft.training.bringing import activate_saved, bring, methods, methods_of
 from lit_peft.training.optimizers import BEGAN, BUILT, check_began
@@ -143,7 +144,8 @@ class AdaptedLightningModule(Swapped):
         # A strategy that has sharded the module loads its tensors before this hook and takes them out.
         tensors = checkpoint.get("state_dict")
         try:
-            check_record(module, checkpoint["lit_peft"], tensors, may_change, resumes=fitting)
+            folder = _adapter_folder(where)
+            check_record(module, checkpoint["lit_peft"], tensors, may_change, resumes=fitting, folder=folder)
             check_tensors(module, tensors or {}, where, buffers=False)
         except CheckpointMismatch:
             if before is not None:
@@ -307,6 +309,12 @@ def check_hyperparameters(trainer: Any, module: Any) -> None:
                     "a checkpoint with it could not be read again. Leave it out, "
                     f"self.save_hyperparameters(ignore=[{name!r}])."
                 ) from None
+
+
+def _adapter_folder(checkpoint: str) -> str:
+    """The adapter folder of the run that a checkpoint lies in, where it is there."""
+    run = run_folder(checkpoint)
+    return str(run / "adapter") if run is not None and (run / "adapter" / CONFIG).is_file() else "FOLDER"
 
 
 def guard_load_from_checkpoint(saving: Any) -> None:
