@@ -1,5 +1,6 @@
 """The verbs that run a trainer: LightningCLI with a `method:` beside `model:`, `data:` and `trainer:`."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from lit_peft.cli import fail
 from lit_peft.core.checkpoint import atomic_path
 from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
-from lit_peft.handover.paths import PLACED
+from lit_peft.handover.paths import PLACED, USAGE
 from lit_peft.handover.trainer import Trainer
 from lit_peft.limits import check_nulls, check_settings
 from lit_peft.methods.base import Method
@@ -133,6 +134,13 @@ class LitPeftCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = Parser(**kwargs, allow_abbrev=False)  # an abbreviation could mean another option tomorrow
         parser.add_argument("-c", "--config", action="config", help="Configuration: a name or a file; repeatable.")
+        return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in PLACED:  # `place` makes it of the second path, and refuses it from a user
+            parser.description = USAGE.format(verb=subcommand)
+            next(action for action in parser._actions if action.dest == "out").help = argparse.SUPPRESS
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

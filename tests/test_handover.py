@@ -375,6 +375,16 @@ def test_changed_predictions_are_counted():
     assert figures["max_logit_difference"] == pytest.approx(2 * figures["largest_logit"])
 
 
+@pytest.mark.parametrize("verb", ["merge", "export", "test"])
+def test_the_help_lists_the_options_that_a_user_may_give(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and "--out " not in printed and "--ckpt_path" in printed
+    assert (f"Usage: lit-peft {verb} RUN_OR_ADAPTER NEW_FOLDER" in printed) is (verb != "test")
+    assert ("--into" in printed, "--format" in printed) == (verb == "merge", verb == "export")
+
+
 # ------------------------------------------------------------------------------------------------------ export
 
 

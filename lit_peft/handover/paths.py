@@ -18,7 +18,7 @@ _IN_PYTHON = {
     "export": "lit_peft.save(model, NEW_FOLDER)",
 }
 _BOOLS = (["true"], ["false"])
-_USAGE = "Usage: lit-peft {verb} RUN_OR_ADAPTER NEW_FOLDER [--KEY VALUE …]"
+USAGE = "Usage: lit-peft {verb} RUN_OR_ADAPTER NEW_FOLDER [--KEY VALUE …]"
 
 
 def place(arguments: Sequence[str]) -> list[str]:
@@ -37,13 +37,13 @@ def place(arguments: Sequence[str]) -> list[str]:
     places = list(paths.values())
     runs = values(words, "--run")
     if "--out" in words or any(word.startswith("--out=") for word in words):
-        raise ValueError(f"{verb} takes the new folder as its second path, without --out. {_USAGE.format(verb=verb)}")
+        raise ValueError(f"{verb} takes the new folder as its second path, without --out. {USAGE.format(verb=verb)}")
     if len(places) == 1 and len(runs) == 1:  # the run's own result
         rest, _ = take(rest, "--run")
         places = [runs[0], *places]
     if len(places) != 2:
         given = f"not {len(places)}: {', '.join(places)}" if places else "and none is given"
-        raise ValueError(f"{verb} takes two paths, {given}. {_USAGE.format(verb=verb)}")
+        raise ValueError(f"{verb} takes two paths, {given}. {USAGE.format(verb=verb)}")
     source, out = places
     words = [*_source(verb, Path(source), rest), *rest]
     check_free(out)
