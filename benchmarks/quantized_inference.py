@@ -16,9 +16,10 @@ names no folder of `make_minilm.py`), at batches of `--batches` texts of `--leng
 parameters with random weights, for one prompt of `--prefill` tokens ("prefill") and one token after it ("decode").
 Eager, without gradients, random tokens. Every round times all forms once, in an order that is drawn anew, so that drift
 of the machine hits all alike; a figure is the median over the rounds. "weights" is what a form holds on the device,
-"peak" the most while it runs; on a CPU the former is the sum over its tensors, the latter is not known. "difference" is
-the largest of the logits from those of the first form, in units of the largest logit. Prints a table, then one line of
-JSON.
+without what libraries allocate once and keep (cuBLAS's workspace) and without what merging keeps on the host for
+`unmerge`; "peak" is the most while it runs; on a CPU the former is the sum over its tensors, the latter is not known.
+"difference" is the largest of the logits from those of the first form, in units of the largest logit. Prints a table,
+then one line of JSON.
 """
 
 import argparse
@@ -176,6 +177,10 @@ def clock(step: Callable[[], Tensor], repeats: int, device: str) -> float:
 def measure(args: argparse.Namespace, make: Any, passes: dict[str, Pass]) -> list[dict[str, Any]]:
     """A row for each pass and form of one model."""
     models, weights = dict[str, nn.Module](), dict[str, int]()
+    if args.device == "cuda":  # else the first form to use cuBLAS, which merging does, would be charged its workspace
+        for form in FORMS:
+            build(args, make, form)
+            allocated(args.device)  # which frees it
     for form in FORMS:
         before = allocated(args.device)
         models[form] = build(args, make, form)

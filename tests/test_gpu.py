@@ -1,5 +1,7 @@
 """What only a GPU shows of quantised bases: merging there, paged and 8-bit state through a resume, offloaded inputs."""
 
+import gc
+
 import bitsandbytes as bnb
 import lightning.pytorch as pl
 import pytest
@@ -12,6 +14,7 @@ from lit_peft import LoRA, merge, unmerge
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.fingerprint import fingerprint
 from lit_peft.core.quantize import stored_as
+from lit_peft.core.swap import MERGED_KEY
 from lit_peft.testing.states import assert_same, perturb, snapshot
 from lit_peft.training.checkpointing import checkpoint_activations
 
@@ -60,6 +63,22 @@ def test_merged_and_back(kind, into):
     unmerge(model)
     assert_same(snapshot(model), before)
     assert torch.equal(model(ids()).logits, expected)
+
+
+@pytest.mark.parametrize("into", ["dequantized", "requantized"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@torch.no_grad()
+def test_while_merged_the_device_holds_the_model_alone(kind, into):
+    model = adapted(kind).eval()
+    merge(model, into=into)
+    kept = model.__dict__[MERGED_KEY]
+    away = [p for additions in kept.additions.values() for p in additions.parameters()]
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    del model.__dict__[MERGED_KEY], kept
+    gc.collect()
+    assert len(away) == 42 and {p.device.type for p in away} == {"cpu"}
+    assert torch.cuda.memory_allocated() == before
 
 
 @torch.no_grad()

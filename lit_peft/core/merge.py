@@ -28,7 +28,7 @@ MEANINGS = {
 
 @dataclass
 class _Merged:
-    """What `unmerge` needs: additions by site, what layers were, on the host, and the registry."""
+    """What `unmerge` needs: additions by site and what layers were, both on the host, and the registry."""
 
     into: Into | None
     additions: dict[str, Additions] = field(default_factory=dict)
@@ -49,8 +49,8 @@ def merge(
     """Folds adapters into the weights: the module then has its own keys and classes again, and nothing of ours runs.
 
     `W <- V`, composed as `Delta` says, computed in float32 and rounded once to the weight's dtype. Base parameters
-    that train (a head, biases) keep their trained values. `unmerge` undoes it; until then the original weights are
-    kept on the host, and adapters are neither attached, nor saved, switched or detached.
+    that train (a head, biases) keep their trained values. `unmerge` undoes it; until then the original weights and
+    the adapters are kept on the host, and adapters are neither attached, nor saved, switched or detached.
 
     Into what, a quantised base must be told, since each answer costs something else:
 
@@ -102,6 +102,8 @@ def merge(
                 _fold(layer, chain, kept.layers, path, dense=path in dense, dtype=dtype)
         if dense:
             kept.marks = take_marks(module)
+        for additions in kept.additions.values():  # once all are folded: VeRA's read what one of them holds
+            _move(additions, "cpu")
         kept.state = close(module)
     except BaseException:
         _restore(module, module.__dict__.pop(MERGED_KEY))
@@ -179,9 +181,15 @@ def _restore(module: nn.Module, kept: _Merged) -> None:
         ops.put_back(module.get_submodule(path), what)
     for path, additions in kept.additions.items():
         device = next(module.get_submodule(path).parameters()).device
-        put_on(module, path, additions.to(device))
+        _move(additions, device)
+        put_on(module, path, additions)
     give_marks(module, kept.marks)
     recognise(module)
+
+
+@torch.inference_mode(False)  # what is moved in it could never train again
+def _move(additions: Additions, device: torch.device | str) -> None:
+    additions.to(device)
 
 
 def _check(module: nn.Module, path: str) -> None:

@@ -339,7 +339,8 @@ class Kept(NamedTuple):
 
 def keep(layer: Any) -> Kept:
     """What `put_back` needs to make a layer what it is now."""
-    attributes = {key: value for key, value in layer.__dict__.items() if key in _own_attributes()}
+    own = _own_attributes() - {"quant_state"}  # the constants where they lie, which would stay on the device
+    attributes = {key: value for key, value in layer.__dict__.items() if key in own}
     attributes["_load_state_dict_pre_hooks"] = layer._load_state_dict_pre_hooks
     weight, b = layer.weight, layer.bias
     return Kept(
