@@ -20,6 +20,9 @@ of its function in [lit_peft/testing/conformance.py](../lit_peft/testing/conform
 
 A method of your own takes the same suite, by a test file of six lines:
 [write_a_method.md](write_a_method.md#the-conformance-suite).
+
+Methods that merge pass it on three of these models in 4 bit (NF4) and in 8 (int8) too:
+[tests/test_conformance_quantized.py](../tests/test_conformance_quantized.py).
 """
 CHECKS = {name: check for name, check in vars(MethodConformance).items() if name.startswith("test_")}
 
