@@ -41,9 +41,10 @@ check-all: $(READY)  ## check, and the slow tests too
 check-lowest:     ## the fast tests with the oldest versions of the dependencies, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-lowest
 	@# "lightning>=2.6,<3" becomes "lightning==2.6".
-	$(VENV)-lowest/bin/python -m pip install --quiet --editable '.[dev]' $$($(PYTHON) -c 'import re, tomllib; \
+	pins=$$($(PYTHON) -c 'import re, tomllib; \
 		names = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
-		print(*(re.sub(r">=([\d.]+).*", r"==\1", name) for name in names))')
+		print(*(re.sub(r">=([\d.]+).*", r"==\1", name) for name in names))') && \
+		$(VENV)-lowest/bin/python -m pip install --quiet --editable '.[dev]' $$pins
 	$(VENV)-lowest/bin/python -m pytest $(SHARED) -m "not slow"
 
 conformance: $(READY)  ## methods by checks, slow ones too (9 minutes on one core): printed and written to docs/conformance.md

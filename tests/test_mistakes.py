@@ -168,6 +168,11 @@ MISTAKES = [
         "made with LoRA(quantize=None), not 'int8'.",
     ),
     Mistake(
+        "a tokenizer of another model",
+        [*QUICK, "--data.tokenizer", "demo-decoder"],
+        "data.tokenizer: demo-decoder has ids up to 1,010, demo embeds 602 tokens. Leave data.tokenizer out",
+    ),
+    Mistake(
         "another rate for a run that goes on",
         ["fit", "--run", "{run}", "--model.learning_rate", "0.5"],
         "The optimizer's learning rate is 0.5, and was 0.002 when this run began",
@@ -175,7 +180,7 @@ MISTAKES = [
     Mistake(
         "another storage of the base for a test of a run",
         ["test", "--run", "{run}", "--method.quantize", "int8"],
-        "LoRA(quantize=None), not 'int8'. On a base that is stored otherwise take the adapter's folder: --adapter /",
+        "LoRA(quantize=None), not 'int8'. For another one, give the run's adapter and no checkpoint: --adapter /",
     ),
     Mistake(
         "other data for a run that goes on",

@@ -179,7 +179,10 @@ def _compare_methods(
         for argument in differing(was, now, allowed, rates=resumes):
             hint = "" if argument in weights else " A fit that resumes goes on at the rates it began with."
             if argument == "quantize" and not resumes:
-                hint = f" On a base that is stored otherwise take the adapter's folder: --adapter {folder}."
+                hint = (
+                    f" For another one, give the run's adapter and no checkpoint: --adapter {folder}; in Python, "
+                    f"lit_peft.load(model, {folder!r}, quantize=...)."
+                )
             made, asked = _told_apart(argument, was.get(argument), now.get(argument))
             raise CheckpointMismatch(
                 f"The checkpoint was made with {new['class_path'].rpartition('.')[2]}({made}), not {asked}.{hint}"

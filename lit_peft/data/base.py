@@ -90,8 +90,8 @@ class TextDataModule(pl.LightningDataModule):
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizers[name] = tokenizer
         if hasattr(module, "check_tokenizer") and (name, backbone) not in self._compared:
-            self._compared.add((name, backbone))
             module.check_tokenizer(name, self._tokenizers[name])
+            self._compared.add((name, backbone))
         return self._tokenizers[name]
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -77,7 +78,7 @@ def print_exported(out: Path, names: Iterable[str], model: nn.Module) -> None:
     kinds = stored_as(model)
     stored = f", trained on a base in {' and '.join(sorted(set(kinds.values())))}" if kinds else ""
     comes_so = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
-    options = None if comes_so else _bitsandbytes_options(model, kinds)
+    options = None if comes_so else _bitsandbytes_config(model, kinds)
     for folder in (out if name == "default" else out / name for name in names):
         config = json.loads((folder / "adapter_config.json").read_text())
         base, net, quantized = config["base_model_name_or_path"], "net", None
@@ -91,7 +92,7 @@ def print_exported(out: Path, names: Iterable[str], model: nn.Module) -> None:
         _print("  from peft import PeftModel" + (f"; {_import(model)}" if base is not None else ""))
         if quantized:
             _print("  from transformers import BitsAndBytesConfig")
-            _print(f"  quantized = BitsAndBytesConfig({quantized})")
+            _print(f"  quantized = {quantized}")
         _print(f"  model = PeftModel.from_pretrained({net}, {_literal(folder)})")
 
 
@@ -101,15 +102,15 @@ def size_of(folder: Path) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
 
 
-def _bitsandbytes_options(model: nn.Module, kinds: Mapping[str, str]) -> str | None:
-    """Arguments of the BitsAndBytesConfig with which transformers quantises a base to the layers that a model has.
+def _bitsandbytes_config(model: nn.Module, kinds: Mapping[str, str]) -> str | None:
+    """The BitsAndBytesConfig with which transformers quantises a base to the layers that a model has.
 
     Args:
         model: The model, with its adapters.
         kinds: Path -> what it is stored as, for each quantised layer.
 
     Returns:
-        The arguments as Python; None where nothing is quantised, or transformers has no words for it.
+        It as Python; None where nothing is quantised, or transformers has no words for it.
     """
     found = [quantizer_of(model.get_submodule(path)) for path in kinds]
     first = found[0] if found else None
@@ -120,7 +121,9 @@ def _bitsandbytes_options(model: nn.Module, kinds: Mapping[str, str]) -> str | N
     if type(config).__name__ != "BitsAndBytesConfig":
         return None
     told = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
-    return ", ".join(f"{key}={value!r}" for key, value in told.items())
+    was_auto = getattr(first, "compute_dtype", torch.float32) is None
+    note = "  # compute_dtype was auto: set bnb_4bit_compute_dtype to the dtype of training" if was_auto else ""
+    return f"BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in told.items())}){note}"
 
 
 def _compared(report: Mapping[str, Any]) -> dict[str, str]:

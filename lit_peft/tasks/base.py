@@ -156,8 +156,11 @@ class TransformersTask(pl.LightningModule):
         return max_positions(self.backbone, self.model)
 
     def check_tokenizer(self, name: str, tokenizer: Any) -> None:
-        """Whether the model can read what a data module's tokenizer writes; see `lit_peft.tasks.loading`."""
-        check_tokenizer(name, tokenizer, self.backbone)
+        """Whether the model can read what a data module's tokenizer writes; see `lit_peft.tasks.loading`.
+
+        Data are set up before the model is built: a subclass that resizes its embeddings overrides this.
+        """
+        check_tokenizer(name, tokenizer, self.backbone, self.model)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

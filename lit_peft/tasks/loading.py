@@ -210,13 +210,14 @@ def max_positions(backbone: str, model: nn.Module | None = None) -> int | None:
     return min((room for room in (*told, position_room(model)) if room and room > 0), default=None)
 
 
-def check_tokenizer(name: str, tokenizer: Any, backbone: str) -> None:
+def check_tokenizer(name: str, tokenizer: Any, backbone: str, model: Any = None) -> None:
     """Whether a model can read what a tokenizer writes; its own is not looked at.
 
     Args:
         name: Where the tokenizer is from.
         tokenizer: The tokenizer.
         backbone: Where the model is from.
+        model: The model of transformers, where it is there already.
 
     Raises:
         ValueError: When it has ids that the model has no embedding for.
@@ -227,21 +228,26 @@ def check_tokenizer(name: str, tokenizer: Any, backbone: str) -> None:
     if hub.locate(name) == source:
         return
     ids, advice = tokenizer.get_vocab(), "Leave data.tokenizer out, which takes the model's own."
-    with hub.explained(backbone):
-        size = getattr(AutoConfig.from_pretrained(source).get_text_config(), "vocab_size", None)
+    if model is not None:
+        size: int | None = len(model.get_input_embeddings().weight)
+    else:
+        with hub.explained(backbone):
+            size = getattr(AutoConfig.from_pretrained(source).get_text_config(), "vocab_size", None)
     if size is not None and max(ids.values(), default=0) >= size:
         raise ValueError(
             f"data.tokenizer: {name} has ids up to {max(ids.values()):,}, {backbone} embeds {size:,} tokens. {advice}"
         )
     try:
         own = {id: token for token, id in AutoTokenizer.from_pretrained(source).get_vocab().items()}
-    except (OSError, ValueError, KeyError):  # a folder of weights alone
+    except Exception:  # none that can be read here, which may be why another is given
+        return
+    if size is None or 2 * len(own) < size:  # from weights alone transformers makes one of special tokens
         return
     others = sum(own.get(id, token) != token for token, id in ids.items())
     if others > len(ids) / 100:  # some are renamed, as unused ones
         rank_zero_warn(
-            f"data.tokenizer: {others:,} of {len(ids):,} tokens of {name} are other tokens to {backbone}, to which "
-            f"texts become noise. {advice}"
+            f"data.tokenizer: {others:,} of {len(ids):,} tokens of {name} are other tokens to {backbone}, which will "
+            f"misread them. {advice}"
         )
 
 
