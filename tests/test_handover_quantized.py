@@ -319,7 +319,7 @@ def test_a_test_of_a_run_on_other_storage_is_refused_and_names_the_way(run, caps
     words = ["test", "--run", str(run), "--method.quantize", "int8", *CPU]
     answer = told(capsys, *words)
     assert "made with LoRA(quantize='nf4'), not 'int8'" in answer
-    assert f"take the adapter's folder: --adapter {run / 'adapter'}." in answer
+    assert f"give the run's adapter and no checkpoint: --adapter {run / 'adapter'}; in Python, lit_peft.load(" in answer
     capsys.readouterr()
     with pytest.warns(UserWarning, match="by what quantising rounds"):
         cli.main([*words, "--adapter", str(run / "adapter")])
