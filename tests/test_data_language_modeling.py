@@ -666,6 +666,13 @@ def read_by(task: CausalLanguageModeling, tokenizer: str | None) -> str:
     return data.tokenizer.name_or_path
 
 
+def test_a_models_own_tokenizer_is_compared_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("lit_peft.hub.locate", asked.append)  # seconds, where a hub does not answer
+    CausalLanguageModeling("owner/decoder").check_tokenizer("owner/decoder", None)
+    assert asked == []
+
+
 def test_the_bundled_decoder_is_read_to_by_its_own_tokenizer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -191,14 +191,15 @@ def _compare_methods(
 
 def _told_apart(argument: str, was: Any, now: Any) -> tuple[str, str]:
     """An argument with its value, and the other value; of two `quantize`, no more than the options that differ."""
-    modes = [value.get("mode") if isinstance(value, Mapping) else value for value in (was, now)]
-    if argument == "quantize" and modes[0] != modes[1]:  # the options of one are none of the other
-        return f"{argument}={modes[0]!r}", repr(modes[1])
-    if argument != "quantize" or not (isinstance(was, Mapping) and isinstance(now, Mapping)):
-        return f"{argument}={was!r}", repr(now)
-    keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
-    old, new = (", ".join(f"{argument}.{key}={value.get(key)!r}" for key in keys) for value in (was, now))
-    return old, new if keys[1:] else repr(now.get(keys[0]))
+    if argument == "quantize":
+        modes = [value.get("mode") if isinstance(value, Mapping) else value for value in (was, now)]
+        if modes[0] != modes[1]:  # the options of one are none of the other
+            was, now = modes
+        elif isinstance(was, Mapping) and isinstance(now, Mapping):
+            keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+            old, new = (", ".join(f"{argument}.{key}={value.get(key)!r}" for key in keys) for value in (was, now))
+            return old, new if keys[1:] else repr(now.get(keys[0]))
+    return f"{argument}={was!r}", repr(now)
 
 
 def _require(module: nn.Module) -> Registry:

@@ -224,6 +224,8 @@ def check_tokenizer(name: str, tokenizer: Any, backbone: str, model: Any = None)
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if name == backbone:  # as a rule: the hub need not be asked
+        return
     source = hub.locate(backbone)
     if hub.locate(name) == source:
         return
