@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 What = Literal["model", "dataset"]
 
@@ -106,6 +106,15 @@ def explained(name: str, what: What = "model") -> Iterator[None]:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
             raise ValueError(line if name in line else f"Cannot load the {what} {name!r}: {line}") from error
         raise
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model that the user named; raises what `locate` and `explained` do."""
+    from transformers import AutoTokenizer
+
+    source = locate(name)
+    with explained(name):
+        return AutoTokenizer.from_pretrained(source)
 
 
 def _out_of_reach(name: str, what: What, why: str | None = None) -> str:

@@ -81,11 +81,7 @@ class TextDataModule(pl.LightningDataModule):
                 "data.tokenizer is null and the model has no `backbone` to take it from: set data.tokenizer."
             )
         if name not in self._tokenizers:
-            from transformers import AutoTokenizer
-
-            source = hub.locate(name)
-            with hub.explained(name):
-                tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = hub.load_tokenizer(name)
             if tokenizer.pad_token_id is None:  # decoders have none; any will do, the attention mask hides it
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizers[name] = tokenizer

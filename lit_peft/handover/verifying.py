@@ -19,8 +19,6 @@ EPSILONS = 64
 
 def find_tokenizer(module: nn.Module, data: Any, model: nn.Module) -> Any:
     """The tokenizer of the data, of the module, or of the base, as it is there; None where there is none."""
-    from transformers import AutoTokenizer
-
     for owner in (data, module):
         with suppress(ValueError, AttributeError):
             if hasattr(owner.tokenizer, "save_pretrained"):
@@ -29,7 +27,7 @@ def find_tokenizer(module: nn.Module, data: Any, model: nn.Module) -> Any:
     for name in names:
         if isinstance(name, str) and name:
             with suppress(OSError, ValueError, KeyError):
-                return AutoTokenizer.from_pretrained(hub.locate(name))
+                return hub.load_tokenizer(name)
     return None
 
 

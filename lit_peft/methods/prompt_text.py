@@ -26,12 +26,7 @@ def token_ids(module: nn.Module, text: str, tokenizer: str | None, n: int) -> Te
     name = tokenizer or (isinstance(backbone, str) and backbone) or getattr(model.config, "_name_or_path", None)
     if not name:
         raise ValueError("tokenizer: the model does not say where its tokenizer is; give a folder or a hub id.")
-    from transformers import AutoTokenizer
-
-    source = hub.locate(name)
-    with hub.explained(name):
-        loaded = AutoTokenizer.from_pretrained(source)
-    ids = loaded(text, add_special_tokens=False)["input_ids"]
+    ids = hub.load_tokenizer(name)(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The text {text!r} has no token for the tokenizer of {name}.")
     return torch.tensor((ids * (n // len(ids) + 1))[:n])

@@ -85,11 +85,7 @@ class LanguageModeling(TransformersTask):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of `backbone`."""
-        from transformers import AutoTokenizer
-
-        source = hub.locate(self.backbone)
-        with hub.explained(self.backbone):
-            return AutoTokenizer.from_pretrained(source)
+        return hub.load_tokenizer(self.backbone)
 
     def folder_record(self) -> dict[str, Any]:
         return super().folder_record() | {"task": type(self).__name__}
