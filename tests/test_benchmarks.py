@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -89,6 +90,33 @@ def test_rows_of_hf_peft_run_on_the_layers_of_bitsandbytes_and_ours_on_the_same_
         wrapped = [m for m in outer.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert len(wrapped) == 14 and {type(m) for m in wrapped} == {peft.tuners.lora.bnb.Linear4bit}
         assert {p.dtype for p in outer.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning", "ignore:.*not supported on CPU.*")
+def test_turns_with_a_process_of_another_environment(benchmarks, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.write_text(
+        f"""#!{sys.executable}
+import json, os, sys
+folder = sys.argv[sys.argv.index("--folder") + 1]
+assert {{"config.json", "tokenizer.json"}} <= set(os.listdir(folder)) and "PYTHONPATH" not in os.environ
+print(json.dumps({{"trainable": 7, "static_gib": 1.0}}), flush=True)
+for line in sys.stdin:
+    steps = {{"step_ms": [2.0] * int(line), "peak_gib": 3.0, "loss": 4.0}}
+    print(json.dumps(steps), flush=True)
+"""
+    )
+    other.chmod(0o755)
+    small = ["--shape", "tiny", "--device", "cpu", "--no-liger", "--batch", "1", "--length", "16", "--turns", "3"]
+    words = ["--unsloth", str(other), "--rows", "ours-float32", *small, "--warmup", "1", "--steps", "2"]
+    benchmarks("unsloth_turns").main(words)
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert line == "| unsloth | 2.0 | 2.0 to 2.0 | 1.000 | 1.00 | 3.00 | 7 |"
+    ours, theirs = json.loads(last)["rows"]
+    assert len(ours["step_ms"]) == len(theirs["step_ms"]) == 6 and ours["trainable"] > 0
+    other.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
+    with pytest.raises(SystemExit, match="ended with 3"):
+        benchmarks("unsloth_turns").main(words)
 
 
 def test_a_decoder_is_made_of_local_text(monkeypatch, tmp_path, capsys):
