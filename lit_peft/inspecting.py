@@ -213,7 +213,8 @@ def _zeros(tensor: Any) -> int | None:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from lit_peft.core.checkpoint import adapter_of, read_archive
+    from lit_peft.core.checkpoint import adapter_of
+    from lit_peft.core.files import read_archive
 
     content = read_archive(path)
     if RECORD not in content:

@@ -31,7 +31,7 @@ from lit_peft.callbacks.checkpoints import CHECKS, LatestCheckpoint, check_selec
 from lit_peft.callbacks.report import shown, unlogged
 from lit_peft.class_path import imported
 from lit_peft.cli import fail
-from lit_peft.core.checkpoint import atomic_path
+from lit_peft.core.files import atomic_path
 from lit_peft.data.held_out import trained_data
 from lit_peft.faults import TrainingFault
 from lit_peft.handover.paths import PLACED, USAGE

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_peft.arguments import settings
-from lit_peft.core.checkpoint import check_archive, read_archive
+from lit_peft.core.files import check_archive, read_archive
 from lit_peft.core.records import RECORD, check_checkpoint
 from lit_peft.data.held_out import trained_data
 from lit_peft.hub import existing

@@ -16,7 +16,8 @@ from toys import Module, Net, net_lora, saved
 
 import lit_peft
 from lit_peft.cli import main
-from lit_peft.core.checkpoint import CheckpointMismatch, write_folder
+from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.files import write_folder
 from lit_peft.core.folder_files import read_files
 from lit_peft.core.records import CONFIG, RECORD, TENSORS, sealed
 from lit_peft.core.registry import registry

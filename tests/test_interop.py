@@ -21,7 +21,8 @@ from torch import nn
 
 from lit_peft.core.active import set_active
 from lit_peft.core.addition import Call
-from lit_peft.core.checkpoint import CheckpointMismatch, write_folder
+from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.files import write_folder
 from lit_peft.core.folder_files import open_files
 from lit_peft.core.registry import registry
 from lit_peft.methods import BitFit, FullFineTuning, HiRA, LinearProbe, LoRA

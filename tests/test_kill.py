@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_cli import fit
 from test_resume import outcome
 
-from lit_peft.core.checkpoint import check_archive
+from lit_peft.core.files import check_archive
 from lit_peft.runs import LOCK
 
 KILLS = 20

@@ -20,7 +20,8 @@ from toys import ADAPTED, Module, fit, loader, saved, trainer
 
 from lit_peft import LoRA, SparseLoRA, load, save
 from lit_peft.core.addition import Call
-from lit_peft.core.checkpoint import CheckpointMismatch, pack_mask, unpack_mask
+from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.files import pack_mask, unpack_mask
 from lit_peft.core.merge import merge
 from lit_peft.core.registry import registry
 from lit_peft.core.targets import make_site

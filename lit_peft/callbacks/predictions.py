@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from lit_peft.core.checkpoint import atomic_path
+from lit_peft.core.files import atomic_path
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from rich.console import Console
 from lit_peft.callbacks.memory import PeakPrediction
 from lit_peft.callbacks.speed import SpeedMonitor
 from lit_peft.callbacks.tables import count_parameters, sites_table, summary_panel
-from lit_peft.core.checkpoint import atomic_path
+from lit_peft.core.files import atomic_path
 from lit_peft.core.memory import Growth
 from lit_peft.core.quantize import stored_as
 from lit_peft.core.registry import registry

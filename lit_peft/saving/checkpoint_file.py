@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lit_peft.core.active import run_saved, set_aside
 from lit_peft.core.attach import check_attachable, detach
 from lit_peft.core.buffers import base_buffers
-from lit_peft.core.checkpoint import CheckpointMismatch, check_tensors, fixed_keys, read_archive
+from lit_peft.core.checkpoint import CheckpointMismatch, check_tensors, fixed_keys
+from lit_peft.core.files import read_archive
 from lit_peft.core.fingerprint import compare_fingerprints, fingerprint
 from lit_peft.core.quantize import Quantize, parse
 from lit_peft.core.records import RECORD, check_checkpoint

@@ -40,12 +40,8 @@ from lit_peft.core.active import running, set_aside
 from lit_peft.core.addition import Addition
 from lit_peft.core.attach import check_attachable, detach
 from lit_peft.core.buffers import moving_buffers
-from lit_peft.core.checkpoint import (
-    CheckpointMismatch,
-    pack_mask,
-    unpack_mask,
-    write_folder,
-)
+from lit_peft.core.checkpoint import CheckpointMismatch
+from lit_peft.core.files import pack_mask, unpack_mask, write_folder
 from lit_peft.core.hf_peft import find_root, is_inside
 from lit_peft.core.quantize import Quantize, parse
 from lit_peft.core.records import compare_halves

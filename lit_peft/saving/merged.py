@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lit_peft.core.buffers import holds
-from lit_peft.core.checkpoint import umask
+from lit_peft.core.files import umask
 from lit_peft.core.hf_peft import Root, find_models, find_root, has_form, is_inside
 from lit_peft.core.merge import Into, check_mergeable, merge, merged_into, unmerge
 from lit_peft.core.quantize import quantizer_of, recognise, stored_as

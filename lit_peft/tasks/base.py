@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from lit_peft import hub
 from lit_peft.class_path import imported
-from lit_peft.core.checkpoint import read_archive
+from lit_peft.core.files import read_archive
 from lit_peft.methods.checks import check_choice, check_positive, check_range
 from lit_peft.saving.folder import load
 from lit_peft.tasks.loading import BaseStorage, check_tokenizer, load_model, max_positions

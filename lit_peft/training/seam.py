@@ -27,16 +27,13 @@ from lit_peft.core.checkpoint import (
     CheckpointMismatch,
     adapter_keys,
     adapter_of,
-    atomic_path,
-    check_archive,
-    check_content,
     check_record,
     check_tensors,
     fixed_keys,
     record,
     take_moved,
-    told_as_damage,
 )
+from lit_peft.core.files import atomic_path, check_archive, check_content, told_as_damage
 from lit_peft.core.memory import measured
 from lit_peft.core.records import CONFIG, check_checkpoint
 from lit_peft.core.registry import registry
