@@ -15,6 +15,7 @@ from torch import nn
 
 import lit_peft
 from lit_peft import IA3, AdaLoRA, BitFit, BottleneckAdapter, DoRA, HiRA, LoRA, SparseLoRA, VeRA, combine, set_active
+from lit_peft.core.active import Adapted
 from lit_peft.core.combination import (
     Factors,
     draw_keep,
@@ -409,8 +410,14 @@ def test_a_sharded_module_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         fully_shard(module.first, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="first is sharded already"):
-            combine(module, ["ant", "bee"], "new")
+        for deed in (
+            lambda: combine(module, ["ant", "bee"], "new"),
+            lambda: merge(module),
+            lambda: lit_peft.detach(module),
+        ):
+            with pytest.raises(ValueError, match="first is sharded already"):
+                deed()
+        assert list(registry(module).adapters) == ["ant", "bee", "cat"] and isinstance(module.first, Adapted)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -15,6 +15,7 @@ from lit_peft.core.owned import switch
 from lit_peft.core.quantize import recognise
 from lit_peft.core.registry import REGISTRY_KEY, Adapter, Registry, Running, registry
 from lit_peft.core.remake import note_inputs
+from lit_peft.core.sharded import check_unsharded
 from lit_peft.core.streams import stream
 from lit_peft.core.swap import (
     cast_parameters,
@@ -131,11 +132,11 @@ def check_attachable(module: nn.Module, name: str) -> None:
                 f"{path.rpartition('.')[0] or 'The module'} was wrapped by torch.compile, which renames all "
                 "parameters. Attach first, then compile in place: model.compile()."
             )
-        if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
-            raise ValueError(
-                f"{path or type(child).__name__} is sharded already: adapters attached now would differ from "
-                "rank to rank. Attach first, then shard (a LightningModule's shard(mesh) runs after us)."
-            )
+    check_unsharded(
+        module,
+        "adapters attached now would differ from rank to rank. Attach first, then shard (a LightningModule's "
+        "shard(mesh) runs after us).",
+    )
 
 
 def _check_site(site: Site) -> None:
@@ -173,9 +174,10 @@ def detach(module: nn.Module, name: str | None = None) -> None:
 
     Raises:
         KeyError: For a name that no adapter has.
-        ValueError: When the module is merged.
+        ValueError: When the module is merged or sharded.
     """
     check_unmerged(module)
+    check_unsharded(module, "adapters cannot be taken off it. Load the base again in one process.")
     state = registry(module)
     if state is None or (name is not None and name not in state.adapters):
         raise KeyError(f"No adapter is named {name!r}; this module has {sorted(state.adapters) if state else 'none'}.")

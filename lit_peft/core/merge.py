@@ -15,6 +15,7 @@ from lit_peft.core.layers import LayerOps, layer_ops
 from lit_peft.core.plain import Marks, float_dtype, give_marks, take_marks
 from lit_peft.core.quantize import recognise, stored_as
 from lit_peft.core.registry import Registry, Running, registry
+from lit_peft.core.sharded import check_unsharded
 from lit_peft.core.swap import MERGED_KEY, check_unmerged
 
 Into = Literal["original", "dequantized", "requantized"]
@@ -72,9 +73,10 @@ def merge(
 
     Raises:
         KeyError: For a name that no adapter has.
-        ValueError: When there is no adapter, they are merged already, an addition is no change of a weight, or a
-            weight cannot be written, since it is tied to another module's, which would change with it. When `into`
-            is missing where the base is quantised, or given where it is not. The module is then as it was.
+        ValueError: When there is no adapter, they are merged already, the module is sharded, an addition is no change
+            of a weight, or a weight cannot be written, since it is tied to another module's, which would change with
+            it. When `into` is missing where the base is quantised, or given where it is not. The module is then as it
+            was.
     """
     check_unmerged(module)
     state = registry(module)
@@ -119,6 +121,11 @@ def check_mergeable(module: nn.Module, into: Into | None = None) -> None:
     state = registry(module)
     if state is None:
         raise ValueError(f"{type(module).__name__} has no adapter to merge.")
+    check_unsharded(
+        module,
+        "its layers cannot be written as one. Merge what was saved of it, in one process: `lit-peft merge RUN OUT`, or "
+        "lit_peft.load(model, FOLDER), then merge.",
+    )
     for path in state.paths():
         _check(module, path)
     check_into(stored_as(module).values(), into)

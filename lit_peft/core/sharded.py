@@ -20,6 +20,17 @@ def is_sharded(module: nn.Module) -> bool:
     return any(map(in_shards, module.parameters()))
 
 
+def check_unsharded(module: nn.Module, advice: str) -> None:
+    """Raises ValueError, with the advice, where FSDP2 has made shards of a module or of one inside.
+
+    It gives a sharded layer a class of its own, made from the one that carries adapters, so that these can neither be
+    put on nor taken off any more.
+    """
+    for path, child in module.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+            raise ValueError(f"{path or type(child).__name__} is sharded already: {advice}")
+
+
 def sharded_like(tensor: Tensor, like: Any) -> Tensor:
     """A whole tensor, equal on every rank, laid out as `like` is: the way back from `whole`."""
     if not in_shards(like):
