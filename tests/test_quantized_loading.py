@@ -2,11 +2,13 @@
 
 import re
 import warnings
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 import transformers as tf
+from models import logits, tiny
 from test_merge_quantized import FEW
 from test_tasks import data
 from test_tasks import trainer as task_trainer
@@ -14,7 +16,7 @@ from torch import nn
 from toys import LORA_KEYS, Module, fit, loader, lora, net_lora, saved, trainer
 
 import lit_peft
-from lit_peft import BitFit, LoRA
+from lit_peft import IA3, AdaLoRA, BitFit, DoRA, HiRA, LoRA, VeRA
 from lit_peft.callbacks import ReproducibleSteps
 from lit_peft.core.checkpoint import CheckpointMismatch
 from lit_peft.core.layers import layer_ops
@@ -25,7 +27,7 @@ from lit_peft.saving.adapter_folder import AdapterFolder
 from lit_peft.saving.folder_record import open_folder
 from lit_peft.tasks import TextClassification
 from lit_peft.tasks.loading import BaseStorage, load_classifier
-from lit_peft.testing.states import assert_same, snapshot
+from lit_peft.testing.states import assert_same, perturb, snapshot
 
 NF4 = {"mode": "nf4", "compute_dtype": "float32"}
 OTHERS = {
@@ -189,6 +191,27 @@ class TestLoading:
             lit_peft.load(expected, run[which], **{} if quantize == "as trained" else {"quantize": quantize})
         assert torch.equal(rows, torch.cat([expected(x) for x, _ in loader()]))
         assert set(stored_as(module).values()) == set(stored_as(expected).values())
+
+
+@pytest.mark.filterwarnings("ignore:.* quantised")
+@pytest.mark.parametrize("method", [LoRA, partial(HiRA, r=4), DoRA, IA3, VeRA, AdaLoRA])
+@pytest.mark.parametrize("here", ["nf4", "int8", None])
+@pytest.mark.parametrize("trained_on", ["nf4", "int8", None])
+def test_layers_that_store_weights_transposed_may_be_quantised_here_and_not_in_training(
+    tmp_path, trained_on, here, method
+):
+    """GPT-2's, whose quantised layers store them as others do: `fan_in_fan_out` says nothing of the adapter."""
+    model = tiny("gpt2")
+    method(quantize=trained_on).attach(model)
+    perturb(model)
+    folder = lit_peft.save(model, tmp_path)
+    other = tiny("gpt2")
+    lit_peft.load(other, folder, quantize=here)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    loaded = {key: p for key, p in other.named_parameters() if p.requires_grad}
+    assert trained.keys() == loaded.keys() and all(torch.equal(p, loaded[key]) for key, p in trained.items())
+    if here == trained_on:
+        assert torch.equal(logits(other, "gpt2"), logits(model, "gpt2"))
 
 
 @pytest.mark.parametrize("quantize", STORED)

@@ -329,8 +329,8 @@ def _load_folder(
             raise CheckpointMismatch(f"The folder holds no {min(more)}, which this module's train_also names.")
         if recorded is not None and reads:
             entries = recorded.to_hf_peft(root.pairs(adapter))[0]
-            # Which biases train stands in `base`.
-            compare_halves(config, entries, [key for key in entries if key != "bias"])
+            # Which biases train stands in `base`; how weights are stored is of the base, quantised here or not.
+            compare_halves(config, entries, [key for key in entries if key not in ("bias", "fan_in_fan_out")])
         maps: Any = hf_peft.OwnForm if form is hf_peft.OwnForm else method
         with asked_for(cls, "The folder"):
             own = maps.to_hf_peft(root.pairs(adapter))[1] if adapter.sites else {}
