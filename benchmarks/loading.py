@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -39,8 +40,38 @@ from lit_peft.tasks.loading import BaseStorage, load_classifier
 LABELS = ["negative", "positive"]
 
 
-def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
-    """Writes config and shards, never more than one layer in memory; returns the bytes of the weights."""
+def write_checkpoint(folder: Path, skeleton: Any, device: str) -> int:
+    """Writes config and shards of random bfloat16 weights, never more than one layer in memory.
+
+    Args:
+        folder: Where to.
+        skeleton: A Llama on the meta device; matrices are drawn from N(0, .02^2), as Llama's, norms are 1.
+        device: Where they are drawn.
+
+    Returns:
+        The bytes of the weights.
+    """
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, tensor in skeleton.state_dict().items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        shards.setdefault(f"model-{layer[1] if layer else 'rest'}.safetensors", {})[name] = tensor.shape
+    generator = torch.Generator(device).manual_seed(0)
+    for file, shapes in shards.items():
+        tensors = {}
+        for name, shape in shapes.items():
+            made = torch.ones(shape, dtype=torch.bfloat16, device=device)
+            tensors[name] = (made.normal_(0, 0.02, generator=generator) if len(shape) > 1 else made).cpu()
+        save_file(tensors, folder / file, {"format": "pt"})
+    size = 2 * sum(tensor.numel() for tensor in skeleton.state_dict().values())
+    index = {"metadata": {"total_size": size}, "weight_map": {n: f for f, names in shards.items() for n in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    skeleton.config.update({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+    skeleton.config.save_pretrained(folder)
+    return size
+
+
+def skeleton(args: argparse.Namespace) -> Any:
+    """The Llama of the arguments, on the meta device."""
     config = transformers.LlamaConfig(
         vocab_size=args.vocabulary,
         hidden_size=args.width,
@@ -49,27 +80,9 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
         num_attention_heads=args.width // 128 or 1,
         num_key_value_heads=max(1, args.width // 512),
         pad_token_id=0,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
     )
     with torch.device("meta"):
-        skeleton = transformers.LlamaForCausalLM(config)
-    shards: dict[str, dict[str, torch.Size]] = {}
-    for name, tensor in skeleton.state_dict().items():
-        layer = re.search(r"layers\.(\d+)\.", name)
-        shards.setdefault(f"model-{layer[1] if layer else 'rest'}.safetensors", {})[name] = tensor.shape
-    generator = torch.Generator(args.device).manual_seed(0)
-    for file, shapes in shards.items():
-        tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16, device=args.device).normal_(0, 0.02, generator=generator)
-            for name, shape in shapes.items()
-        }
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
-    size = 2 * sum(tensor.numel() for tensor in skeleton.state_dict().values())
-    index = {"metadata": {"total_size": size}, "weight_map": {n: f for f, names in shards.items() for n in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config.save_pretrained(folder)
-    return size
+        return transformers.LlamaForCausalLM(config)
 
 
 def load(row: str, folder: str, device: torch.device) -> nn.Module:
@@ -135,7 +148,7 @@ def main() -> None:
         measure(*args.measure, torch.device(args.device, 0 if args.device == "cuda" else None))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        size = write_checkpoint(Path(folder), args)
+        size = write_checkpoint(Path(folder), skeleton(args), args.device)
         found = []
         for row in args.rows:
             if row == "device" and args.device == "cpu":

@@ -1,39 +1,40 @@
 """A step on a Llama of 8 B in NF4: ours beside Unsloth's, which trains in an environment of its own.
 
     python benchmarks/unsloth_turns.py --unsloth envs/unsloth/bin/python        # needs a GPU with 60 GiB, 16 GB of disk
-    python benchmarks/unsloth_turns.py --unsloth ... --rows ours-float32        # without checkpointing alone
+    python benchmarks/unsloth_turns.py --unsloth ... --rows "*offload"          # with checkpointing alone, as globs
 
-The setting of benchmarks/qlora.py: random weights and tokens, 4 x 1024, r 16 on all seven linear layers, fused AdamW,
-with Liger's kernels in ours and Unsloth's own in its. Unsloth loads a checkpoint of random weights, which this writes
-into a temporary folder, and trains float32 adapters under bfloat16 autocast; its checkpointing moves what it keeps to
-the host, and is set beside ours that does so too. The two processes take turns of --steps on one card, each waiting for
-the end of the other. Milliseconds are by the GPU's events, memory is what each process allocated. Prints a table, then
-one line of JSON.
+The setting of benchmarks/qlora.py: random weights and tokens, 4 x 1024, r 16 on all seven linear layers, float32
+adapters under bfloat16 autocast, fused AdamW, with Liger's kernels in ours and Unsloth's own in its. Unsloth loads a
+checkpoint of weights of the same distribution, which this writes into a temporary folder; its checkpointing moves what
+it keeps to the host, and is set beside ours that does so too. The two processes take turns of --steps on one card, each
+waiting for the end of the other. Milliseconds are by the GPU's events, memory is what each process allocated, static
+before its first step. Prints a table, then one line of JSON; --out takes a line of JSON a pair and that one.
 
 Unsloth 2026.10.9 asks for other versions than lit-peft:
 python -m venv envs/unsloth && envs/unsloth/bin/pip install unsloth
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from llama_nf4 import SHAPES, build, gib
+from llama_nf4 import SHAPES, build, gib, skeleton
 from loading import write_checkpoint
-from qlora import Clock, show, training
+from qlora import Clock, note, show, training
 from qlora_rows import ROWS, by_library
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-PAIRS = {"ours-float32": "unsloth", "ours-float32+offload": "unsloth+offload"}
+PAIRS = {"ours-float32-autocast": "unsloth", "ours-float32-autocast+offload": "unsloth+offload"}
 """Ours, and what of Unsloth's it is compared with."""
 
 
@@ -62,8 +63,9 @@ class Worker:
 
     def steps(self, count: int) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, which the answer tells
+            self.process.stdin.write(f"{count}\n")
+            self.process.stdin.flush()
         return self.answer()
 
 
@@ -112,14 +114,15 @@ def lines(pair: list[dict[str, Any]]) -> Iterator[str]:
         low, middle, high = statistics.quantiles(one["step_ms"], n=4)
         ratio = middle / statistics.median(pair[1]["step_ms"])
         cells = [one["row"], f"{middle:.1f}", f"{low:.1f} to {high:.1f}", f"{ratio:.3f}"]
-        cells += [show(one["static_gib"]), show(one["peak_gib"]), f"{one['trainable']:,}"]
+        cells += [show(one["static_gib"]), show(one["peak_gib"]), f"{one['loss']:.2f}", f"{one['trainable']:,}"]
         yield f"| {' | '.join(cells)} |"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unsloth", required=True, help="Python of an environment that has it")
-    parser.add_argument("--rows", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--rows", nargs="+", default=["*"], help="globs of ours")
+    parser.add_argument("--out", type=Path, default=None, help="file for lines of JSON")
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda", help="of ours")
     parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=True)
@@ -130,19 +133,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="where the temporary folder is made")
     args = parser.parse_args(argv)
     args.paged = False
-    sizes = {key: SHAPES[args.shape][key] for key in ("width", "layers", "vocabulary")}
+    names = [name for name in PAIRS if any(fnmatch.fnmatch(name, glob) for glob in args.rows)]
+    if not names:
+        parser.error(f"no row is named {' or '.join(args.rows)}; there are {', '.join(PAIRS)}")
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        write_checkpoint(Path(folder), argparse.Namespace(**sizes, device=args.device))
+        write_checkpoint(Path(folder), skeleton(args.shape, args.length), args.device)
         write_tokenizer(folder)
         bases = by_library(build(args.shape, args.length, args.device).model, args)
-        print("| row | ms a step | quartiles | by Unsloth's | static GiB | peak GiB | trainable |")
-        print("|---" * 7 + "|")
-        for name in args.rows:
+        print("| row | ms a step | quartiles | by Unsloth's | static GiB | peak GiB | last loss | trainable |")
+        print("|---" * 8 + "|")
+        for name in names:
             found += (pair := turns(name, bases, folder, args))
             print(*lines(pair), sep="\n", flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    print(json.dumps({"device": device, "arguments": vars(args), "rows": found}))
+            if args.out:
+                note(args.out, {"rows": pair})
+    setting = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "arguments": {**vars(args), "out": str(args.out)},
+    }
+    if args.out:
+        note(args.out, setting)
+    print(json.dumps({**setting, "rows": found}))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,10 @@ def test_turns_with_a_process_of_another_environment(benchmarks, tmp_path, capsy
 import json, os, sys
 folder = sys.argv[sys.argv.index("--folder") + 1]
 assert {{"config.json", "tokenizer.json"}} <= set(os.listdir(folder)) and "PYTHONPATH" not in os.environ
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(folder)
+ones = all(bool((p == 1).all()) == (p.dim() == 1) for p in model.parameters())
+open({str(tmp_path / "seen")!r}, "w").write("ones: " + str(ones and model.config.intermediate_size == 192))
 print(json.dumps({{"trainable": 7, "static_gib": 1.0}}), flush=True)
 for line in sys.stdin:
     steps = {{"step_ms": [2.0] * int(line), "peak_gib": 3.0, "loss": 4.0}}
@@ -108,15 +112,19 @@ for line in sys.stdin:
     )
     other.chmod(0o755)
     small = ["--shape", "tiny", "--device", "cpu", "--no-liger", "--batch", "1", "--length", "16", "--turns", "3"]
-    words = ["--unsloth", str(other), "--rows", "ours-float32", *small, "--warmup", "1", "--steps", "2"]
+    words = ["--unsloth", str(other), "--rows", "*autocast", *small, "--warmup", "1", "--steps", "2"]
     benchmarks("unsloth_turns").main(words)
     *_, line, last = capsys.readouterr().out.splitlines()
-    assert line == "| unsloth | 2.0 | 2.0 to 2.0 | 1.000 | 1.00 | 3.00 | 7 |"
+    assert line == "| unsloth | 2.0 | 2.0 to 2.0 | 1.000 | 1.00 | 3.00 | 4.00 | 7 |"
     ours, theirs = json.loads(last)["rows"]
+    assert "ones: True" in (tmp_path / "seen").read_text()
     assert len(ours["step_ms"]) == len(theirs["step_ms"]) == 6 and ours["trainable"] > 0
     other.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
     with pytest.raises(SystemExit, match="ended with 3"):
         benchmarks("unsloth_turns").main(words)
+    with pytest.raises(SystemExit):
+        benchmarks("unsloth_turns").main([*words, "--rows", "theirs"])
+    assert "no row is named theirs; there are ours-float32-autocast" in capsys.readouterr().err
 
 
 def test_a_decoder_is_made_of_local_text(monkeypatch, tmp_path, capsys):
