@@ -1,6 +1,7 @@
 """Settings whose type lets a value pass that nothing can work with; refused by name before anything is built."""
 
 import inspect
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
@@ -9,6 +10,7 @@ from lit_peft.methods.base import Method
 from lit_peft.methods.checks import check_positive, check_range
 from lit_peft.training.seam import NO_PLUGIN
 
+PLUGIN_REFUSED = f"trainer.plugins: {NO_PLUGIN}"
 LEAST = {
     "trainer.accumulate_grad_batches": 1,
     "trainer.check_val_every_n_epoch": 1,
@@ -37,12 +39,15 @@ def check_settings(config: Mapping[str, Any]) -> None:
             check_range(key, value, least)
     if isinstance(interval := given("trainer.val_check_interval"), int | float):
         check_positive("trainer.val_check_interval", interval)
-    plugins = given("trainer.plugins")
-    for plugin in plugins if isinstance(plugins, list) else [plugins]:
-        if str(getattr(plugin, "class_path", plugin)).rpartition(".")[2] == "BitsandbytesPrecision":
-            raise ValueError(f"trainer.plugins: {NO_PLUGIN}")  # before it is built, which asks for a GPU
+    if names_plugin(given("trainer.plugins")):
+        raise ValueError(PLUGIN_REFUSED)  # before it is built, which asks for a GPU
     if given("trainer.default_root_dir") is None:
         raise ValueError("trainer.default_root_dir is null, expected a folder.")
+
+
+def names_plugin(plugins: Any) -> bool:
+    """Whether the plugin that is refused is among those that are given, in whatever form: a name, a class, a list."""
+    return re.search(r"\bBitsandbytesPrecision\b", str(plugins)) is not None
 
 
 def check_nulls(section: str, cls: type, arguments: Mapping[str, Any]) -> None:

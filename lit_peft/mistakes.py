@@ -9,14 +9,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_peft.data
 import lit_peft.tasks
-from lit_peft.arguments import configs, nearest, options, read_config, settings, values
+from lit_peft.arguments import CONFIG_FLAGS, configs, nearest, options, read_config, settings, values
 from lit_peft.class_path import find_fault, raised
 from lit_peft.handover.paths import PLACED
+from lit_peft.limits import PLUGIN_REFUSED, names_plugin
 from lit_peft.methods.registry import available, find
 from lit_peft.training import paged
 
@@ -53,6 +55,8 @@ def explain(message: str, arguments: Sequence[str]) -> str:
         message: jsonargparse's text.
         arguments: The command line, in which the option is looked up by its name.
     """
+    if names_plugin(_plugins(arguments)):  # whose own arguments are not worth asking for: it is refused with them, too
+        return PLUGIN_REFUSED
     for pattern, tell in _FORMS:
         if match := re.match(pattern, message.strip(), re.DOTALL):
             return tell(arguments, *match.groups())
@@ -260,6 +264,17 @@ def _home(arguments: Sequence[str], name: str) -> tuple[str | None, str]:
     return None, ""
 
 
+def _plugins(arguments: Sequence[str]) -> Any:
+    """The trainer's plugins, as the last place says that sets them."""
+    found: Any = None
+    for _, _, flag, value in options(arguments):
+        if flag in CONFIG_FLAGS:
+            found = (read_config(value).get("trainer") or {}).get("plugins", found)
+        elif re.fullmatch(r"--trainer(\.plugins(\.class_path|\+)?)?", flag):
+            found = value
+    return found
+
+
 def _class_name(arguments: Sequence[str], section: str) -> str:
     if section in FIXED:
         return FIXED[section].__name__
@@ -268,7 +283,10 @@ def _class_name(arguments: Sequence[str], section: str) -> str:
 
 
 def _parameters(arguments: Sequence[str], section: str) -> list[str]:
-    """Names of the arguments of a section's class, those that it passes on to its base classes included."""
+    """Names of the arguments of a section's class, by the parser's own reading of it.
+
+    Those that it passes on to its base classes are among them, and those that it fixes for them are not.
+    """
     cls: Any = FIXED.get(section)
     if cls is None:
         found = [s.class_path for s in settings(arguments, section) if s.class_path]
@@ -278,14 +296,7 @@ def _parameters(arguments: Sequence[str], section: str) -> list[str]:
                 cls = cls or getattr(importlib.import_module(home), name, None)
             except ImportError:
                 continue
-    names: dict[str, None] = {}
-    for base in cls.__mro__ if inspect.isclass(cls) else ():
-        parameters = inspect.signature(vars(base).get("__init__", object.__init__)).parameters.values()
-        names.update({p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)})
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    names.pop("self", None)
-    return list(names)
+    return ArgumentParser().add_class_arguments(cls, fail_untyped=False) if inspect.isclass(cls) else []
 
 
 _FORMS = (

@@ -77,10 +77,16 @@ MISTAKES = [
         "--trainer.plugins BitsandbytesPrecision --trainer.plugins.mode nf4",
         "Leave the plugin out and let the method quantise the base",
     ),
+    quick("that plugin without a mode", "--trainer.plugins BitsandbytesPrecision", "Leave the plugin out and let"),
     quick("16-true", "--trainer.precision 16-true --method.quantize nf4", "float16 adapters underflow; use 16-mixed"),
     quick("an optimizer misspelt", "--model.optimizer PagedAdam8bits", "Did you mean 'PagedAdamW8bit'?"),
     # options, verbs and configurations
     quick("an unknown argument", "--data.batchsize 8", "no argument 'batchsize'. Did you mean 'batch_size'?"),
+    Mistake(
+        "an argument that a data set fixes",
+        ["fit", "--config", "wikitext2/lora_causal", "--config", "offline", "--data.document", "row"],
+        "WikiText2DataModule has no argument 'document'. It has path, name, text_column, prompt_column, completion",
+    ),
     quick("an optimizer beside the model's", "--optimizer.lr 1e-3", "--model.learning_rate"),
     quick("an abbreviated option", "--trainer.max_epoch 3", "Did you mean 'trainer.max_epochs'?"),
     quick("an unknown section", "--datas.batch_size 8", "Did you mean 'data', as in --data.batch_size?"),
@@ -380,6 +386,33 @@ def _for_the_docs(mistake: Mistake, answer: str, files: dict[str, str]) -> tuple
     answer = re.sub(r"\d[\d,]* bytes", "N bytes", answer)
     answer = re.sub(r"(?<=of Lightning )[\d.]+\d", "VERSION", answer)
     return command, answer.removeprefix("lit-peft: ").replace("|", "\\|").replace("\n", "<br>")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ["--config", "plugin.yaml"],
+        ["--config", "plugins.yaml"],
+        ["--trainer.plugins", "[BitsandbytesPrecision]"],
+        ["--trainer.plugins+", "BitsandbytesPrecision"],
+        ["--trainer.plugins", "BitsandbytesPrecision", "--trainer.plugins.mode", "nf5"],
+        ["--trainer", "{plugins: BitsandbytesPrecision}"],
+    ],
+    ids=" ".join,
+)
+def test_the_plugin_for_4_bit_is_refused_in_every_form(
+    form: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plugin.yaml").write_text("trainer: {plugins: {class_path: BitsandbytesPrecision}}")
+    Path("plugins.yaml").write_text("trainer: {plugins: [{class_path: BitsandbytesPrecision}]}")
+    assert told(capsys, [*QUICK, *form]).startswith("lit-peft: trainer.plugins: BitsandbytesPrecision turns every")
+
+
+def test_a_plugin_that_was_taken_back_is_not_told_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "plugin.yaml").write_text("trainer: {plugins: {class_path: BitsandbytesPrecision}}")
+    words = ["--config", str(tmp_path / "plugin.yaml"), "--trainer.plugins", "null", "--method.alpha", "big"]
+    assert "method.alpha: expected a number" in told(capsys, [*QUICK, *words])
 
 
 def test_the_environment_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
