@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from lit_peft.class_path import find_fault, raised
 from lit_peft.handover.paths import PLACED
 from lit_peft.limits import PLUGIN_REFUSED, names_plugin
 from lit_peft.methods.registry import available, find
+from lit_peft.planning.gpus import gpu_bytes
 from lit_peft.training import paged
 
 CLASSES = ("model", "data", "method")
@@ -152,6 +154,21 @@ def _unrecognized(arguments: Sequence[str], words: str) -> str:
     if rest and (close := nearest(section, [*CLASSES, *FIXED])):
         return f"unknown option {flag}.{close.replace('?', '')}, as in --{close.split(chr(39))[1]}.{rest}?"
     return f"unknown option {flag}.{nearest(name, sections)} There are: {', '.join(sections)}."
+
+
+def _no_value(arguments: Sequence[str], flag: str) -> str:
+    """An option without a value, or with one that begins as an option does."""
+    given = [pair for pair in pairwise([*arguments, "--"]) if re.match(r"-(?![\d.]+$)", pair[1])]
+    # The parser calls an option of a class by the class, --data.
+    flag, value = next((pair for pair in given if re.fullmatch(rf"{flag}(\.[\w.]+)?", pair[0])), (flag, "--"))
+    if value.startswith("--"):
+        return f"{flag} needs a value."
+    if flag == "--gpu":
+        try:
+            gpu_bytes(value)  # no GPU is called so
+        except ValueError as error:
+            return str(error)
+    return f"{flag}: {value!r} is read as an option, since it begins with '-'. As a value: {flag}={value}."
 
 
 def _subcommand(arguments: Sequence[str], verb: str, name: str) -> str:
@@ -303,6 +320,7 @@ _FORMS = (
     (r"Option '([\w.]+)' is not accepted", _not_accepted),
     (r"[Uu]nrecognized arguments: (.+)", _unrecognized),
     (r"Subcommand '(\w+)' does not accept option '([\w.]+)'", _subcommand),
+    (r"argument (?:\S+/)?(--[\w.]+): expected one argument", _no_value),
     (r"the following arguments are required: (.+)", _required),
     (r'Parser key "([^"]+)":(.*)', _value),
 )

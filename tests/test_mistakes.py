@@ -143,6 +143,9 @@ MISTAKES = [
         "an unknown monitor", "--checkpoint.monitor val/los", "validation logs no 'val/los'. Did you mean 'val/nll'?"
     ),
     quick("accuracy as a loss", "--early_stopping.monitor val/acc", "set early_stopping.mode to max"),
+    Mistake("a GPU of less than nothing", ["plan", "--config", "quickstart", "--gpu", "-5GiB"], "a size above 0, such"),
+    quick("a value that looks like an option", "--data.text_column -x", "As a value: --data.text_column=-x."),
+    quick("an option without a value", "--data.text_column", "--data.text_column needs a value."),
     # checkpoints
     quick("a missing checkpoint", "--ckpt_path {folder}/lost.ckpt", "No such file or folder"),
     quick("a truncated checkpoint", "--ckpt_path {truncated}", "is no checkpoint, or is cut off"),

@@ -54,6 +54,27 @@ def test_the_table_says_what_fits(plan):
     assert "512.0 MiB more goes to CUDA itself, which `fits` counts: whether it fits 520MiB, 520.0 MiB." in said
 
 
+@pytest.mark.parametrize(
+    ("size", "limit", "notes"),
+    [
+        ("64", "data.block_size", []),
+        ("null", "the model", []),
+        (
+            "100000",
+            "the model",
+            ["data.block_size is 100,000; texts have at most 128 tokens, which is what the model takes."],
+        ),
+    ],
+)
+def test_what_limits_a_block_is_told(plan, size, limit, notes):
+    words = ["--config", "quickstart_lm", "--alternatives", "false", "--data.block_size", size]
+    found = json.loads(plan(*words, "--json"))
+    assert found["batch"] == [8, 64 if size == "64" else 128]
+    assert (found["limit"], found["plans"][0]["notes"]) == (limit, notes)
+    said = " ".join(plan(*words).split())
+    assert f"the longest that {limit} allows" in said and all(note in said for note in notes)
+
+
 def test_the_table_is_whole_where_a_terminal_has_80_columns(capsys):
     names = ["BottleneckAdapter, float32", "BottleneckAdapter, int8", "LoRA r 16, nf4", "FullFineTuning, float32"]
     sizes = [3 << 10, 5 << 20, 1023 << 20, 37 << 30, 0, 100 << 30]

@@ -277,6 +277,9 @@ def test_gpus_by_name_and_size():
     assert gpu_bytes("NVIDIA GeForce RTX 4090") == ("RTX4090", 24 << 30)
     assert gpu_bytes("24GiB") == ("24GiB", 24 << 30)
     assert gpu_bytes("512 MiB")[1] == CONTEXT
+    for size in ("0GiB", "0.0 MB", "-5GiB"):
+        with pytest.raises(ValueError, match=f"gpu is '{size}', expected a size above 0, such as 24GiB, or a name: T4"):
+            gpu_bytes(size)
     with pytest.raises(ValueError, match=r"'H10' is not known. Did you mean 'H100'"):
         gpu_bytes("H10")
 

@@ -35,14 +35,16 @@ def gpu_bytes(gpu: str | None) -> tuple[str, int] | None:
             "24GB"; None: what is here.
 
     Raises:
-        ValueError: For another name, with the nearest one.
+        ValueError: For another name, with the nearest one, and a size that is not above 0.
     """
     if gpu is None:
         if not torch.cuda.is_available():
             return None
         here = torch.cuda.get_device_properties(torch.cuda.current_device())
         return here.name, here.total_memory
-    if size := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB)\s*", gpu, re.IGNORECASE):
+    if size := re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB)\s*", gpu, re.IGNORECASE):
+        if float(size[1]) <= 0:
+            raise ValueError(f"gpu is {gpu!r}, expected a size above 0, such as 24GiB, or a name: {', '.join(SIZES)}.")
         unit = GIB if size[2].lower().startswith("g") else 1 << 20
         return gpu.strip(), int(float(size[1]) * unit)
     folded = {_folded(name): name for name in SIZES}

@@ -22,8 +22,9 @@ def plan_run(
     """Plans of a run, and what they are of.
 
     A task of ours, which can make a `sample` of a batch, is built without weights, and no data are read: a batch has
-    `data.batch_size` texts of `data.max_length`, or of `data.block_size` where texts are cut into blocks. Another
-    module is built as it builds itself, and the first batch of its training data is taken.
+    `data.batch_size` texts of `data.max_length`, or of `data.block_size` where texts are cut into blocks, and no longer
+    than the model takes. Another module is built as it builds itself, and the first batch of its training data is
+    taken.
 
     Args:
         trainer: Says precision, accumulation and methods; it does not run.
@@ -43,7 +44,7 @@ def plan_run(
     method, *more = methods(trainer)
     if more:
         notes.append(f"Of several methods {type(method).__name__} alone is planned.")
-    name = next((name for name in ("max_length", "block_size") if hasattr(data, name)), None)
+    name = next((name for name in ("block_size", "max_length") if hasattr(data, name)), None)
     ours = hasattr(model, "sample") and name is not None
     if ours:
         if getattr(model, "label_names", ()) is None:
@@ -58,12 +59,19 @@ def plan_run(
                 "less, so that the figures are upper bounds."
             )
         assert name is not None
-        length = getattr(data, name)
-        if getattr(data, "block_size", length) is None and (room := model.text_room_beside([method])) is not None:
-            length = min(length, room)
+        limit, asked = f"data.{name}", getattr(data, name)
+        length = most = data.max_length if asked is None else asked
+        if asked is None and (room := model.text_room_beside([method])) is not None:
+            length = min(most, room)
         batch = model.sample(data.batch_size, length)
+        if (taken := _longest(batch).shape[-1]) < most:
+            if asked is not None:
+                notes.append(
+                    f"{limit} is {asked:,}; texts have at most {taken:,} tokens, which is what the model takes."
+                )
+            limit = "the model"
     else:
-        batch = _first_batch(model, data)
+        batch, limit = _first_batch(model, data), None
     make = getattr(model, "optimizer", None) if ours else _optimizer_of(model, notes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*self.log.*")  # without a trainer there is nothing to log to
@@ -78,14 +86,12 @@ def plan_run(
             workspaces=workspaces(gpu),
             notes=tuple(notes),
         )
-    shapes = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
-    longest = max(shapes, key=lambda t: t.ndim and t.numel())
     about = {
-        "batch": list(longest.shape),
+        "batch": list(_longest(batch).shape),
         "precision": precision,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "longest": ours,
-        "limit": f"data.{name}" if ours else None,
+        "limit": limit,
     }
     return found, about
 
@@ -95,6 +101,12 @@ def title(about: dict[str, Any]) -> str:
     shape = " x ".join(map(str, about["batch"]))
     which = f"the longest that {about['limit']} allows" if about["longest"] else "the first of the training data"
     return f"Memory of a training step on one GPU: a batch of {shape}, {which}, precision {about['precision']}"
+
+
+def _longest(batch: Any) -> Tensor:
+    """The largest tensor of a batch."""
+    shapes = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    return max(shapes, key=lambda t: t.ndim and t.numel())
 
 
 def _first_batch(model: Any, data: Any) -> Any:
