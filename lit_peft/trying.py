@@ -12,7 +12,9 @@ from torch import Tensor
 import lit_peft.data
 import lit_peft.tasks
 from lit_peft.arguments import CONFIG_FLAGS, options, settings, take, values
+from lit_peft.core.quantize import modes
 from lit_peft.handover.paths import PLACED
+from lit_peft.saving.adapter_folder import quantize_of
 from lit_peft.saving.checkpoint_file import AS_TRAINED
 from lit_peft.saving.folder_record import open_folder
 
@@ -48,7 +50,8 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: When it is not the folder of an adapter.
-        ValueError: For fit and plan; when the base, or what to predict, is not known.
+        ValueError: For fit and plan; when the base, or what to predict, is not known; for an option of
+            `quantize` without its mode.
     """
     words, folders = take(arguments, "--adapter")
     if not folders:
@@ -90,6 +93,13 @@ def use_adapter(arguments: Sequence[str], texts: Sequence[str]) -> list[str]:
     given = [s.init_args for s in settings(words, "method") if s.class_path is None]  # options, and overlays
     own = {"path": folder, "name": "default", "quantize": AS_TRAINED}
     own |= {key: value for arguments in given for key, value in arguments.items() if key == "quantize"}
+    if isinstance(stored := own["quantize"], dict) and stored and "mode" not in stored:
+        trained = (quantize_of(mine) or {}).get("mode")
+        example = f" {trained}, as in training" if trained else f", one of {', '.join(modes())}"
+        raise ValueError(
+            f"method.quantize.{next(iter(stored))} needs its mode beside it, which is not taken from an adapter: "
+            f"give --method.quantize.mode{example}."
+        )
     method = {"class_path": "lit_peft.AdapterFolder", "init_args": own}
     # Behind what names the class, and before the options of the user, which stand above.
     configs = [end for _, end, flag, _ in options(words) if flag in CONFIG_FLAGS]

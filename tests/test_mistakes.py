@@ -71,7 +71,22 @@ MISTAKES = [
         "--config quantize/nf4 --method.quantize.skip_modules [lm_head]",
         "skip_modules 'lm_head' matches nothing. Layers: classifier, k_lin",
     ),
-    quick("4 bit with nothing frozen", "--method FullFineTuning --method.quantize nf4", "no linear layer that"),
+    quick(
+        "an expression that is none",
+        '--config quantize/nf4 --method.quantize.skip_modules ["re:("]',
+        "skip_modules: 're:(' is no regular expression",
+    ),
+    quick(
+        "all layers left alone",
+        '--config quantize/nf4 --method.quantize.skip_modules ["*"]',
+        "Left alone: 24 of 26, such as model.distilbert.transformer.layer.0.attention.q_lin (skip_modules names it)",
+    ),
+    quick("4 bit with nothing frozen", "--method FullFineTuning --method.quantize nf4", "q_lin (it trains)"),
+    Mistake(
+        "an option of 4 bit for an adapter, without its mode",
+        ["predict", "--adapter", "{nf4}", "--text", "a great movie", "--method.quantize.block_size", "128"],
+        "give --method.quantize.mode nf4, as in training",
+    ),
     quick(
         "Lightning's plugin for 4 bit",
         "--trainer.plugins BitsandbytesPrecision --trainer.plugins.mode nf4",

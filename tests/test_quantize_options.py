@@ -55,6 +55,7 @@ def test_every_option_has_its_name():
             {"mode": "nf4", "compute_dtype": "bf16"},
             "compute_dtype must be float32, bfloat16, float16 or auto, not",
         ),
+        ({"mode": "nf4", "skip_modules": ["lin", "re:("]}, r"skip_modules: 're:\(' is no regular expression: missing"),
         ({"mode": "nf4", "skip_modules": 3}, r"skip_modules is 3, expected names, \[a, b\]"),
         ({"mode": "int8", "threshold": "high"}, "threshold must be a number, not 'high'"),
         ({"mode": "int8", "threshold": -1}, "threshold must be at least 0, not -1"),
@@ -114,8 +115,16 @@ def test_biases_train_on_a_quantised_base_that_a_task_loads():
 
 
 def test_nothing_to_quantise_is_told():
-    with pytest.raises(ValueError, match="has no linear layer that could be quantised"):
+    with pytest.raises(ValueError, match=r"could be quantised\. Left alone: 1 of 1, such as 0 \(it trains\)\."):
         BitFit(train_also="0", quantize="nf4").attach(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"quantize: Sequential has no linear layer\."):
+        BitFit(quantize="nf4").attach(nn.Sequential(nn.Conv2d(2, 2, 1)))
+
+
+def test_of_several_reasons_the_commonest_is_told():
+    module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    with pytest.raises(ValueError, match=r"Left alone: 2 of 4, such as 1 \(skip_modules names it\)\."):
+        BitFit(train_also="0", quantize={"mode": "nf4", "skip_modules": ["1", "2"]}).attach(module)
 
 
 # ----------------------------------------------------------------------------------------- on the command line

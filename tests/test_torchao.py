@@ -28,6 +28,13 @@ METHODS = [LoRA(r=4, dropout=0.0), DoRA(r=4, dropout=0.0), HiRA(r=4)]
 STORED = "torchao Int8Tensor by rows"
 
 
+def test_that_it_takes_no_conv1d_is_told():
+    with pytest.raises(
+        ValueError, match=r"Left alone: 8 of 9, such as \S+ \(of class Conv1D, which this mode does not"
+    ):
+        LoRA(r=4, quantize="int8_torchao").attach(tiny("gpt2"))
+
+
 def holder(dtype=torch.float32) -> Holder:
     torch.manual_seed(0)
     module = Holder(nn.Linear(IN, OUT).to(dtype))

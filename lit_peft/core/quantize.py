@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple
@@ -48,6 +49,11 @@ class Quantizer:
         names = [skip_modules] if isinstance(skip_modules, str) else skip_modules
         if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"skip_modules is {skip_modules!r}, expected names, [a, b].")
+        for name in names:
+            try:
+                names_path(name, "")
+            except ValueError as error:  # of a regular expression
+                raise ValueError(f"skip_modules: {error}") from None
         self.skip_modules = list(names)
 
     @property
@@ -250,12 +256,10 @@ def quantize_base(
         raise ValueError(
             "quantize: the base has adapters already, which stand on it as it is. Quantise with the first."
         )
-    paths = [path for path, why in choose_layers(module, quantizer, avoid).items() if why is None]
+    chosen = choose_layers(module, quantizer, avoid)
+    paths = [path for path, why in chosen.items() if why is None]
     if not paths:
-        raise ValueError(
-            f"quantize: {type(module).__name__} has no linear layer that could be quantised: what trains, heads and "
-            "layers whose weight is used twice are left alone."
-        )
+        raise ValueError(_none_is_left(module, {path: why for path, why in chosen.items() if why}))
     for path in paths:
         layer: Any = module.get_submodule(path)
         if layer.weight.is_meta and (device is None or device.type != "meta"):
@@ -295,6 +299,23 @@ def choose_layers(module: nn.Module, quantizer: Quantizer, avoid: Iterable[str] 
         (lambda path, layer: any(f".{k}." in f".{path}.weight." for k in kept), "transformers keeps it in float32"),
     ]
     return {path: next((why for holds, why in reasons if holds(path, layer)), None) for path, layer in layers.items()}
+
+
+def _none_is_left(module: nn.Module, why: Mapping[str, str]) -> str:
+    """Tells why most linear layers are left alone: by `why`, what `choose_layers` says, or by their class."""
+    reasons = dict(why)
+    for path, layer in module.named_modules():
+        ops = find_layer_ops(layer) if path not in why else None
+        if ops is not None and ops.is_linear:
+            reasons[path] = f"of class {type(layer).__name__}, which this mode does not take"
+    if not reasons:
+        return f"quantize: {type(module).__name__} has no linear layer."
+    reason, count = Counter(reasons.values()).most_common(1)[0]
+    example = next(path for path in reasons if reasons[path] == reason)
+    return (
+        f"quantize: {type(module).__name__} has no linear layer that could be quantised. Left alone: {count:,} of "
+        f"{len(reasons):,}, such as {example} ({reason})."
+    )
 
 
 def _kind(layer: nn.Module, quantizer: Quantizer) -> bool:

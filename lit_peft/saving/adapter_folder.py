@@ -1,5 +1,6 @@
 """An adapter that was saved, among a trainer's callbacks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from lit_peft.core.registry import Adapter, registry
 from lit_peft.methods.base import Method
 from lit_peft.saving.checkpoint_file import AS_TRAINED, read_checkpoint
 from lit_peft.saving.folder import load
+
+
+def quantize_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How the base was stored, by the record of a folder or a checkpoint of ours; None: not quantised, or not told."""
+    specs = [] if record is None else record["methods"].values()
+    return next((found for spec in specs if (found := spec["init_args"].get("quantize")) is not None), None)
 
 
 class AdapterFolder(Method):
@@ -51,8 +58,7 @@ class AdapterFolder(Method):
         if not self.as_trained:
             return self.quantize
         record = open_record(self.path) if Path(self.path).is_dir() else read_checkpoint(self.path)[RECORD]
-        specs = [] if record is None else record["methods"].values()
-        return next((found for spec in specs if (found := spec["init_args"].get("quantize")) is not None), None)
+        return quantize_of(record)
 
     def names_on(self, module: nn.Module) -> list[str]:
         """Several, where a checkpoint brings several, which keep their names."""
