@@ -406,7 +406,7 @@ def test_prompts_of_other_kinds(tmp_path: Path, decoder: str) -> None:
     assert rows_of(*data.predict_dataloader()) == [[7, 8], [5]]
     data.use_texts(["w2", "w3 w4"])
     assert rows_of(*data.predict_dataloader()) == [[6], [7, 8]]
-    with pytest.raises(ValueError, match="a prompt is one text"):
+    with pytest.raises(ValueError, match=r"^A prompt is one text: leave out .*--text_pair"):
         data.use_texts(["w2"], ["w3"])
     with pytest.raises(ValueError, match="1 empty text"):
         data.use_texts(["w2", " "])

@@ -205,9 +205,9 @@ def test_given_pairs(tokenizer: str) -> None:
 @pytest.mark.parametrize(
     "column, texts, pairs, message",
     [
-        (None, ["w1"], ["w2"], "given pairs, but data.text_pair_column is None"),
-        ("b", ["w1"], None, "given no pairs, but data.text_pair_column is 'b'"),
-        ("b", ["w1", "w2"], ["w2"], "given 2 texts and 1 pairs"),
+        (None, ["w1"], ["w2"], "come in pairs, but data.text_pair_column is None"),
+        ("b", ["w1"], None, "come alone, but data.text_pair_column is 'b'"),
+        ("b", ["w1", "w2"], ["w2"], "2 texts and 1 second ones, expected one for each"),
         (None, "w1", None, "one text or more in a list, not 'w1' as text"),
         (None, [], None, "one text or more in a list"),
         (None, ["w1", 3], None, "one text or more in a list"),

@@ -108,14 +108,14 @@ def given_texts(texts: Sequence[str], pairs: Sequence[str] | None, column: str, 
             another length.
     """
     if (pairs is None) != (pair_column is None):
-        has = "no pairs" if pairs is None else "pairs"
-        raise ValueError(f"use_texts was given {has}, but data.text_pair_column is {pair_column!r}.")
+        come = "alone" if pairs is None else "in pairs"
+        raise ValueError(f"The texts come {come}, but data.text_pair_column is {pair_column!r}.")
     columns = {column: texts} | ({str(pair_column): pairs} if pairs is not None else {})
     for name, values in columns.items():
         if isinstance(values, str) or not values or not all(isinstance(value, str) for value in values):
             raise ValueError(f"use_texts expects one text or more in a list, not {str(values)[:60]!r} as {name}.")
     if pairs is not None and len(pairs) != len(texts):
-        raise ValueError(f"use_texts was given {len(texts):,} texts and {len(pairs):,} pairs.")
+        raise ValueError(f"There are {len(texts):,} texts and {len(pairs):,} second ones, expected one for each.")
     given = Dataset.from_dict({name: list(values) for name, values in columns.items()})
     for name in columns:
         check_text(given, name, "the texts given")

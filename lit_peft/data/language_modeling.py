@@ -255,7 +255,7 @@ class LanguageModelingDataModule(WithinPositions):
             ValueError: There are no texts, or one is blank or too long; `pairs` are given.
         """
         if pairs is not None:
-            raise ValueError("use_texts was given pairs: a prompt is one text.")
+            raise ValueError("A prompt is one text: leave out the second ones, pairs or --text_pair.")
         self._given = given_texts(texts, None, self._prompt, None)
         self._tokenised = {key: value for key, value in self._tokenised.items() if key[0] != "predict"}
 
