@@ -67,7 +67,12 @@ def test_full_fine_tuning_of_7_b_takes_80_gb():
     assert found.static + found.gradients == pytest.approx(80 * GB, rel=0.02)
 
 
-def test_lora_of_65_b_in_16_bit(large):
-    found = plan(large, LoRA(r=64, dropout=0.0, target_modules="all-linear"), text())
-    assert found.base == pytest.approx(130.6 * GB, rel=0.01)
-    assert found.peak < 320 * GB
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*")
+@pytest.mark.parametrize(("prepare", "peak"), [(checkpointed, 146.6), (None, 159.2)], ids=["checkpointed", "as it is"])
+def test_lora_of_65_b_in_16_bit(large, prepare, peak):
+    """Both figures of docs/planning.md; 1 %: another release of transformers or torch may keep other tensors."""
+    found = plan(large, LoRA(r=64, dropout=0.0, target_modules="all-linear"), text(), prepare=prepare)
+    assert found.base + found.adapters == pytest.approx(133.8 * GB, rel=0.001)
+    assert found.gradients == pytest.approx(3.2 * GB, rel=0.001)
+    assert found.optimizer == pytest.approx(6.4 * GB, rel=0.001)
+    assert found.peak == pytest.approx(peak * GB, rel=0.01)
