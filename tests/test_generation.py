@@ -143,6 +143,8 @@ def test_what_cannot_be_continued_is_told(folders):
     for share in (0.0, 2.0):
         with pytest.raises(ValueError, match=rf"model\.top_p must be above 0 and at most 1, not {share}"):
             CausalLanguageModeling(folders["gpt2"], top_p=share)
+    with pytest.raises(ValueError, match=r"model\.top_p is 0\.9, and at model\.temperature 0 nothing is drawn"):
+        CausalLanguageModeling(folders["gpt2"], top_p=0.9)
     with pytest.raises(ValueError, match=r"model\.max_new_tokens"):
         CausalLanguageModeling(folders["gpt2"], max_new_tokens=0)
 

@@ -58,6 +58,11 @@ class CausalLanguageModeling(LanguageModeling):
         check_number("model.top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"model.top_p must be above 0 and at most 1, not {top_p}.")
+        if top_p < 1 and temperature == 0:
+            raise ValueError(
+                f"model.top_p is {top_p}, and at model.temperature 0 nothing is drawn: set a temperature above 0, or "
+                "leave top_p at 1."
+            )
         self._apart: bool | None = None
         """Whether packed texts do not see each other; None: not asked yet."""
         self._looked_ahead = False
