@@ -40,19 +40,19 @@ from lit_peft.tasks.loading import BaseStorage, load_classifier
 LABELS = ["negative", "positive"]
 
 
-def write_checkpoint(folder: Path, skeleton: Any, device: str) -> int:
+def write_checkpoint(folder: Path, model: Any, device: str) -> int:
     """Writes config and shards of random bfloat16 weights, never more than one layer in memory.
 
     Args:
         folder: Where to.
-        skeleton: A Llama on the meta device; matrices are drawn from N(0, .02^2), as Llama's, norms are 1.
+        model: A Llama on the meta device; matrices are drawn from N(0, .02^2), as Llama's, norms are 1.
         device: Where they are drawn.
 
     Returns:
         The bytes of the weights.
     """
     shards: dict[str, dict[str, torch.Size]] = {}
-    for name, tensor in skeleton.state_dict().items():
+    for name, tensor in model.state_dict().items():
         layer = re.search(r"layers\.(\d+)\.", name)
         shards.setdefault(f"model-{layer[1] if layer else 'rest'}.safetensors", {})[name] = tensor.shape
     generator = torch.Generator(device).manual_seed(0)
@@ -62,11 +62,11 @@ def write_checkpoint(folder: Path, skeleton: Any, device: str) -> int:
             made = torch.ones(shape, dtype=torch.bfloat16, device=device)
             tensors[name] = (made.normal_(0, 0.02, generator=generator) if len(shape) > 1 else made).cpu()
         save_file(tensors, folder / file, {"format": "pt"})
-    size = 2 * sum(tensor.numel() for tensor in skeleton.state_dict().values())
+    size = 2 * sum(tensor.numel() for tensor in model.state_dict().values())
     index = {"metadata": {"total_size": size}, "weight_map": {n: f for f, names in shards.items() for n in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    skeleton.config.update({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
-    skeleton.config.save_pretrained(folder)
+    model.config.update({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+    model.config.save_pretrained(folder)
     return size
 
 

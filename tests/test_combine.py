@@ -410,13 +410,9 @@ def test_a_sharded_module_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         fully_shard(module.first, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        for deed in (
-            lambda: combine(module, ["ant", "bee"], "new"),
-            lambda: merge(module),
-            lambda: lit_peft.detach(module),
-        ):
+        for deed in (lambda m: combine(m, ["ant", "bee"], "new"), merge, lit_peft.detach):
             with pytest.raises(ValueError, match="first is sharded already"):
-                deed()
+                deed(module)
         assert list(registry(module).adapters) == ["ant", "bee", "cat"] and isinstance(module.first, Adapted)
     finally:
         torch.distributed.destroy_process_group()

@@ -659,11 +659,16 @@ def test_the_command_line_knows_every_argument() -> None:
     assert isinstance(data, LanguageModelingDataModule) and data.document == "split"
 
 
-def read_by(task: CausalLanguageModeling, tokenizer: str | None) -> str:
-    """Where the tokenizer is from that texts for this task are read with."""
+def texts_for(task: CausalLanguageModeling, tokenizer: str | None) -> LanguageModelingDataModule:
+    """The demo's texts beside a task, as a trainer has them."""
     data = LanguageModelingDataModule(path="demo", tokenizer=tokenizer)
     data.trainer = SimpleNamespace(lightning_module=task)  # type: ignore[assignment]
-    return data.tokenizer.name_or_path
+    return data
+
+
+def read_by(task: CausalLanguageModeling, tokenizer: str | None) -> str:
+    """Where the tokenizer is from that texts for this task are read with."""
+    return texts_for(task, tokenizer).tokenizer.name_or_path
 
 
 def test_a_models_own_tokenizer_is_compared_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,8 +692,7 @@ def test_a_tokenizer_that_a_model_cannot_take_is_told(tmp_path: Path) -> None:
     more = AutoTokenizer.from_pretrained(DECODER)
     more.add_tokens(["one more"])
     more.save_pretrained(tmp_path)
-    data = LanguageModelingDataModule(path="demo", tokenizer=str(tmp_path))
-    data.trainer = SimpleNamespace(lightning_module=task)  # type: ignore[assignment]
+    data = texts_for(task, str(tmp_path))
     for _ in range(2):  # whoever tries again is told again
         with pytest.raises(ValueError, match=r"has ids up to 1,011, demo-decoder embeds 1,011 tokens\. Leave"):
             _ = data.tokenizer
